@@ -1,0 +1,439 @@
+"""The embedded data set: procedural images in VOC layout, on which weak supervision fails as it does on VOC.
+
+An object is a body and a part. The body is large and only weakly telling: an outline and a low-contrast
+texture in a colour that any class, and the backgrounds, may have. The part is small and gives the class
+away: a saturated emblem in the class's two colours, at the class's place in the body. A classifier needs
+the part alone, so a plain activation map covers too little. Each class is mostly seen in its own context
+(water, grass, sand, sky), so the map leaks into the background too.
+
+Image i of a split depends on (seed, split, i, size) and on nothing else. An object's extent is its diameter;
+texture periods are in pixels of a 96-pixel image. Change VERSION with anything that changes an image.
+"""
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from semformer.data.voc import IGNORE, voc_palette
+from semformer.errors import UserError
+
+VERSION = 2
+
+NUM_OBJECTS_PROBABILITIES = (0.50, 0.35, 0.15)  # of one, two, three objects
+SAME_CLASS_PROBABILITY = 0.08  # that a further object repeats the class of an earlier one
+EXTENT_RANGE = (0.35, 0.62)  # object's extent / image's side
+CUT_OFF = 0.08  # how far an object may reach out of the image / its extent
+MIN_VISIBLE_PIXELS = 60  # of each object, in a 96-pixel image
+MIN_VISIBLE_FRACTION = 0.7  # of each object's own area; the rest may be hidden by a later object
+CONTEXT_PROBABILITY = 0.6  # that the background is the first object's preferred context
+BODY_TEXTURE_CONTRAST = 0.35  # swing of the body's texture, on a scale where black to white is 1
+BACKGROUND_TEXTURE_CONTRAST = 0.12
+NOISE_CONTRAST = 0.10  # swing of the background's low-frequency noise
+PIXEL_NOISE = 0.02  # standard deviation, everywhere
+USUAL_COLOUR_PROBABILITY = 0.8  # that a body has one of its class's two usual colours
+COLOUR_JITTER = 0.05  # standard deviation, of every colour drawn from PALETTE
+MIN_COLOUR_DISTANCE = 0.22  # between a body and the background's two colours
+PART_AREA_RANGE = (0.08, 0.14)  # part's area / body's area
+PART_PROBABILITY = 0.7  # that an object shows its part
+
+Array = np.ndarray
+
+PALETTE = np.array(
+    [
+        (0.28, 0.45, 0.66),  # blue
+        (0.36, 0.55, 0.30),  # green
+        (0.76, 0.66, 0.46),  # sand
+        (0.66, 0.77, 0.86),  # pale blue
+        (0.52, 0.38, 0.28),  # brown
+        (0.55, 0.55, 0.55),  # grey
+        (0.28, 0.50, 0.50),  # teal
+        (0.70, 0.50, 0.50),  # rose
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Context:
+    """A kind of background: two of PALETTE's colours, blended from top to bottom, and a texture."""
+
+    colours: tuple[int, int]
+    texture: str
+
+
+@dataclass(frozen=True)
+class ObjectClass:
+    """What an object of a class looks like.
+
+    outline, texture and context are keys of OUTLINES, TEXTURES and CONTEXTS; place is the part's centre in
+    the upright body, x and y in -0.5..0.5 of the extent; colours are those of the part's rim and core; fills are the
+    indices of the body's usual colours in PALETTE, each of which two classes share.
+    """
+
+    outline: str
+    texture: str
+    period: float
+    place: tuple[float, float]
+    colours: tuple[tuple[float, float, float], tuple[float, float, float]]
+    fills: tuple[int, int]
+    context: str
+
+
+CONTEXTS = {
+    "water": Context(colours=(0, 6), texture="waves"),
+    "grass": Context(colours=(1, 4), texture="blades"),
+    "sand": Context(colours=(2, 7), texture="grain"),
+    "sky": Context(colours=(3, 5), texture="clouds"),
+}
+
+RED, YELLOW, MAGENTA, CYAN = (0.9, 0.1, 0.1), (1.0, 0.9, 0.1), (0.9, 0.1, 0.8), (0.1, 0.9, 0.9)
+LIME, ORANGE, VIOLET, NAVY = (0.4, 0.95, 0.1), (1.0, 0.5, 0.0), (0.5, 0.1, 0.9), (0.1, 0.1, 0.6)
+WHITE, BLACK = (1.0, 1.0, 1.0), (0.05, 0.05, 0.05)
+
+CLASSES = {
+    "disc": ObjectClass("disc", "horizontal", 6.0, (0.0, -0.25), (RED, BLACK), (0, 3), "water"),
+    "square": ObjectClass("square", "checker", 9.0, (0.18, 0.18), (YELLOW, WHITE), (1, 4), "grass"),
+    "triangle": ObjectClass("triangle", "vertical", 6.0, (0.0, 0.10), (MAGENTA, BLACK), (2, 5), "sand"),
+    "star": ObjectClass("star", "dots", 8.0, (0.0, 0.0), (CYAN, WHITE), (3, 6), "sky"),
+    "cross": ObjectClass("cross", "rings", 7.0, (0.0, -0.32), (LIME, BLACK), (4, 7), "water"),
+    "crescent": ObjectClass("crescent", "diagonal", 6.0, (-0.31, 0.0), (ORANGE, WHITE), (5, 0), "grass"),
+    "bar": ObjectClass("bar", "diamonds", 9.0, (0.30, 0.0), (VIOLET, BLACK), (6, 1), "sand"),
+    "flower": ObjectClass("flower", "zigzag", 8.0, (0.22, 0.125), (NAVY, WHITE), (7, 2), "sky"),
+}
+
+# Approximate signed distances to the outlines, negative inside. x, y: (h, w) in units of the extent, origin
+# at the centre, y downwards. Every outline lies within REACH of the centre.
+REACH = 0.6
+
+
+def _polygon(x: Array, y: Array, corners: list[tuple[float, float]]) -> Array:
+    distance = np.full(x.shape, -np.inf)
+    for (ax, ay), (bx, by) in zip(corners, [*corners[1:], corners[0]], strict=True):
+        length = np.hypot(bx - ax, by - ay)
+        distance = np.maximum(distance, ((by - ay) * (x - ax) - (bx - ax) * (y - ay)) / length)
+    return distance
+
+
+def _box(x: Array, y: Array, half_width: float, half_height: float) -> Array:
+    return np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
+
+
+def _petals(x: Array, y: Array, n: int, mean: float, swing: float) -> Array:
+    return np.hypot(x, y) - (mean + swing * np.cos(n * np.arctan2(x, -y)))
+
+
+OUTLINES: dict[str, Callable[[Array, Array], Array]] = {
+    "disc": lambda x, y: np.hypot(x, y) - 0.5,
+    "square": lambda x, y: _box(x, y, 0.42, 0.42),
+    "triangle": lambda x, y: _polygon(x, y, [(0.0, -0.5), (0.48, 0.36), (-0.48, 0.36)]),
+    "star": lambda x, y: 0.8 * _petals(x, y, 5, 0.36, 0.14),
+    "cross": lambda x, y: np.minimum(_box(x, y, 0.17, 0.5), _box(x, y, 0.5, 0.17)),
+    "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 0.5, 0.34 - np.hypot(x - 0.28, y)),
+    "bar": lambda x, y: _box(x, y, 0.5, 0.2),
+    "flower": lambda x, y: 0.8 * _petals(x, y, 3, 0.38, 0.12),
+}
+
+# Textures: values in -1..1 at x, y, in pixels of a 96-pixel image, origin near the object's centre. They stay
+# upright when the body turns, so that their orientation tells the class. No two are mirror images.
+
+
+def _wave(t: Array, period: float) -> Array:
+    return np.sin(2 * np.pi * t / period)
+
+
+TEXTURES: dict[str, Callable[[Array, Array, float], Array]] = {
+    "horizontal": lambda x, y, p: _wave(y, p),
+    "vertical": lambda x, y, p: _wave(x, p),
+    "diagonal": lambda x, y, p: _wave((x + y) * np.sqrt(0.5), p),
+    "checker": lambda x, y, p: np.clip(3 * _wave(x, p) * _wave(y, p), -1, 1),
+    "diamonds": lambda x, y, p: np.clip(3 * _wave((x + y) * np.sqrt(0.5), p) * _wave((x - y) * np.sqrt(0.5), p), -1, 1),
+    "dots": lambda x, y, p: np.clip(2 * (_wave(x, p) + _wave(y, p)) - 1.6, -1, 1),
+    "rings": lambda x, y, p: _wave(np.hypot(x, y), p),
+    "zigzag": lambda x, y, p: _wave(y + 0.6 * np.abs(x % (2 * p) - p), p),
+}
+
+
+def render(split: str, index: int, *, seed: int, size: int) -> tuple[Array, Array, list[tuple[int, Array]]]:
+    """Draw image `index` of a split.
+
+    Returns the image, (size, size, 3) uint8; the mask, (size, size) uint8 with class indices and a ring of
+    255, one pixel wide, along the objects' edges; and per object its class index and its visible pixels,
+    (size, size) bool, ring included.
+    """
+    rng = np.random.default_rng([seed, *split.encode(), index, size])
+    names = _draw_classes(rng)
+    classes = [CLASSES[name] for name in names]
+    bodies, instances = _draw_layout(rng, classes, size)
+    image, used_colours = _draw_background(rng, classes[0].context, size)
+    for object_class, body in zip(classes, bodies, strict=True):
+        _paint(rng, image, object_class, body, used_colours)
+    image += PIXEL_NOISE * rng.standard_normal(image.shape)
+    indices = [list(CLASSES).index(name) + 1 for name in names]
+    mask = np.array([0, *indices], dtype=np.uint8)[instances]
+    mask[_ring(instances)] = IGNORE
+    visible = [(k, instances == n) for n, k in enumerate(indices, start=1)]
+    return (255 * np.clip(image, 0, 1) + 0.5).astype(np.uint8), mask, visible
+
+
+@dataclass(frozen=True)
+class Body:
+    """A placed object: the window of the image it may cover, and grids over that window, (h, w) each.
+
+    x, y: pixels from the centre; upright_x, upright_y: the same turned upright, in units of the extent;
+    distance: signed distance to the outline in pixels.
+    """
+
+    window: tuple[slice, slice]
+    extent: float
+    x: Array
+    y: Array
+    upright_x: Array
+    upright_y: Array
+    distance: Array
+
+    @property
+    def area(self) -> int:
+        return np.count_nonzero(self.distance < 0)
+
+
+def _draw_classes(rng: np.random.Generator) -> list[str]:
+    names: list[str] = []
+    for _ in range(1 + rng.choice(3, p=NUM_OBJECTS_PROBABILITIES)):
+        if names and rng.random() < SAME_CLASS_PROBABILITY:
+            names.append(str(rng.choice(names)))
+        else:
+            names.append(str(rng.choice([name for name in CLASSES if name not in names])))
+    return names
+
+
+def _draw_layout(rng: np.random.Generator, classes: list[ObjectClass], size: int) -> tuple[list[Body], Array]:
+    """Place the objects, later ones in front, again and again until enough of each can be seen.
+
+    Returns the bodies and the instance map, (size, size): 0 background, n the n-th object.
+    """
+    min_pixels = MIN_VISIBLE_PIXELS * (size / 96) ** 2
+    while True:
+        bodies = [_place(rng, c, size) for c in classes]
+        instances = np.zeros((size, size), dtype=np.int64)
+        for n, body in enumerate(bodies, start=1):
+            instances[body.window][body.distance < 0] = n
+        visible = np.bincount(instances.ravel(), minlength=len(bodies) + 1)[1:]
+        in_mask = np.bincount(instances[~_ring(instances)], minlength=len(bodies) + 1)[1:]
+        own = np.array([body.area for body in bodies])
+        if (in_mask >= min_pixels).all() and (visible >= MIN_VISIBLE_FRACTION * own).all():
+            return bodies, instances
+
+
+def _place(rng: np.random.Generator, object_class: ObjectClass, size: int) -> Body:
+    extent = rng.uniform(*EXTENT_RANGE) * size
+    margin = (0.5 - CUT_OFF) * extent
+    centre_x, centre_y = rng.uniform(margin, size - margin, 2)
+    angle = rng.uniform(0, 2 * np.pi)
+    reach = REACH * extent
+    window = tuple(
+        slice(max(0, int(centre - reach)), min(size, int(centre + reach) + 1)) for centre in (centre_y, centre_x)
+    )
+    y, x = _grid(size)[0][window[0]] - centre_y, _grid(size)[1][:, window[1]] - centre_x
+    upright_x = (np.cos(angle) * x + np.sin(angle) * y) / extent
+    upright_y = (np.cos(angle) * y - np.sin(angle) * x) / extent
+    distance = extent * OUTLINES[object_class.outline](upright_x, upright_y)
+    return Body(window, extent, x, y, upright_x, upright_y, distance)
+
+
+def _draw_background(rng: np.random.Generator, preferred: str, size: int) -> tuple[Array, list[int]]:
+    """Returns the image to paint on, (size, size, 3) in 0..1, and the indices of its colours in PALETTE."""
+    others = [name for name in CONTEXTS if name != preferred]
+    name = preferred if rng.random() < CONTEXT_PROBABILITY else str(rng.choice(others))
+    context = CONTEXTS[name]
+    top, bottom = (PALETTE[c] + COLOUR_JITTER * rng.standard_normal(3) for c in rng.permutation(context.colours))
+    grid_y, grid_x = _grid(size)
+    slope = rng.uniform(-0.5, 0.5)
+    t = np.clip((grid_y + slope * (grid_x - size / 2)) / size, 0, 1)[..., None]
+    image = (1 - t) * top + t * bottom
+    image += NOISE_CONTRAST / 2 * _smooth_noise(rng, size, (4, 4))[..., None]
+    y, x = 96 / size * grid_y, 96 / size * grid_x
+    if context.texture == "waves":
+        phase = rng.uniform(0, 20)
+        texture = _wave(y + 3 * _wave(x + phase, 48) + phase, 12)
+    elif context.texture == "blades":
+        texture = _smooth_noise(rng, size, (12, 48))
+    elif context.texture == "grain":
+        texture = _smooth_noise(rng, size, (48, 48))
+    else:
+        texture = np.clip(2 * _smooth_noise(rng, size, (5, 3)), -1, 1)
+    image += BACKGROUND_TEXTURE_CONTRAST / 2 * texture[..., None]
+    return image, list(context.colours)
+
+
+def _paint(
+    rng: np.random.Generator, image: Array, object_class: ObjectClass, body: Body, used_colours: list[int]
+) -> None:
+    """Paint a body and its part onto `image`, in a usual colour or one unlike `used_colours`; add it there."""
+    if rng.random() < USUAL_COLOUR_PROBABILITY:
+        choice = int(rng.choice(object_class.fills))
+    else:
+        distances = np.linalg.norm(PALETTE[:, None] - PALETTE[used_colours], axis=2).min(axis=1)
+        choice = int(rng.choice(np.flatnonzero(distances >= min(MIN_COLOUR_DISTANCE, distances.max()))))
+    used_colours.append(choice)
+    fill = PALETTE[choice] + COLOUR_JITTER * rng.standard_normal(3)
+
+    scale = 96 / len(image)
+    period = object_class.period * rng.uniform(0.9, 1.1)
+    shift_x, shift_y = rng.uniform(-2, 2, 2)
+    texture = TEXTURES[object_class.texture](scale * body.x + shift_x, scale * body.y + shift_y, period)
+    fill = fill + BODY_TEXTURE_CONTRAST / 2 * texture[..., None]
+
+    radius = np.sqrt(rng.uniform(*PART_AREA_RANGE) * body.area / np.pi)
+    if rng.random() < PART_PROBABILITY:
+        place_x, place_y = object_class.place
+        from_part = body.extent * np.hypot(body.upright_x - place_x, body.upright_y - place_y)
+        for colour, r in zip(object_class.colours, (radius, 0.55 * radius), strict=True):
+            fill = _blend(fill, np.array(colour), from_part - r)
+    image[body.window] = _blend(image[body.window], fill, body.distance)
+
+
+def _blend(below: Array, above: Array, distance: Array) -> Array:
+    """`above` where the signed distance is negative, else `below`, with an edge one pixel soft: (h, w, 3)."""
+    cover = np.clip(0.5 - distance, 0, 1)[..., None]
+    return below + cover * (above - below)
+
+
+def _ring(instances: Array) -> Array:
+    """Where an object's outermost pixels lie: (H, W) bool. Of two that touch, the later has a ring."""
+    padded = np.pad(instances, 1, mode="edge")
+    neighbours = (padded[:-2, 1:-1], padded[2:, 1:-1], padded[1:-1, :-2], padded[1:-1, 2:])
+    return instances > np.minimum.reduce(neighbours)
+
+
+def _smooth_noise(rng: np.random.Generator, size: int, cells: tuple[int, int]) -> Array:
+    """Noise in -1..1, (size, size), with so many independent values down and across."""
+    values = rng.uniform(-1, 1, cells).astype(np.float32)
+    return np.asarray(Image.fromarray(values).resize((size, size), Image.Resampling.BICUBIC), dtype=np.float64)
+
+
+@cache
+def _grid(size: int) -> tuple[Array, Array]:
+    """Pixel centres: y (size, 1) and x (1, size)."""
+    centres = np.arange(size) + 0.5
+    return centres[:, None], centres[None, :]
+
+
+def make_shapes(
+    root: str | Path,
+    *,
+    train: int,
+    val: int,
+    size: int = 96,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Write `train` + `val` images of size x size pixels to root/VOC2012 and return root.
+
+    The set is written beside `root` and renamed at the end, so a half-made one is never found. A set that is
+    there already with the same parameters is returned as it is. progress(done, total) is called after each
+    image.
+    Raises UserError for bad parameters, and if `root` holds anything else: nothing is overwritten.
+    """
+    if train < 1 or val < 1:
+        raise UserError(f"make-shapes needs at least one image a split, not train={train}, val={val}.")
+    if size < 32:
+        raise UserError(f"make-shapes needs a size of at least 32 pixels, not {size}.")
+    if seed < 0:
+        raise UserError(f"make-shapes needs a seed of at least 0, not {seed}.")
+    root = Path(root).expanduser()
+    parameters = {"version": VERSION, "train": train, "val": val, "size": size, "seed": seed}
+    if _is_made(root, parameters):
+        return root
+    making = root.parent / f".{root.name}.{uuid.uuid4().hex}"
+    try:
+        _write(making, parameters, progress)
+        try:
+            making.rename(root)
+        except OSError:
+            if not _is_made(root, parameters):
+                raise
+    except OSError as error:
+        raise UserError(f"The data set cannot be written to {root}: {error}.") from error
+    finally:
+        shutil.rmtree(making, ignore_errors=True)
+    return root
+
+
+def cached_shapes(
+    train: int, val: int, size: int = 96, seed: int = 0, progress: Callable[[int, int], None] | None = None
+) -> Path:
+    """`make_shapes` into $SEMFORMER_CACHE, or ~/.cache/semformer. Several processes may call it at once."""
+    cache_folder = Path(os.environ.get("SEMFORMER_CACHE") or "~/.cache/semformer").expanduser()
+    name = f"shapes-v{VERSION}-train{train}-val{val}-size{size}-seed{seed}"
+    return make_shapes(cache_folder / name, train=train, val=val, size=size, seed=seed, progress=progress)
+
+
+def _is_made(root: Path, parameters: dict[str, int]) -> bool:
+    """Whether `root` holds this very data set. Raises UserError if it holds something else."""
+    if not root.exists() or (root.is_dir() and not any(root.iterdir())):
+        return False
+    try:
+        found = json.loads((root / "shapes.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{root} exists and is no shapes data set: give another folder, or remove it.") from None
+    if found != parameters:
+        raise UserError(
+            f"{root} holds a shapes data set with other parameters ({found}, wanted {parameters}): "
+            "give another folder, or remove it."
+        )
+    return True
+
+
+def _write(root: Path, parameters: dict[str, Any], progress: Callable[[int, int], None] | None) -> None:
+    folder = root / "VOC2012"
+    splits = folder / "ImageSets" / "Segmentation"
+    for part in (folder / "JPEGImages", folder / "Annotations", folder / "SegmentationClass", splits):
+        part.mkdir(parents=True)
+    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES), encoding="utf-8")
+    size, seed = parameters["size"], parameters["seed"]
+    palette = voc_palette()
+    done, total = 0, parameters["train"] + parameters["val"]
+    for split in ("train", "val"):
+        ids = [f"{split}_{i:06d}" for i in range(parameters[split])]
+        for i, image_id in enumerate(ids):
+            image, mask, visible = render(split, i, seed=seed, size=size)
+            Image.fromarray(image).save(folder / "JPEGImages" / f"{image_id}.jpg", quality=95, subsampling=0)
+            palette_mask = Image.fromarray(mask)
+            palette_mask.putpalette(palette)
+            palette_mask.save(folder / "SegmentationClass" / f"{image_id}.png")
+            annotation = _annotation(image_id, size, visible)
+            (folder / "Annotations" / f"{image_id}.xml").write_text(annotation, encoding="utf-8")
+            done += 1
+            if progress is not None:
+                progress(done, total)
+        (splits / f"{split}.txt").write_text("".join(f"{image_id}\n" for image_id in ids), encoding="utf-8")
+    (root / "shapes.json").write_text(json.dumps(parameters, indent=2) + "\n", encoding="utf-8")
+
+
+def _annotation(image_id: str, size: int, visible: list[tuple[int, Array]]) -> str:
+    lines = [
+        "<annotation>",
+        "\t<folder>VOC2012</folder>",
+        f"\t<filename>{image_id}.jpg</filename>",
+        f"\t<size><width>{size}</width><height>{size}</height><depth>3</depth></size>",
+        "\t<segmented>1</segmented>",
+    ]
+    for k, pixels in visible:
+        rows, columns = np.flatnonzero(pixels.any(axis=1)) + 1, np.flatnonzero(pixels.any(axis=0)) + 1
+        lines += [
+            "\t<object>",
+            f"\t\t<name>{list(CLASSES)[k - 1]}</name>",
+            "\t\t<difficult>0</difficult>",
+            f"\t\t<bndbox><xmin>{columns[0]}</xmin><ymin>{rows[0]}</ymin>"
+            f"<xmax>{columns[-1]}</xmax><ymax>{rows[-1]}</ymax></bndbox>",
+            "\t</object>",
+        ]
+    return "\n".join([*lines, "</annotation>", ""])

@@ -1,0 +1,360 @@
+"""Reader of a PASCAL VOC 2012 devkit, and of any data set laid out like one.
+
+Layout (the folder named VOC2012):
+
+    JPEGImages/<id>.jpg             the images
+    Annotations/<id>.xml            image-level labels: the names of the objects
+    SegmentationClass/<id>.png      pixel masks: class indices, 255 = ignore
+    SegmentationClassAug/<id>.png   SBD's pixel masks, for the split trainaug
+    ImageSets/Segmentation/*.txt    the splits, one image id a line
+    classes.txt                     optional: object class names, one a line, instead of VOC's twenty
+
+K counts the classes with the background, which is class 0 and present in every image.
+"""
+
+import difflib
+import hashlib
+import xml.etree.ElementTree as ET
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from semformer.errors import UserError
+
+BACKGROUND = "background"
+IGNORE = 255
+VOC_CLASSES = (
+    *("aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
+    *("diningtable", "dog", "horse", "motorbike", "person"),
+    *("pottedplant", "sheep", "sofa", "train", "tvmonitor"),
+)
+VOC_COUNTS = {"train": 1464, "val": 1449, "trainaug": 10582}
+
+HOW_TO_GET_DATA = (
+    "Give the folder that holds VOC2012/ (with JPEGImages, Annotations, SegmentationClass and "
+    "ImageSets/Segmentation), or make the embedded data set with `semformer data make-shapes DIR`."
+)
+
+
+def voc_palette() -> list[int]:
+    """VOC's colour map, 256 * 3 values: R G B of index 0, R G B of index 1, and so on."""
+    palette = np.zeros((256, 3), dtype=np.uint8)
+    index = np.arange(256)
+    for bit in range(8):
+        for channel in range(3):
+            palette[:, channel] |= (((index >> (3 * bit + channel)) & 1) << (7 - bit)).astype(np.uint8)
+    return palette.ravel().tolist()
+
+
+def open_devkit(root: str | Path) -> "Devkit":
+    """Find VOC2012 at, in, or under `VOCdevkit` in `root`, and read its class names.
+
+    Raises UserError if there is no such folder, if it lacks one of the folders it must have, or if
+    classes.txt is empty, too long, repeats a name or names the background.
+    """
+    root = Path(root).expanduser()
+    if not root.is_dir():
+        raise UserError(f"The data folder {root} does not exist. {HOW_TO_GET_DATA}")
+    candidates = (root / "VOC2012", root / "VOCdevkit" / "VOC2012", root)
+    folder = next((c for c in candidates if (c / "JPEGImages").is_dir()), None)
+    if folder is None:
+        raise UserError(f"The data folder {root} is no VOC devkit: it has no JPEGImages. {HOW_TO_GET_DATA}")
+    for part in ("Annotations", "ImageSets/Segmentation"):
+        if not (folder / part).is_dir():
+            raise UserError(f"The data folder {folder} has no {part}. {HOW_TO_GET_DATA}")
+    return Devkit(folder, (BACKGROUND, *_read_class_names(folder / "classes.txt")))
+
+
+@dataclass(frozen=True)
+class Devkit:
+    """An opened devkit: its VOC2012 folder and its K class names, "background" first."""
+
+    folder: Path
+    classes: tuple[str, ...]
+
+    @property
+    def split_names(self) -> tuple[str, ...]:
+        """The names of the split files there are, sorted."""
+        return tuple(sorted(p.stem for p in (self.folder / "ImageSets" / "Segmentation").glob("*.txt")))
+
+    def split(self, name: str) -> "Split":
+        """Read a split's ids and labels.
+
+        Raises UserError for an unknown or empty split, and for a missing image or a missing or unusable
+        annotation. Masks are looked at only when they are asked for.
+        """
+        ids = self.ids(name)
+        images = {p.name for p in (self.folder / "JPEGImages").iterdir()}
+        absent = next((i for i in ids if f"{i}.jpg" not in images), None)
+        if absent is not None:
+            raise UserError(
+                f"The image {self.folder / 'JPEGImages' / absent}.jpg, listed in split {name!r}, is missing."
+            )
+        labels = np.stack([read_labels(self.folder / "Annotations" / f"{i}.xml", self.classes) for i in ids])
+        return Split(name=name, folder=self.folder, classes=self.classes, ids=ids, labels=labels)
+
+    def ids(self, name: str) -> tuple[str, ...]:
+        """The image ids of a split, in the file's order.
+
+        `trainaug` without a file of its own is train + the ids that have an SBD mask
+        (SegmentationClassAug) - val, sorted: 10,582 images for VOC 2012 (the paper prints 10,528).
+        Raises UserError as `split` does, apart from images and annotations.
+        """
+        path = self.folder / "ImageSets" / "Segmentation" / f"{name}.txt"
+        aug_folder = self.folder / "SegmentationClassAug"
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            ids = tuple(line.strip() for line in lines if line.strip())
+        elif name == "trainaug":
+            if not aug_folder.is_dir():
+                raise UserError(
+                    f"There is neither {path} nor {aug_folder}. Split 'trainaug' needs SBD's masks: "
+                    f"put them, as PNGs of class indices, into {aug_folder}."
+                )
+            augmented = {p.stem for p in aug_folder.glob("*.png")}
+            ids = tuple(sorted((augmented | set(self.ids("train"))) - set(self.ids("val"))))
+        else:
+            available = ", ".join(self.split_names) or "none"
+            raise UserError(f"There is no split {name!r}: {path} is missing. Available: {available}.")
+        if not ids:
+            raise UserError(f"Split {name!r} is empty: {path} lists no image.")
+        if len(set(ids)) < len(ids):
+            twice = next(i for n, i in enumerate(ids) if i in ids[:n])
+            raise UserError(f"{path} lists the image {twice!r} twice.")
+        return ids
+
+    def mask_path(self, image_id: str, split: str) -> Path:
+        """SegmentationClass/<id>.png; for trainaug, SBD's mask of an image that VOC gives none."""
+        path = self.folder / "SegmentationClass" / f"{image_id}.png"
+        if split == "trainaug" and not path.is_file():
+            return self.folder / "SegmentationClassAug" / f"{image_id}.png"
+        return path
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """A split in memory: ids and labels; images and masks are read when asked for.
+
+    labels: (n, K) float32, 1 where the image has an object of the class; labels[:, 0] == 1. Objects that
+    VOC marks as "difficult" count as present.
+    """
+
+    name: str
+    folder: Path
+    classes: tuple[str, ...]
+    ids: tuple[str, ...]
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def objects(self, i: int) -> np.ndarray:
+        """Present object classes of image i: 1..K-1, ascending."""
+        return 1 + np.flatnonzero(self.labels[i, 1:])
+
+    def image_path(self, i: int) -> Path:
+        return self.folder / "JPEGImages" / f"{self.ids[i]}.jpg"
+
+    def mask_path(self, i: int) -> Path:
+        return Devkit(self.folder, self.classes).mask_path(self.ids[i], self.name)
+
+    def image(self, i: int) -> Image.Image:
+        """Image i, decoded, RGB. Raises UserError if the file is missing, damaged or cut short."""
+        return read_image(self.image_path(i))
+
+    def mask(self, i: int) -> np.ndarray:
+        """Pixel mask i: (H, W) uint8, class indices, 255 = ignore.
+
+        Raises UserError if the file is missing or damaged, if its size is not the image's, or if it holds
+        a value that is neither a class index nor 255.
+        """
+        return read_mask(self.mask_path(i), self.image_path(i), len(self.classes))
+
+    @cached_property
+    def digest(self) -> str:
+        """sha256 over class names, ids, labels and the image files' bytes: what a result may depend on."""
+        return self._digest(self.image_path(i) for i in range(len(self)))
+
+    @cached_property
+    def mask_digest(self) -> str:
+        """The same over the mask files' bytes. Only stages that read pixel masks depend on it."""
+        return self._digest(self.mask_path(i) for i in range(len(self)))
+
+    def _digest(self, paths: Iterable[Path]) -> str:
+        digest = hashlib.sha256("\n".join((*self.classes, "", *self.ids, "")).encode())
+        digest.update(self.labels.astype(np.uint8).tobytes())
+        for path in paths:
+            try:
+                digest.update(hashlib.sha256(path.read_bytes()).digest())
+            except OSError as error:
+                raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+        return digest.hexdigest()
+
+
+def read_labels(path: Path, classes: tuple[str, ...]) -> np.ndarray:
+    """Image-level labels of an annotation: (K,) float32, background 1, "difficult" objects included.
+
+    Raises UserError for a missing file, malformed XML, no object, or a name that is not in `classes`.
+    """
+    try:
+        root = ET.parse(path).getroot()
+    except FileNotFoundError:
+        raise UserError(f"The annotation {path} is missing.") from None
+    except (ET.ParseError, ValueError, LookupError, OSError) as error:
+        raise UserError(f"The annotation {path} is not readable as XML: {error}.") from error
+    names = {(element.findtext("name") or "").strip() for element in root.iterfind("object")}
+    if not names:
+        raise UserError(f"The annotation {path} names no object; an image needs at least one.")
+    labels = np.zeros(len(classes), dtype=np.float32)
+    labels[0] = 1
+    for name in sorted(names):
+        if name not in classes[1:]:
+            nearest = difflib.get_close_matches(name, classes[1:], n=1, cutoff=0.0)[0]
+            raise UserError(
+                f"The annotation {path} names the class {name!r}, which is not in the list. "
+                f"The nearest valid one is {nearest!r}."
+            )
+        labels[classes.index(name)] = 1
+    return labels
+
+
+def read_image(path: str | Path) -> Image.Image:
+    """Any image file, decoded, RGB. Raises UserError if it is missing, damaged or cut short."""
+    try:
+        with Image.open(path) as image:
+            return image.convert("RGB")
+    except FileNotFoundError:
+        raise UserError(f"The image {path} is missing.") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"The image {path} is damaged or no image: {error}.") from error
+
+
+def read_mask(path: Path, image_path: Path, num_classes: int) -> np.ndarray:
+    """A mask PNG (palette or grey): (H, W) uint8. Raises UserError as `Split.mask` does."""
+    try:
+        with Image.open(path) as image:
+            if image.mode not in ("P", "L"):
+                raise UserError(
+                    f"The mask {path} has colour mode {image.mode}; "
+                    "it must hold class indices (palette or 8-bit grey PNG)."
+                )
+            mask = np.array(image)
+    except FileNotFoundError:
+        raise UserError(f"The mask {path} is missing.") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"The mask {path} is damaged or no image: {error}.") from error
+    height, width = mask.shape
+    image_size = _image_size(image_path)
+    if (width, height) != image_size:
+        raise UserError(
+            f"The mask {path} is {width}x{height} pixels, "
+            f"its image {image_path.name} is {image_size[0]}x{image_size[1]}."
+        )
+    counts = np.bincount(mask.ravel(), minlength=256)
+    wrong = np.flatnonzero(counts[num_classes:IGNORE])
+    if wrong.size:
+        raise UserError(
+            f"The mask {path} holds the value {num_classes + wrong[0]}; allowed are the class indices "
+            f"0 to {num_classes - 1}, and {IGNORE} for pixels to ignore."
+        )
+    return mask
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What `check_devkit` found: `lines` tell what there is, `problems` what is wrong, if anything."""
+
+    lines: list[str]
+    problems: list[str]
+
+
+def check_devkit(root: str | Path, progress: Callable[[int, int], None] | None = None) -> Findings:
+    """Look at every file of the splits train, val and trainaug: `semformer data check DIR`.
+
+    Decodes each image, parses each annotation, and reads each mask (size, values). Goes on after a problem;
+    each kind of problem is counted and its first case told. progress(done, total) is called after each image.
+    Raises UserError only where `open_devkit` does.
+    """
+    devkit = open_devkit(root)
+    is_voc = devkit.classes[1:] == VOC_CLASSES
+    lines = [f"{devkit.folder}: {len(devkit.classes) - 1} object classes: {', '.join(devkit.classes[1:])}"]
+    problems: list[str] = []
+    mask_paths: dict[str, set[Path]] = {}
+    for name, voc_count in VOC_COUNTS.items():
+        try:
+            ids = devkit.ids(name)
+        except UserError as error:
+            if name in devkit.split_names:
+                problems.append(str(error))
+            else:
+                lines.append(f"{name}: absent")
+            continue
+        line = f"{name}: {len(ids):,} images"
+        if is_voc:
+            line += f" (VOC 2012 has {voc_count:,}"
+            line += "; the paper prints 10,528)" if name == "trainaug" else ")"
+            if len(ids) != voc_count:
+                problems.append(f"{name} has {len(ids):,} images, VOC 2012 has {voc_count:,}")
+        lines.append(line)
+        for image_id in ids:
+            mask_paths.setdefault(image_id, set()).add(devkit.mask_path(image_id, name))
+    if not mask_paths:
+        problems.append(f"{devkit.folder} has none of the splits {', '.join(VOC_COUNTS)}")
+
+    failures: dict[str, list[str]] = {}
+    images_of_class = np.zeros(len(devkit.classes), dtype=np.int64)
+
+    def look(what: str, path: Path, read: Callable[..., Any], *args: Any) -> Any:
+        try:
+            return read(path, *args)
+        except UserError as error:
+            kind = f"{what} unusable" if path.is_file() else f"{what} missing"
+            failures.setdefault(kind, []).append(str(error))
+            return None
+
+    for done, (image_id, paths) in enumerate(mask_paths.items(), start=1):
+        image_path = devkit.folder / "JPEGImages" / f"{image_id}.jpg"
+        image = look("image", image_path, read_image)
+        labels = look("annotation", devkit.folder / "Annotations" / f"{image_id}.xml", read_labels, devkit.classes)
+        if labels is not None:
+            images_of_class += labels.astype(np.int64)
+        for path in sorted(paths):
+            if image is not None or not path.is_file():
+                look("mask", path, read_mask, image_path, len(devkit.classes))
+        if progress is not None:
+            progress(done, len(mask_paths))
+    per_class = zip(devkit.classes[1:], images_of_class[1:], strict=True)
+    lines.append("images of each class: " + ", ".join(f"{name} {count:,}" for name, count in per_class))
+    problems += [f"{kind}: {len(texts):,}; the first: {texts[0]}" for kind, texts in sorted(failures.items())]
+    return Findings(lines, problems)
+
+
+def _read_class_names(path: Path) -> tuple[str, ...]:
+    if not path.is_file():
+        return VOC_CLASSES
+    names = [line.strip() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    if not names:
+        raise UserError(f"{path} names no class; it must hold one object class name a line.")
+    if BACKGROUND in names:
+        raise UserError(f"{path} names {BACKGROUND!r}, which is added by itself: remove that line.")
+    if len(names) >= IGNORE:
+        raise UserError(f"{path} names {len(names)} classes; at most {IGNORE - 1} fit into a mask.")
+    twice = next((name for n, name in enumerate(names) if name in names[:n]), None)
+    if twice is not None:
+        raise UserError(f"{path} names the class {twice!r} twice.")
+    return tuple(names)
+
+
+def _image_size(path: Path) -> tuple[int, int]:
+    try:
+        with Image.open(path) as image:
+            return image.size
+    except FileNotFoundError:
+        raise UserError(f"The image {path} is missing.") from None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise UserError(f"The image {path} is damaged or no image: {error}.") from error

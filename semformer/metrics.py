@@ -1,0 +1,194 @@
+"""Confusion matrices, mIoU, FP and FN: of label maps, and of activation maps at all thresholds in one pass.
+
+At threshold t a pixel takes the class of its highest map value v if v > t, and is background otherwise.
+That is the arg-max over [constant t, maps]: a tie with t goes to background, a tie between channels to the
+first of them. Only the comparison with t changes between thresholds, so one histogram of v by
+(true class, arg-max class) holds the confusion matrix of each.
+
+Legend: K classes (background is 0), C object channels of one image, T thresholds, H W pixels.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from semformer.errors import UserError
+
+IGNORE = 255
+"""Label of the pixels that no score counts."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores in percent; the leading axes are those of the confusion matrices they come from.
+
+    With P the predicted, T the true and U = P | T the pixels of a class, over the whole data set (Tables 12,
+    13): iou (..., K) is |P & T| / |U|; miou, fp and fn (...) are the means over all K classes, background
+    included, of iou, (|P| - |P & T|) / |U| and (|T| - |P & T|) / |U|. As in the published evaluation, a class
+    that is neither predicted nor present stays in the means with 0 for each of the three.
+    """
+
+    iou: np.ndarray
+    miou: np.ndarray
+    fp: np.ndarray
+    fn: np.ndarray
+
+
+def scores(confusion: np.ndarray) -> Scores:
+    """Scores of confusion matrices (..., K, K), indexed [true, predicted].
+
+    Raises UserError where a matrix counts no pixel.
+    """
+    if not confusion.sum(axis=(-2, -1)).all():
+        raise UserError("nothing to score: no image was added, or every pixel of the masks is ignored (255)")
+    hit = np.diagonal(confusion, axis1=-2, axis2=-1)
+    predicted, true = confusion.sum(axis=-2), confusion.sum(axis=-1)
+    union = np.maximum(predicted + true - hit, 1)
+    iou = 100 * hit / union
+    return Scores(
+        iou=iou,
+        miou=iou.mean(axis=-1),
+        fp=(100 * (predicted - hit) / union).mean(axis=-1),
+        fn=(100 * (true - hit) / union).mean(axis=-1),
+    )
+
+
+def confusion_matrix(prediction: np.ndarray, truth: np.ndarray, n_classes: int, *, name: str = "image") -> np.ndarray:
+    """Pixel counts (K, K) int64, indexed [true, predicted], of one label map.
+
+    prediction: (H, W) integers 0..K-1 wherever truth is not 255. truth: (H, W) uint8, 255 = ignored.
+    Raises UserError, with `name`, for unequal sizes and for labels out of range.
+    """
+    _check_truth(truth, prediction.shape, name)
+    counted = truth != IGNORE
+    true, predicted = truth[counted], prediction[counted]
+    for what, labels in (("mask", true), ("prediction", predicted)):
+        if labels.size and not 0 <= labels.min() <= labels.max() < n_classes:
+            raise UserError(
+                f"{name}: the {what} has labels {labels.min()}..{labels.max()}; expected 0..{n_classes - 1}"
+            )
+    cell = true.astype(np.intp) * n_classes + predicted
+    return np.bincount(cell, minlength=n_classes**2).reshape(n_classes, n_classes)
+
+
+class ThresholdCurve:
+    """Confusion matrices of activation maps at every background threshold, accumulated image by image.
+
+    n_classes: K, background included, at most 255. thresholds: (T,) finite and increasing.
+    erosion: 0, or the odd side in pixels of the square by which each predicted region is eroded at each
+    threshold; pixels left without a region become background, and the image border does not erode. The
+    published evaluation of maps without CRF erodes by 7. Raises UserError for other values.
+
+    Thresholds are rounded to the maps' dtype before they are compared, as in an arg-max over [t, maps] of one
+    dtype. So a float32 value of 0.3 ties with threshold 0.3, although the two differ as reals, and to float32
+    maps it is all one whether 0.11 was written so or computed as 0.10 + 0.01.
+    """
+
+    def __init__(self, n_classes: int, thresholds: Sequence[float], *, erosion: int = 0):
+        self.thresholds = np.array(thresholds, dtype=np.float64)
+        self.n_classes, self.erosion = n_classes, erosion
+        if not 2 <= n_classes <= IGNORE:
+            raise UserError(f"n_classes: must be 2..{IGNORE} (background included), not {n_classes}")
+        if self.thresholds.ndim != 1 or not self.thresholds.size or not np.isfinite(self.thresholds).all():
+            raise UserError(f"thresholds: must be a list of one or more finite numbers, not {thresholds}")
+        if (np.diff(self.thresholds) <= 0).any():
+            raise UserError(f"thresholds: each must exceed the one before it, not {list(thresholds)}")
+        if erosion and (erosion < 0 or erosion % 2 == 0):
+            raise UserError(f"erosion: must be 0 (none) or an odd side in pixels, not {erosion}")
+        # counts[true, predicted, level]: level = how many thresholds lie below the pixel's value
+        self._counts = np.zeros((n_classes, n_classes, self.thresholds.size + 1), dtype=np.int64)
+        self._row_of_label = np.full(256, n_classes + 1)
+        self._row_of_label[:n_classes] = np.arange(n_classes)
+        self._row_of_label[IGNORE] = n_classes
+
+    def add(self, maps: np.ndarray, classes: Sequence[int], truth: np.ndarray, *, name: str = "image") -> None:
+        """Counts the pixels of one image.
+
+        maps: (C, H, W) floats, one channel per object class in `classes`: (C,) distinct, 1..K-1.
+        With C = 0 the whole image is predicted as background. truth: (H, W) uint8, 255 = ignored.
+        Raises UserError, with `name`, for shapes that do not fit, NaN, and classes or labels out of range;
+        the counts are then as before.
+        """
+        maps, classes = np.asarray(maps), np.asarray(classes, dtype=np.intp)
+        self._check_maps(maps, classes, name)
+        _check_truth(truth, maps.shape[1:], name)
+        if not classes.size:
+            maps, classes = np.full((1, *truth.shape), -np.inf), np.array([0])
+        value, channel = _dominant(maps)
+        if np.isnan(value).any():
+            raise UserError(f"{name}: the activation maps contain NaN")
+        if self.erosion:
+            value = _eroded(value, channel, self.erosion)
+
+        n_labels, n_channels, n_levels = self.n_classes + 2, classes.size, self.thresholds.size + 1
+        cell = np.searchsorted(self.thresholds.astype(value.dtype), value)
+        cell += np.multiply(channel, n_levels, dtype=np.int32)
+        cell += (self._row_of_label * (n_channels * n_levels)).take(truth)
+        counts = np.bincount(cell.ravel(), minlength=n_labels * n_channels * n_levels)
+        counts = counts.reshape(n_labels, n_channels, n_levels)
+        if counts[-1].any():
+            raise UserError(
+                f"{name}: the mask has labels outside 0..{self.n_classes - 1} that are not {IGNORE} (ignored)"
+            )
+        self._counts[:, classes] += counts[: self.n_classes]
+
+    def confusion(self) -> np.ndarray:
+        """Pixel counts (T, K, K) int64, indexed [threshold, true, predicted]."""
+        above = self._counts[..., :0:-1].cumsum(axis=-1)[..., ::-1]
+        confusion = np.moveaxis(above, -1, 0).copy()
+        confusion[..., 0] = self._counts.sum(axis=(-2, -1)) - confusion[..., 1:].sum(axis=-1)
+        return confusion
+
+    def scores(self) -> Scores:
+        """Scores, leading axis T in the order of `thresholds`. Raises UserError if no pixel was counted."""
+        return scores(self.confusion())
+
+    def _check_maps(self, maps: np.ndarray, classes: np.ndarray, name: str) -> None:
+        if maps.ndim != 3 or not np.issubdtype(maps.dtype, np.floating):
+            raise UserError(f"{name}: activation maps must be floats (C, H, W), not {maps.dtype} of shape {maps.shape}")
+        if classes.shape != maps.shape[:1]:
+            raise UserError(f"{name}: {len(maps)} activation maps need as many classes, not {classes.tolist()}")
+        if np.unique(classes).size < classes.size or not np.isin(classes, range(1, self.n_classes)).all():
+            raise UserError(
+                f"{name}: classes must be distinct and within 1..{self.n_classes - 1}, not {classes.tolist()}"
+            )
+
+
+def _check_truth(truth: np.ndarray, size: tuple[int, ...], name: str) -> None:
+    if truth.dtype != np.uint8 or truth.ndim != 2:
+        raise UserError(f"{name}: the mask must be uint8 (H, W), not {truth.dtype} of shape {truth.shape}")
+    if truth.shape != size:
+        raise UserError(f"{name}: the mask is {truth.shape} but the prediction is {size} (height, width)")
+
+
+def _dominant(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Highest value (H, W) over the channels of maps (C, H, W) and the first channel (H, W) that has it.
+
+    Equal to maps.max(0), maps.argmax(0), but NumPy's arg-max over a leading axis is slow, and so is masked
+    assignment where maps are noisy. A byte holds every channel, since K is at most 255.
+    """
+    value, channel = maps[0].copy(), np.zeros(maps.shape[1:], dtype=np.uint8)
+    for c in range(1, len(maps)):
+        np.maximum(channel, (maps[c] > value) * np.uint8(c), out=channel)
+        np.maximum(value, maps[c], out=value)
+    return value, channel
+
+
+def _eroded(value: np.ndarray, channel: np.ndarray, side: int) -> np.ndarray:
+    """Values (H, W) whose thresholding gives the eroded regions, for every threshold at once.
+
+    A pixel survives erosion at t if its whole window has its class at t: if the window has one arg-max
+    channel and its lowest value is above t. So the value is that minimum, or -inf where the window is mixed.
+    """
+    uniform = _over_window(np.minimum, channel, side) == _over_window(np.maximum, channel, side)
+    return np.where(uniform, _over_window(np.minimum, value, side), value.dtype.type(-np.inf))
+
+
+def _over_window(extremum: np.ufunc, x: np.ndarray, side: int) -> np.ndarray:
+    """Minimum or maximum over the side x side window around each pixel of x (H, W), cut off at the border."""
+    height, width = x.shape
+    # Edge padding adds nothing: it repeats pixels that are in the window already.
+    x = np.pad(x, side // 2, mode="edge")
+    x = extremum.reduce([x[k : k + height] for k in range(side)])
+    return extremum.reduce([x[:, k : k + width] for k in range(side)])

@@ -1,0 +1,425 @@
+"""Every option of the pipeline: one strict, frozen config per stage, and the named presets.
+
+A preset is a complete recipe. The same code runs them all:
+
+| preset | data                  | what for                                 | time                  |
+|--------|-----------------------|------------------------------------------|-----------------------|
+| micro  | 24 shapes images      | does the wiring hold?                    | seconds, 1 CPU core   |
+| tiny   | shapes data set       | does the method learn?                   | minutes, 2 CPU cores  |
+| paper  | VOC 2012 (`--data`)   | the numbers of the paper (section 4.1)   | GPU days              |
+
+Where paper and published code differ, the default of the option is what produced the published numbers.
+"""
+
+import difflib
+import hashlib
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+
+from semformer.errors import UserError
+
+LossName = Literal["CF", "CB", "AS", "AC", "SS"]
+FinalMap = Literal["activation", "attention", "both"]
+
+
+def _split_commas(value: Any) -> Any:
+    """`CF,CB` from a command line and `[CF, CB]` from YAML mean the same."""
+    if isinstance(value, str):
+        return tuple(part.strip() for part in value.split(",") if part.strip())
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _canonical_losses(value: Any) -> Any:
+    value = _split_commas(value)
+    if not isinstance(value, tuple):
+        return value
+    order = get_args(LossName)
+    if set(value) <= set(order):
+        return tuple(name for name in order if name in value)
+    return value
+
+
+Floats = Annotated[tuple[float, ...], BeforeValidator(_split_commas)]
+Losses = Annotated[tuple[LossName, ...], BeforeValidator(_canonical_losses)]
+Range = Annotated[tuple[float, float], BeforeValidator(_split_commas)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+Count = Annotated[int, Field(gt=0)]
+
+
+class Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    def key_parameters(self) -> dict[str, Any]:
+        """The resolved parameters that can change the stage's result, as JSON values."""
+        return self.model_dump(mode="json")
+
+
+class ShapesConfig(Settings):
+    """The embedded data set that is made when no `--data` is given."""
+
+    train: Count = 2000
+    val: Count = 200
+    size: Count = 96
+    seed: int = 0
+
+
+class DataConfig(Settings):
+    """Which split the networks learn from, and on which the maps are made and measured."""
+
+    train_split: str = "trainaug"
+    eval_split: str = "train"
+    shapes: ShapesConfig | None = None
+
+
+class OptimizerConfig(Settings):
+    """Poly schedule lr * (1 - step / steps)^power; multipliers of the learning rate per parameter kind.
+
+    Pretrained weights 1, pretrained biases `bias_multiplier`, new weights `new_multiplier`, new biases both.
+    Biases have no weight decay. Momentum 5e-4 is what the published runs had (a slip in an argument's position).
+    """
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    lr: Positive
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 5e-4
+    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    power: Annotated[float, Field(ge=0)] = 0.9
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    new_multiplier: Positive = 10.0
+    bias_multiplier: Positive = 2.0
+
+    def key_parameters(self) -> dict[str, Any]:
+        return self.model_dump(mode="json", exclude={"momentum"} if self.name == "adamw" else None)
+
+
+class NetworkConfig(Settings):
+    """What the two trained stages have in common."""
+
+    ARCHITECTURE: ClassVar[tuple[str, ...]] = ("backbone", "image_size")
+
+    backbone: str
+    pretrained: bool = True
+    weights: str = ""
+    """A file with backbone weights (timm's names; .safetensors or .pth) instead of the download."""
+    checkpoint: str = ""
+    """A file with this whole network's weights under the published names: imported instead of trained."""
+    image_size: Count
+    epochs: Count
+    batch_size: Count
+    optimizer: OptimizerConfig
+
+    def key_parameters(self) -> dict[str, Any]:
+        """As for every stage; a file counts by its content, not its path. An import depends on no training option."""
+        if self.checkpoint:
+            architecture = self.model_dump(mode="json", include=set(self.ARCHITECTURE))
+            return architecture | {"checkpoint": file_digest(self.checkpoint)}
+        parameters = super().key_parameters()
+        parameters["optimizer"] = self.optimizer.key_parameters()
+        parameters["weights"] = file_digest(self.weights) if self.weights else ""
+        return parameters
+
+
+class CaaeConfig(NetworkConfig):
+    """Class-Aware AutoEncoder (section 3.2)."""
+
+    ARCHITECTURE = (
+        *NetworkConfig.ARCHITECTURE,
+        *("class_dim", "merge", "reconstruction", "decoder_depth", "decoder_width"),
+    )
+
+    backbone: str = "deit_base_distilled_patch16_224"
+    image_size: Count = 224
+    epochs: Count = 200
+    batch_size: Count = 64
+    optimizer: OptimizerConfig = OptimizerConfig(lr=0.025)
+    class_dim: Count = 256
+    """D of Eq. 1."""
+    merge: Literal["sum", "mean", "max"] = "sum"
+    """How primary tokens become class embeddings (Table 5)."""
+    decoder_depth: Count = 8
+    decoder_width: Count = 768
+    reconstruction: bool = True
+    """The decoder and the reconstruction loss of Eq. 4 (Tables 11, 14)."""
+    color_jitter: Annotated[tuple[float, float, float, float], BeforeValidator(_split_commas)] = (
+        0.3,
+        0.3,
+        0.3,
+        0.1,
+    )
+    enlarge: Range = (1.0, 3.0)
+    crop_area: Range = (0.08, 1.0)
+    """Area of the random resized crop, as a fraction of the image."""
+
+    def key_parameters(self) -> dict[str, Any]:
+        parameters = super().key_parameters()
+        return parameters if self.reconstruction else _without(parameters, "decoder_depth", "decoder_width")
+
+
+class SegmentorConfig(NetworkConfig):
+    """Segmentation network (section 3.3)."""
+
+    backbone: str = "deit_small_patch16_224"
+    image_size: Count = 448
+    epochs: Count = 20
+    batch_size: Count = 8
+    optimizer: OptimizerConfig = OptimizerConfig(lr=0.005)
+    losses: Losses = get_args(LossName)
+    sigma: Annotated[float, Field(ge=0)] = 0.075
+    """Scale of the activation suppression loss (Eq. 9, Table 17)."""
+    pair_reduction: Literal["batch", "image"] = "batch"
+    """Eq. 7, 8: means over the batch's pairs with constants and 1/2 (published code) or per image (paper)."""
+    suppress: Literal["objects", "all"] = "objects"
+    """Eq. 9: suppress the object channels and raise the background (published code) or all K channels (paper)."""
+    complement: Literal["present", "all"] = "present"
+    """Eq. 10: the maximum runs over the image's other present classes (published code) or over all K (paper)."""
+    token_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
+    """Probability with which a whole patch token is dropped before the activation layer."""
+    long_side: Annotated[tuple[int, int], BeforeValidator(_split_commas)] = (224, 896)
+    """Range of the random resize, in pixels of the longer side."""
+    selection: Literal["last", "best_miou"] = "last"
+    """`best_miou` keeps the epoch with the best map on the *pixel masks* of the training split (published code)."""
+
+    @model_validator(mode="after")
+    def _some_map_loss(self) -> "SegmentorConfig":
+        if not self.losses:
+            raise ValueError("losses is empty: name at least one of CF, CB, AS, AC, SS")
+        return self
+
+    def key_parameters(self) -> dict[str, Any]:
+        unused = set()
+        if "AS" not in self.losses:
+            unused |= {"sigma", "suppress"}
+        if "AC" not in self.losses:
+            unused |= {"complement"}
+        if not {"CF", "CB"} & set(self.losses):
+            unused |= {"pair_reduction"}
+        return _without(super().key_parameters(), *unused)
+
+
+class CamsConfig(Settings):
+    """Multi-scale activation maps (Eq. 5, 6; Tables 4, 12, 13, 16)."""
+
+    scales: Annotated[Floats, Field(min_length=1)] = (0.5, 1.0, 1.5, 2.0)
+    flip: bool = True
+    final_map: FinalMap = "both"
+    """activation map M, class-relative attention A', or their product."""
+    last_blocks: Count = 4
+    """U of Eq. 6."""
+    pictures: Annotated[int, Field(ge=0)] = 4
+    """How many images of the split are drawn in the layout of Figure 4."""
+
+
+class EvaluateConfig(Settings):
+    """Scores of the maps against pixel masks."""
+
+    thresholds: Annotated[tuple[float, float, float], BeforeValidator(_split_commas)] = (0.10, 0.39, 0.01)
+    """First, last (included) and step of the background thresholds."""
+    rule: Literal["oracle", "fixed"] = "oracle"
+    """Which threshold the reported scores use: the best on the masks, or `fixed_threshold`. Both are stored."""
+    fixed_threshold: Fraction = 0.25
+    erosion: Annotated[int, Field(ge=0)] = 7
+    """Side of the square that erodes each predicted region (published evaluation); 0 is none."""
+
+    @model_validator(mode="after")
+    def _sound(self) -> "EvaluateConfig":
+        first, last, step = self.thresholds
+        if not (0 <= first <= last <= 1 and step > 0):
+            raise ValueError(f"thresholds must be FIRST,LAST,STEP with 0 <= FIRST <= LAST <= 1, not {self.thresholds}")
+        if self.erosion and self.erosion % 2 == 0:
+            raise ValueError(f"erosion must be odd (or 0 for none), not {self.erosion}")
+        return self
+
+    def threshold_values(self) -> tuple[float, ...]:
+        """All thresholds tried, ascending, without the rounding noise of repeated addition."""
+        first, last, step = self.thresholds
+        return tuple(round(first + i * step, 6) for i in range(round((last - first) / step) + 1))
+
+
+class Config(Settings):
+    """The whole pipeline. `load_config` is the one way to make one."""
+
+    seed: int = 0
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+    """Of matrix products under autocast, weights stay float32. It changes results, so it is part of every key."""
+    data: DataConfig = DataConfig()
+    caae: CaaeConfig = CaaeConfig()
+    segmentor: SegmentorConfig = SegmentorConfig()
+    cams: CamsConfig = CamsConfig()
+    evaluate: EvaluateConfig = EvaluateConfig()
+
+
+def _without(parameters: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {name: value for name, value in parameters.items() if name not in names}
+
+
+def file_digest(path: str | Path) -> str:
+    """sha256 of a file's bytes. Raises UserError when it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"cannot read the weights file {path}: {error.strerror}") from error
+
+
+# Differences from the fields' defaults, which are the paper's values.
+PRESETS: dict[str, dict[str, Any]] = {
+    "paper": {},
+    "tiny": {
+        "precision": "float32",
+        "data.train_split": "train",
+        "data.eval_split": "val",
+        "data.shapes": {"train": 2000, "val": 200, "size": 96},
+        "caae.backbone": "vit_shapes_patch8_64",
+        "caae.pretrained": False,
+        "caae.image_size": 64,
+        "caae.epochs": 20,
+        "caae.batch_size": 32,
+        "caae.class_dim": 32,
+        "caae.decoder_depth": 2,
+        "caae.decoder_width": 96,
+        "caae.color_jitter": (0.0, 0.0, 0.0, 0.0),
+        "caae.enlarge": (1.0, 1.0),
+        "caae.crop_area": (0.5, 1.0),
+        "caae.optimizer": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup_steps": 100},
+        "segmentor.backbone": "vit_shapes_patch8_96",
+        "segmentor.pretrained": False,
+        "segmentor.image_size": 96,
+        "segmentor.epochs": 5,
+        "segmentor.batch_size": 16,
+        "segmentor.long_side": (80, 120),
+        "segmentor.optimizer": {"name": "adamw", "lr": 1e-3, "weight_decay": 0.05, "warmup_steps": 50},
+        "cams.scales": (0.5, 1.0, 1.5),
+        "evaluate.thresholds": (0.01, 0.99, 0.01),
+        "evaluate.erosion": 0,
+    },
+}
+PRESETS["micro"] = PRESETS["tiny"] | {
+    "data.shapes": {"train": 16, "val": 8, "size": 48},
+    "caae.image_size": 32,
+    "caae.epochs": 2,
+    "caae.batch_size": 8,
+    "caae.class_dim": 8,
+    "caae.decoder_depth": 1,
+    "caae.decoder_width": 24,
+    "caae.backbone": "vit_wiring_patch8_32",
+    "segmentor.backbone": "vit_wiring_patch8_48",
+    "segmentor.image_size": 48,
+    "segmentor.epochs": 2,
+    "segmentor.batch_size": 8,
+    "segmentor.long_side": (40, 60),
+    "cams.scales": (0.5, 1.0),
+    "cams.last_blocks": 2,
+    "cams.pictures": 2,
+}
+_FROM_SCRATCH = {
+    "new_multiplier": 1.0,
+    "bias_multiplier": 1.0,
+}  # nothing is pretrained: one learning rate for all
+for _preset in ("tiny", "micro"):
+    for _stage in ("caae", "segmentor"):
+        PRESETS[_preset][f"{_stage}.optimizer"] = PRESETS[_preset][f"{_stage}.optimizer"] | _FROM_SCRATCH
+
+
+def load_config(preset: str = "paper", overrides: Mapping[str, Any] | None = None, *, source: str = "--set") -> Config:
+    """A preset with some fields changed.
+
+    `overrides` maps dotted names ("segmentor.sigma") to values; text is read as the field's type.
+    Raises UserError that names `source`, the field and the nearest valid one, or the type that is wanted.
+    """
+    if preset not in PRESETS:
+        raise UserError(f"no preset is named {preset!r}: choose one of {', '.join(PRESETS)}")
+    tree: dict[str, Any] = {}
+    for name, value in (*PRESETS[preset].items(), *(overrides or {}).items()):
+        if name not in field_names() and name not in _groups():
+            raise UserError(f"{source}: {unknown_field(name)}")
+        *groups, leaf = name.split(".")
+        node = tree
+        for group in groups:
+            node = node.setdefault(group, {})
+        if isinstance(value, Mapping):
+            node.setdefault(leaf, {}).update(value)
+        else:
+            node[leaf] = value
+    defaults = Config().model_dump()
+    try:
+        return Config.model_validate(_merge(defaults, tree))
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(item, source) for item in error.errors())) from error
+
+
+def parse_overrides(assignments: list[str]) -> dict[str, str]:
+    """["segmentor.sigma=0.05"] -> {"segmentor.sigma": "0.05"}. Raises UserError for anything else."""
+    overrides = {}
+    for assignment in assignments:
+        name, equals, value = assignment.partition("=")
+        if not equals:
+            raise UserError(f"--set {assignment}: write FIELD=VALUE, for example --set segmentor.sigma=0.05")
+        overrides[name.strip()] = value.strip()
+    return overrides
+
+
+def flatten(config: Settings) -> dict[str, Any]:
+    """{"segmentor.sigma": 0.075, ...}: every leaf field with its JSON value."""
+    return dict(_leaves(config.model_dump(mode="json"), ""))
+
+
+@cache
+def field_names() -> tuple[str, ...]:
+    """The dotted names of all leaf fields."""
+    return tuple(_fields(Config, ""))
+
+
+def unknown_field(name: str) -> str:
+    """One sentence that names the nearest valid fields."""
+    near = difflib.get_close_matches(name, field_names(), n=3, cutoff=0.5)
+    near = near or [valid for valid in field_names() if valid.endswith("." + name.rpartition(".")[2])]
+    hint = f"did you mean {' or '.join(near)}?" if near else f"the groups are {', '.join(Config.model_fields)}"
+    return f"unknown field {name!r}: {hint}"
+
+
+def _fields(model: type[BaseModel], prefix: str) -> Iterator[str]:
+    for name, field in model.model_fields.items():
+        nested = _settings_type(field.annotation)
+        if nested:
+            yield from _fields(nested, f"{prefix}{name}.")
+        else:
+            yield prefix + name
+
+
+def _settings_type(annotation: Any) -> type[Settings] | None:
+    candidates = (annotation, *get_args(annotation))
+    return next((c for c in candidates if isinstance(c, type) and issubclass(c, Settings)), None)
+
+
+@cache
+def _groups() -> set[str]:
+    return {name.rpartition(".")[0] for name in field_names()} - {""}
+
+
+def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def _merge(base: Any, changes: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base or {})
+    for name, value in changes.items():
+        merged[name] = _merge(merged.get(name), value) if isinstance(value, Mapping) else value
+    return merged
+
+
+def _explain(item: Mapping[str, Any], source: str) -> str:
+    name = ".".join(str(part) for part in item["loc"] if isinstance(part, str))
+    if item["type"] == "extra_forbidden":
+        return f"{source}: {unknown_field(name)}"
+    message = item["msg"]
+    if item["type"] == "value_error":
+        return f"{source}: {name}.{message.removeprefix('Value error, ')}"
+    return f"{source}: {name} = {item['input']!r}: {message[0].lower()}{message[1:]}"

@@ -1,0 +1,96 @@
+"""Presets, overrides and keys of the configuration."""
+
+import pytest
+
+from semformer.config import PRESETS, field_names, flatten, load_config, parse_overrides
+from semformer.errors import UserError
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_are_valid(preset):
+    assert set(flatten(load_config(preset))) >= {"seed", "segmentor.sigma", "caae.class_dim", "cams.last_blocks"}
+
+
+def test_paper_preset_has_the_values_of_section_4_1():
+    config = load_config("paper")
+    assert (config.caae.backbone, config.caae.image_size) == ("deit_base_distilled_patch16_224", 224)
+    assert (config.caae.epochs, config.caae.batch_size, config.caae.optimizer.lr) == (200, 64, 0.025)
+    assert (config.segmentor.backbone, config.segmentor.image_size) == ("deit_small_patch16_224", 448)
+    assert (config.segmentor.epochs, config.segmentor.batch_size, config.segmentor.optimizer.lr) == (20, 8, 0.005)
+    assert (config.segmentor.sigma, config.cams.last_blocks, config.caae.class_dim) == (0.075, 4, 256)
+
+
+def test_text_is_read_as_the_type_of_its_field():
+    text = ["seed=7", "segmentor.losses=SS,CF", "segmentor.sigma=0.05", "caae.reconstruction=false", "cams.scales=1,2"]
+    config = load_config("tiny", parse_overrides(text))
+    assert config.seed == 7
+    assert config.segmentor.losses == ("CF", "SS")
+    assert config.segmentor.sigma == 0.05
+    assert config.caae.reconstruction is False
+    assert config.cams.scales == (1.0, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ({"segmentor.sigm": 0.1}, r"unknown field 'segmentor.sigm': did you mean segmentor.sigma"),
+        ({"sigma": 0.1}, r"did you mean segmentor.sigma"),
+        ({"caae.class_dim": 0}, r"caae.class_dim = 0: input should be greater than 0"),
+        ({"caae.class_dim": "many"}, r"caae.class_dim = 'many': .*integer"),
+        ({"caae.merge": "median"}, r"caae.merge = 'median': input should be 'sum', 'mean' or 'max'"),
+        ({"segmentor.losses": "CF,XX"}, r"segmentor.losses = 'XX'"),
+        ({"segmentor.losses": ""}, r"segmentor.losses is empty"),
+        ({"segmentor.sigma": "nan"}, r"segmentor.sigma"),
+        ({"evaluate.erosion": 4}, r"evaluate.erosion must be odd"),
+        ({"evaluate.thresholds": "0.5,0.1,0.01"}, r"FIRST,LAST,STEP"),
+        ({"segmentor.optimizer": {"speed": 3}}, r"segmentor.optimizer.speed"),
+    ],
+)
+def test_bad_values_name_the_field_and_what_is_wanted(overrides, told):
+    with pytest.raises(UserError, match=told):
+        load_config("tiny", overrides)
+
+
+def test_assignment_without_a_value_is_refused():
+    with pytest.raises(UserError, match="FIELD=VALUE"):
+        parse_overrides(["segmentor.sigma"])
+
+
+def test_unknown_preset_lists_the_known_ones():
+    with pytest.raises(UserError, match="micro"):
+        load_config("huge")
+
+
+def test_field_names_that_others_rely_on():
+    promised = (
+        "seed caae.backbone caae.merge caae.decoder_depth caae.decoder_width caae.class_dim caae.reconstruction "
+        "segmentor.losses segmentor.sigma cams.last_blocks cams.final_map"
+    )
+    assert set(promised.split()) <= set(field_names())
+
+
+def key_of(stage: str, **changes) -> dict:
+    return getattr(
+        load_config("tiny", {name.replace("__", "."): v for name, v in changes.items()}), stage
+    ).key_parameters()
+
+
+def test_key_ignores_what_cannot_change_the_result():
+    without_as = {"segmentor__losses": "CF,CB"}
+    assert key_of("segmentor", **without_as, segmentor__sigma=0.1) == key_of("segmentor", **without_as)
+    assert key_of("segmentor", segmentor__sigma=0.1) != key_of("segmentor")
+    no_decoder = {"caae__reconstruction": False}
+    assert key_of("caae", **no_decoder, caae__decoder_depth=4) == key_of("caae", **no_decoder)
+    assert key_of("caae", caae__decoder_depth=4) != key_of("caae")
+    assert key_of("segmentor", segmentor__losses="SS,AC,AS,CB,CF") == key_of("segmentor")
+
+
+def test_weights_files_count_by_content(tmp_path):
+    first, second = tmp_path / "a.pth", tmp_path / "b.pth"
+    first.write_bytes(b"weights")
+    second.write_bytes(b"weights")
+    assert key_of("caae", caae__weights=str(first)) == key_of("caae", caae__weights=str(second))
+    second.write_bytes(b"others")
+    assert key_of("caae", caae__weights=str(first)) != key_of("caae", caae__weights=str(second))
+    with pytest.raises(UserError, match="nowhere.pth"):
+        key_of("caae", caae__weights="nowhere.pth")

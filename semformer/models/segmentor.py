@@ -1,0 +1,56 @@
+"""Segmentation network with K class tokens, section 3.3 of the paper.
+
+Legend: B images, K classes (0 is background), D class dimension, N patches, d token dimension, h w patch grid.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from semformer.models.vit import Backbone, class_to_patch_attention
+
+
+class Segmentor(nn.Module):
+    def __init__(self, backbone: Backbone, *, n_classes: int, class_dim: int, token_dropout: float = 0.5):
+        super().__init__()
+        self.n_classes, self.token_dropout = n_classes, token_dropout
+        self.backbone = backbone
+        token, position = backbone.class_tokens
+        self.class_tokens = nn.Parameter(token.repeat(1, n_classes, 1))
+        self.class_positions = nn.Parameter(position.repeat(1, n_classes, 1))
+        self.patch_head = nn.Linear(backbone.dim, n_classes)
+        self.class_head_weight = nn.Parameter(torch.empty(n_classes, backbone.dim, class_dim))
+        self.class_head_bias = nn.Parameter(torch.zeros(n_classes, class_dim))
+        nn.init.trunc_normal_(self.class_head_weight, std=0.02)
+
+    def forward(
+        self, images: Tensor, *, last_blocks: int = 0, generator: torch.Generator | None = None
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Activation logits, class embeddings and, on request, what the class tokens look at.
+
+        images: (B, 3, H, W). Returns
+        - logits (B, K, h, w): Eq. 5 before the sigmoid;
+        - embeddings E' (B, K, D) of the class tokens, after ReLU (section 3.3.4);
+        - A^l (B, K, h*w) of the last `last_blocks` blocks, first to last (Eq. 6); computed nowhere else.
+
+        In training mode whole patch tokens are dropped with `token_dropout`, drawn from `generator`.
+        """
+        patches, grid = self.backbone.tokens(images)
+        classes = (self.class_tokens + self.class_positions).expand(len(images), -1, -1)
+        tokens = torch.cat([classes, patches], dim=1)
+        attention = []
+        for index, block in enumerate(self.backbone.blocks):
+            if index >= len(self.backbone.blocks) - last_blocks:
+                attention.append(class_to_patch_attention(block, tokens, self.n_classes))
+            tokens = block(tokens)
+        tokens = self.backbone.norm(tokens)
+        classes, patches = tokens.split([self.n_classes, patches.shape[1]], dim=1)
+        logits = self.patch_head(self._drop_tokens(patches, generator))
+        embeddings = torch.einsum("bkd,kde->bke", classes, self.class_head_weight) + self.class_head_bias
+        return logits.transpose(1, 2).unflatten(-1, grid), embeddings.relu(), attention
+
+    def _drop_tokens(self, patches: Tensor, generator: torch.Generator | None) -> Tensor:
+        if not (self.training and self.token_dropout):
+            return patches
+        keep = 1 - self.token_dropout
+        kept = torch.rand(*patches.shape[:2], 1, generator=generator, device=patches.device) < keep
+        return patches * kept / keep

@@ -1,0 +1,173 @@
+"""A timm ViT as both networks of SemFormer use it: patch tokens, position embedding, blocks, final norm.
+
+Legend: B images, N patches, d token dimension, K classes, H W pixels, h w patch grid, P patch side.
+"""
+
+import math
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, resample_abs_pos_embed
+from timm.models import VisionTransformer, register_model
+from timm.models.vision_transformer import Block
+from torch import Tensor, nn
+
+from semformer.errors import UserError
+from semformer.weights import load_state, read_weights
+
+
+@register_model
+def vit_shapes_patch8_64(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """Encoder of preset tiny: 64x64 images."""
+    return _small_vit(pretrained, kwargs, img_size=64, embed_dim=96, depth=4, num_heads=4)
+
+
+@register_model
+def vit_shapes_patch8_96(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """Segmentation backbone of preset tiny: 96x96 images."""
+    return _small_vit(pretrained, kwargs, img_size=96, embed_dim=96, depth=4, num_heads=4)
+
+
+@register_model
+def vit_wiring_patch8_32(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """Encoder of preset micro."""
+    return _small_vit(pretrained, kwargs, img_size=32, embed_dim=24, depth=2, num_heads=2)
+
+
+@register_model
+def vit_wiring_patch8_48(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """Segmentation backbone of preset micro."""
+    return _small_vit(pretrained, kwargs, img_size=48, embed_dim=24, depth=2, num_heads=2)
+
+
+def _small_vit(pretrained: bool, options: dict[str, Any], **defaults: int) -> VisionTransformer:
+    if pretrained:
+        raise UserError("the shapes backbones have no pretrained weights: set pretrained=false")
+    hub_options = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
+    chosen = {name: value for name, value in options.items() if name not in hub_options}
+    return VisionTransformer(**{"patch_size": 8, **defaults, **chosen})
+
+
+class Backbone(nn.Module):
+    """The patch embedding, position embedding, blocks and final LayerNorm of a timm ViT.
+
+    Class, distillation and register tokens are left out; the class token and its position embedding are kept as
+    plain tensors, `class_token` and `class_position` (1, 1, d), for the segmentation network to start from.
+    """
+
+    def __init__(self, vit: VisionTransformer):
+        super().__init__()
+        if not all(isinstance(block, Block) and isinstance(block.attn, Attention) for block in vit.blocks):
+            raise UserError("only plain ViT / DeiT backbones of timm are supported (standard blocks and attention)")
+        self.patch_embed = vit.patch_embed.proj
+        self.norm_pre = vit.norm_pre
+        self.blocks = vit.blocks
+        self.norm = vit.norm
+        self.dim = vit.embed_dim
+        self.patch_size = vit.patch_embed.patch_size[0]
+        self.num_heads = vit.blocks[0].attn.num_heads
+        prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+        self.pos_embed = nn.Parameter(vit.pos_embed.detach()[:, prefix:].clone())
+        zeros = torch.zeros(1, 1, self.dim)
+        self._class_token = zeros if vit.cls_token is None else vit.cls_token.detach().clone()
+        self._class_position = vit.pos_embed.detach()[:, :1].clone() if prefix else zeros
+
+    @property
+    def class_tokens(self) -> tuple[Tensor, Tensor]:
+        """The pretrained class token and its position embedding, (1, 1, d) each; zeros where the ViT has none."""
+        return self._class_token, self._class_position
+
+    def tokens(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Patch tokens with their position embedding, before the blocks.
+
+        images: (B, 3, H, W), H and W multiples of P. Returns (B, N, d) and the grid (h, w). Position embeddings
+        of another grid are resized bicubically (align_corners=False).
+        """
+        patches = self.patch_embed(images)
+        h, w = patches.shape[-2:]
+        side = math.isqrt(self.pos_embed.shape[1])
+        position = self.pos_embed
+        if (h, w) != (side, side):
+            grid = position.reshape(1, side, side, self.dim).permute(0, 3, 1, 2)
+            grid = F.interpolate(grid, size=(h, w), mode="bicubic", align_corners=False)
+            position = grid.flatten(2).transpose(1, 2)
+        return self.norm_pre(patches.flatten(2).transpose(1, 2) + position), (h, w)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> patch tokens after the last block and the final LayerNorm, (B, N, d)."""
+        tokens, _ = self.tokens(images)
+        for block in self.blocks:
+            tokens = block(tokens)
+        return self.norm(tokens)
+
+
+def class_to_patch_attention(block: Block, tokens: Tensor, n_class: int) -> Tensor:
+    """What the class tokens look at in one block: A^l of section 3.3.3.
+
+    tokens: (B, K + N, d), the block's *input*, class tokens first. Returns (B, K, N), mean over heads; rows of the
+    softmax over all K + N tokens, of which only the K rows that are needed are computed.
+    """
+    attention = block.attn
+    B, T, _ = tokens.shape
+    qkv = attention.qkv(block.norm1(tokens)).reshape(B, T, 3, attention.num_heads, attention.head_dim)
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4)
+    q, k = attention.q_norm(q[:, :, :n_class]), attention.k_norm(k)
+    scores = (q * attention.scale) @ k.transpose(-2, -1)
+    return scores.softmax(dim=-1)[..., n_class:].mean(dim=1)
+
+
+def build_backbone(name: str, *, pretrained: bool = False, weights: str = "", image_size: int) -> Backbone:
+    """A timm ViT by name, with random, downloaded (`pretrained`) or local (`weights`) parameters.
+
+    Raises UserError for an unknown name, a model that is no plain ViT, an image size that the patches do not tile,
+    a download that is impossible, and a weights file of another architecture.
+    """
+    shape = backbone_shape(name)
+    if image_size % shape["patch_size"]:
+        raise UserError(f"image_size {image_size} is no multiple of {name}'s patch size {shape['patch_size']}")
+    try:
+        vit = timm.create_model(name, pretrained=pretrained and not weights, num_classes=0)
+    except UserError:
+        raise
+    except Exception as error:  # hub libraries raise a dozen kinds when they are offline
+        raise UserError(
+            f"cannot download the pretrained weights of {name} ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            "Give a local file with --weights FILE (timm's parameter names), or set pretrained=false."
+        ) from error
+    if weights:
+        _load_weights(vit, name, Path(weights))
+    return Backbone(vit)
+
+
+@cache
+def backbone_shape(name: str) -> dict[str, int]:
+    """depth, dim, num_heads and patch_size of a timm ViT, without allocating its weights."""
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('_')[0]}*", exclude_filters=["*.*"])[:3]
+        raise UserError(f"timm {timm.__version__} has no model {name!r}; similar names: {', '.join(near) or 'none'}")
+    with torch.device("meta"):
+        vit = timm.create_model(name, num_classes=0)
+    if not isinstance(vit, VisionTransformer) or vit.pos_embed is None:
+        raise UserError(f"{name} is no plain ViT: SemFormer needs timm's VisionTransformer with position embeddings")
+    return {
+        "depth": len(vit.blocks),
+        "dim": vit.embed_dim,
+        "num_heads": vit.blocks[0].attn.num_heads,
+        "patch_size": vit.patch_embed.patch_size[0],
+    }
+
+
+def _load_weights(vit: VisionTransformer, name: str, path: Path) -> None:
+    state = read_weights(path)
+    wanted = vit.state_dict()
+    if "pos_embed" in state and state["pos_embed"].shape != wanted["pos_embed"].shape:
+        state["pos_embed"] = resample_abs_pos_embed(
+            state["pos_embed"],
+            new_size=list(vit.patch_embed.grid_size),
+            num_prefix_tokens=0 if vit.no_embed_class else vit.num_prefix_tokens,
+        )
+    load_state(vit, {key: value for key, value in state.items() if not key.startswith("head")}, f"{path} ({name})")

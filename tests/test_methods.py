@@ -1,0 +1,182 @@
+"""Networks and losses: fast against plain, every variant forward and backward."""
+
+import pytest
+import timm
+import torch
+from timm.models import VisionTransformer
+
+from semformer.config import CaaeConfig, SegmentorConfig, load_config
+from semformer.errors import UserError
+from semformer.inference import final_map
+from semformer.losses import similarity
+from semformer.models.caae import CAAE
+from semformer.models.segmentor import Segmentor
+from semformer.models.vit import Backbone, backbone_shape, build_backbone, class_to_patch_attention
+from semformer.stages import caae as caae_stage
+from semformer.stages import segmentor as segmentor_stage
+from tests import reference
+
+K, D = 4, 16
+
+
+def small_backbone(size: int = 32, **kwargs) -> Backbone:
+    options = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 0} | kwargs
+    return Backbone(VisionTransformer(size, **options))
+
+
+def small_caae(**kwargs) -> CAAE:
+    options = {"n_classes": K, "class_dim": D, "decoder_depth": 1, "decoder_width": 8} | kwargs
+    return CAAE(small_backbone(), **options)
+
+
+@pytest.fixture
+def batch():
+    """Three images: two objects, one object, background alone; the last two padded."""
+    torch.manual_seed(3)
+    Y = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 1], [1, 0, 0, 0]]).float()
+    regions = torch.tensor([[0, 0, 64, 64], [8, 0, 64, 50], [0, 20, 40, 64]])
+    return torch.randn(3, 3, 64, 64), regions, Y
+
+
+@pytest.mark.parametrize("pair_reduction", ["batch", "image"])
+@pytest.mark.parametrize(("suppress", "complement"), [("objects", "present"), ("all", "all")])
+def test_segmentor_losses_and_gradients_equal_the_plain_ones(batch, pair_reduction, suppress, complement):
+    torch.manual_seed(0)
+    options = SegmentorConfig(pair_reduction=pair_reduction, suppress=suppress, complement=complement)
+    guide = small_caae().eval().requires_grad_(False)
+    model = Segmentor(small_backbone(64), n_classes=K, class_dim=D).train()
+    gradients = []
+    for compute in (segmentor_stage.loss_terms, reference.segmentor_losses):
+        model.zero_grad()
+        terms = compute(model, guide, options, *batch, caae_size=32, generator=torch.Generator().manual_seed(5))
+        terms["total"].backward()
+        gradients.append((terms, [p.grad.clone() for p in model.parameters()]))
+    (ours, our_gradients), (plain, plain_gradients) = gradients
+    for name in ours:
+        torch.testing.assert_close(ours[name], plain[name], atol=1e-5, rtol=1e-5, msg=name)
+    torch.testing.assert_close(our_gradients, plain_gradients, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("reconstruction", [True, False])
+def test_caae_loss_equals_the_plain_one(batch, reconstruction):
+    torch.manual_seed(0)
+    model = small_caae(reconstruction=reconstruction)
+    images = batch[0][..., :32, :32]
+    ours = caae_stage.loss_terms(model, images, batch[2])["total"]
+    torch.testing.assert_close(ours, reference.caae_loss(model, images, batch[2]))
+
+
+@pytest.mark.parametrize("losses", ["CF", "CB", "AS", "AC", "SS", "CF,CB", "CF,AS,SS"])
+def test_only_the_named_losses_are_computed(batch, losses):
+    options = load_config("micro", {"segmentor.losses": losses}).segmentor
+    model = Segmentor(small_backbone(64), n_classes=K, class_dim=D)
+    terms = segmentor_stage.loss_terms(model, small_caae().requires_grad_(False), options, *batch, caae_size=32)
+    assert set(terms) == {"total", *losses.split(",")}
+    terms["total"].backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_absent_classes_do_not_move_their_semantics(batch):
+    model = small_caae()
+    Y = torch.tensor([[1.0, 1, 0, 0]]).repeat(3, 1)
+    caae_stage.loss_terms(model, batch[0][..., :32, :32], Y)["total"].backward()
+    assert model.semantics_weight.grad[:2].abs().sum() > 0
+    assert model.semantics_weight.grad[2:].abs().sum() == 0
+
+
+@pytest.mark.parametrize("merge", ["sum", "mean", "max"])
+@pytest.mark.parametrize("reconstruction", [True, False])
+def test_caae_variants(merge, reconstruction):
+    model = small_caae(merge=merge, reconstruction=reconstruction)
+    images = torch.randn(2, 3, 32, 32)
+    E, recon = model(images)
+    assert E.shape == (2, K, D)
+    assert (recon.shape == images.shape) if reconstruction else recon is None
+    sim = similarity(E, model.semantics)
+    assert ((sim >= 0) & (sim < 1)).all()
+    sim.sum().backward()
+    assert model.primary.weight.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["activation", "attention", "both"])
+def test_final_maps(kind):
+    model = Segmentor(small_backbone(64), n_classes=K, class_dim=D).eval()
+    maps = final_map(model, torch.randn(2, 3, 48, 64), kind, last_blocks=2)
+    assert maps.shape == (2, K, 6, 8)
+    assert maps.isfinite().all()
+    assert (maps >= 0).all()
+
+
+def test_class_attention_equals_the_full_matrix():
+    backbone = small_backbone()
+    block, tokens = backbone.blocks[0], torch.randn(2, K + 16, 16)
+    q, k, _ = block.attn.qkv(block.norm1(tokens)).reshape(2, K + 16, 3, 2, 8).permute(2, 0, 3, 1, 4)
+    full = (q @ k.transpose(-2, -1) * 8**-0.5).softmax(dim=-1).mean(dim=1)
+    torch.testing.assert_close(class_to_patch_attention(block, tokens, K), full[:, :K, K:])
+
+
+def test_dropout_drops_whole_tokens_and_only_in_training():
+    model = Segmentor(small_backbone(64), n_classes=K, class_dim=D, token_dropout=0.5).train()
+    patches = torch.ones(4, 64, 16)
+    dropped = model._drop_tokens(patches, torch.Generator().manual_seed(0))
+    assert set(dropped.unique().tolist()) == {0.0, 2.0}
+    assert ((dropped == 0).all(dim=-1) | (dropped == 2).all(dim=-1)).all()
+    assert not (dropped == 0).all(dim=1).any(), "no image is dropped as a whole"
+    torch.testing.assert_close(model.eval()._drop_tokens(patches, None), patches)
+
+
+def test_class_tokens_start_as_copies_of_the_pretrained_one():
+    vit = VisionTransformer(32, 8, embed_dim=16, depth=1, num_heads=2, num_classes=0)
+    torch.nn.init.normal_(vit.cls_token)
+    model = Segmentor(Backbone(vit), n_classes=K, class_dim=D)
+    torch.testing.assert_close(model.class_tokens, vit.cls_token.expand(1, K, 16))
+    torch.testing.assert_close(model.class_positions, vit.pos_embed[:, :1].expand(1, K, 16))
+
+
+@pytest.mark.parametrize("name", ["vit_shapes_patch8_64", "vit_wiring_patch8_48", "vit_tiny_patch16_224"])
+def test_backbone_equals_timm_without_prefix_tokens(name):
+    """Ours has no class token: it must equal a timm ViT whose attention cannot see one."""
+    size = backbone_shape(name)["patch_size"] * 4
+    torch.manual_seed(0)
+    ours = build_backbone(name, image_size=size).eval()
+    theirs = timm.create_model(
+        name, class_token=False, img_size=size, num_classes=0, global_pool="avg", fc_norm=False
+    ).eval()
+    state = {f"blocks.{k}": v for k, v in ours.blocks.state_dict().items()}
+    state |= {f"norm.{k}": v for k, v in ours.norm.state_dict().items()}
+    state |= {f"patch_embed.proj.{k}": v for k, v in ours.patch_embed.state_dict().items()}
+    images = torch.randn(1, 3, size, size)
+    tokens, _ = ours.tokens(images)
+    patches = ours.patch_embed(images).flatten(2).transpose(1, 2)
+    theirs.load_state_dict({**theirs.state_dict(), **state, "pos_embed": (tokens - patches).detach()}, strict=False)
+    torch.testing.assert_close(ours(images), theirs.forward_features(images), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit_no_such_model", "swin_tiny_patch4_window7_224"])
+def test_backbones_that_cannot_be_used_are_refused(name):
+    with pytest.raises(UserError, match=name):
+        build_backbone(name, image_size=224)
+
+
+def test_impossible_download_tells_how_to_give_a_file(monkeypatch, tmp_path):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="--weights FILE"):
+        build_backbone("deit_tiny_patch16_224", pretrained=True, image_size=224)
+
+
+def test_local_weights_are_loaded_and_position_embeddings_resized(tmp_path):
+    donor = timm.create_model("vit_shapes_patch8_96")
+    torch.save({"model": donor.state_dict()}, tmp_path / "weights.pth")
+    backbone = build_backbone("vit_shapes_patch8_64", weights=str(tmp_path / "weights.pth"), image_size=64)
+    torch.testing.assert_close(backbone.blocks[0].attn.qkv.weight, donor.blocks[0].attn.qkv.weight)
+    assert backbone.pos_embed.shape[1] == 64
+    wrong = timm.create_model("vit_wiring_patch8_48")
+    torch.save(wrong.state_dict(), tmp_path / "wrong.pth")
+    with pytest.raises(UserError, match=r"wrong.pth.*another architecture"):
+        build_backbone("vit_shapes_patch8_64", weights=str(tmp_path / "wrong.pth"), image_size=64)
+
+
+def test_default_options_are_the_paper_s():
+    assert CaaeConfig().merge == "sum"
+    assert SegmentorConfig().token_dropout == 0.5

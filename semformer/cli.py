@@ -1,0 +1,291 @@
+"""`semformer`: make or check data, run the pipeline, draw maps, import weights."""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bars
+
+from semformer.config import PRESETS, Config, load_config, parse_overrides
+from semformer.errors import UserError
+
+STORE = Path("runs/store")
+console = Console(stderr=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = _parser().parse_args(arguments)
+    try:
+        return options.command(options)
+    except UserError as error:
+        console.print(f"[red]error:[/] {error}", highlight=False, markup=True)
+        return 2
+    except KeyboardInterrupt:
+        console.print("stopped; run the same command again to go on from the last epoch")
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="semformer", description=__doc__, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True)
+
+    run = commands.add_parser("run", help="run the pipeline for one config", allow_abbrev=False)
+    add_config_arguments(run)
+    run.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
+    run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    run.add_argument("--workers", type=int, default=0, help="processes that load images")
+    run.set_defaults(command=_run)
+
+    predict = commands.add_parser("predict", help="draw the maps for your own images", allow_abbrev=False)
+    predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    add_config_arguments(predict)
+    predict.add_argument("--classes", help="names of the classes in the images (default: those the network sees)")
+    predict.add_argument("--out", type=Path, default=Path("runs/predictions"), help="folder for the pictures")
+    predict.add_argument("--device", default="auto")
+    predict.set_defaults(command=_predict)
+
+    importer = commands.add_parser(
+        "import-checkpoint",
+        help="turn weights under the published names into an artifact",
+        allow_abbrev=False,
+    )
+    importer.add_argument("file", type=Path, metavar="FILE")
+    importer.add_argument("--kind", required=True, choices=("caae", "segmentor"))
+    add_config_arguments(importer)
+    importer.set_defaults(command=_import_checkpoint)
+
+    data = commands.add_parser("data", help="make or check a data set").add_subparsers(required=True)
+    shapes = data.add_parser("make-shapes", help="write the embedded data set in VOC layout", allow_abbrev=False)
+    shapes.add_argument("folder", type=Path, metavar="DIR")
+    shapes.add_argument("--train", type=int, default=2000, help="images to learn from")
+    shapes.add_argument("--val", type=int, default=200, help="images to measure on")
+    shapes.add_argument("--size", type=int, default=96, help="side in pixels")
+    shapes.add_argument("--seed", type=int, default=0)
+    shapes.set_defaults(command=_make_shapes)
+    check = data.add_parser("check", help="count a VOC devkit's images and read every file", allow_abbrev=False)
+    check.add_argument("folder", type=Path, metavar="DIR")
+    check.set_defaults(command=_check_data)
+    return parser
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> None:
+    """--preset, --set, --weights, --data and --store, as every command has them."""
+    parser.add_argument("--preset", default="tiny", choices=tuple(PRESETS))
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field")
+    parser.add_argument("--weights", metavar="FILE", help="backbone weights of the segmentation network (timm's names)")
+    parser.add_argument("--caae-weights", metavar="FILE", help="backbone weights of the CAAE's encoder")
+    parser.add_argument("--data", type=Path, metavar="DIR", help="a VOC devkit (default: the embedded shapes)")
+    parser.add_argument("--store", type=Path, default=STORE, metavar="DIR", help="where artifacts are kept")
+
+
+def read_config(options: argparse.Namespace) -> Config:
+    """The config that `add_config_arguments` describes."""
+    files = {"segmentor.weights": options.weights, "caae.weights": options.caae_weights}
+    overrides = {name: path for name, path in files.items() if path}
+    return load_config(options.preset, overrides | parse_overrides(options.set))
+
+
+def _run(options: argparse.Namespace) -> int:
+    config = read_config(options)
+    from semformer import pipeline
+    from semformer.store import Store
+
+    with _Display() as display:
+        data = pipeline.open_data(config, options.data, progress=display.data)
+        store = Store(options.store)
+        runs = []
+        for run in pipeline.run(
+            config,
+            data,
+            store,
+            device=_device(options.device),
+            progress=display.stage,
+            waiting=display.waiting,
+            workers=options.workers,
+        ):
+            runs.append(run)
+            display.done(run)
+    evaluated = runs[-1].artifact
+    metrics = evaluated.info["metrics"]
+    for name, value in metrics.items():
+        console.print(f"{name:28} {value:8.2f}", highlight=False)
+    for picture in sorted(evaluated.path.glob("pictures/*.png")):
+        console.print(f"picture {picture}", highlight=False, soft_wrap=True)
+    if options.json:
+        stages = [{"stage": r.stage, "key": r.key, "found": r.found, "seconds": round(r.seconds, 3)} for r in runs]
+        print(json.dumps({"metrics": metrics, "stages": stages}))
+    return 0
+
+
+def _predict(options: argparse.Namespace) -> int:
+    config = read_config(options)
+    from semformer import draw, pipeline
+    from semformer.data.voc import read_image
+    from semformer.inference import MAP_KINDS, multi_scale_maps, present_classes
+    from semformer.stages import caae, segmentor
+    from semformer.store import Store
+
+    data = pipeline.open_data(config, options.data)
+    classes = data.devkit.classes
+    named = _class_indices(options.classes, classes)
+    keys = pipeline.stage_keys(config, data, until="segmentor")
+    if named is None and "caae" not in keys:
+        raise UserError("an imported segmentation network knows no class semantics: name the --classes in the images")
+    store = Store(options.store)
+    artifacts = {stage: store.find(key) for stage, key in keys.items()}
+    if None in artifacts.values():
+        raise UserError(
+            f"{options.store} has no segmentation network of this config: train it with `semformer run` and the same "
+            "--preset, --set and --data"
+        )
+    device = _device(options.device)
+    model = segmentor.load(config, artifacts["segmentor"], n_classes=len(classes), device=device)
+    if named is None:
+        S = caae.load(config.caae, artifacts["caae"], n_classes=len(classes), device=device).semantics
+    options.out.mkdir(parents=True, exist_ok=True)
+    for path in options.images:
+        image = read_image(path)
+        present = present_classes(model, S, image, config) if named is None else named
+        maps = {}
+        for kind in MAP_KINDS:
+            view = config.cams.model_copy(update={"final_map": kind})
+            full = multi_scale_maps(model, image, present, view, precision=config.precision).full
+            maps[kind] = full.cpu().numpy()
+        target = options.out / f"{path.stem}.png"
+        draw.figure4(image, maps, present, classes, threshold=config.evaluate.fixed_threshold).save(target)
+        names = ", ".join(classes[c] for c in present) or "no object class"
+        console.print(f"{path}: {names} -> {target}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _class_indices(names: str | None, classes: tuple[str, ...]) -> list[int] | None:
+    if names is None:
+        return None
+    wanted = [name.strip() for name in names.split(",")]
+    for name in wanted:
+        if name not in classes[1:]:
+            raise UserError(f"--classes: {name!r} is none of {', '.join(classes[1:])}")
+    return sorted(classes.index(name) for name in wanted)
+
+
+def _import_checkpoint(options: argparse.Namespace) -> int:
+    config = load_config(
+        options.preset, {f"{options.kind}.checkpoint": str(options.file)} | parse_overrides(options.set)
+    )
+    from semformer import pipeline
+    from semformer.store import Store
+
+    data = pipeline.open_data(config, options.data)
+    with _Display() as display:
+        *_, run = pipeline.run(
+            config,
+            data,
+            Store(options.store),
+            device=_device("cpu"),
+            progress=display.stage,
+            until=options.kind,
+        )
+    console.print(f"{options.kind} {run.key} {'was there' if run.found else 'imported'}: {run.artifact.path}")
+    console.print(f"use it with --set {options.kind}.checkpoint={options.file}", soft_wrap=True, highlight=False)
+    return 0
+
+
+def _make_shapes(options: argparse.Namespace) -> int:
+    from semformer.data.shapes import make_shapes
+
+    with _Display() as display:
+        folder = make_shapes(
+            options.folder,
+            train=options.train,
+            val=options.val,
+            size=options.size,
+            seed=options.seed,
+            progress=display.data,
+        )
+    console.print(f"shapes data set in {folder}: use it with --data {folder}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _check_data(options: argparse.Namespace) -> int:
+    from semformer.data.voc import check_devkit
+
+    with _Display() as display:
+        findings = check_devkit(options.folder, progress=display.data)
+    for line in findings.lines:
+        console.print(line, highlight=False, soft_wrap=True)
+    for problem in findings.problems:
+        console.print(f"[red]problem:[/] {problem}", highlight=False, soft_wrap=True)
+    return 1 if findings.problems else 0
+
+
+def _device(name: str):
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return device
+
+
+class _Display:
+    """One live line per stage in a terminal; one printed line per epoch elsewhere."""
+
+    def __init__(self):
+        self.live = console.is_terminal
+        columns = (
+            TextColumn("{task.description:10}"),
+            BarColumn(20),
+            TextColumn("{task.fields[told]}"),
+            TimeElapsedColumn(),
+        )
+        self.bars = Bars(*columns, console=console, disable=not self.live)
+        self.tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "_Display":
+        self.bars.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.bars.stop()
+
+    def _update(self, name: str, done: int, total: int, told: str) -> None:
+        if name not in self.tasks:
+            self.tasks[name] = self.bars.add_task(name, total=total, told="")
+        self.bars.update(self.tasks[name], completed=done, total=total, told=told)
+
+    def data(self, done: int, total: int) -> None:
+        self._update("data", done, total, f"{done}/{total} images")
+        if not self.live and done == total:
+            console.print(f"data: {total} images", highlight=False)
+
+    def stage(self, report) -> None:
+        losses = " ".join(
+            f"{name} {value:.3f}" for name, value in report.values.items() if name.isupper() or "re" in name
+        )
+        epoch = f"epoch {report.epoch}/{report.epochs} " if report.epochs else ""
+        told = f"{epoch}{losses} {report.images_per_second:.0f} img/s, {report.seconds_left:.0f} s left"
+        self._update(report.stage, report.done, report.total, told)
+        if not self.live and (report.end_of_epoch or (not report.epochs and report.done == report.total)):
+            console.print(f"{report.stage}: {told}", highlight=False, soft_wrap=True)
+
+    def waiting(self, key, holder) -> None:
+        self._update(key.stage, 0, 1, f"waiting: {holder} makes it")
+
+    def done(self, run) -> None:
+        told = "found in the store" if run.found else f"made in {run.seconds:.1f} s"
+        self._update(run.stage, 1, 1, f"{told} ({run.key[:12]})")
+        if not self.live:
+            console.print(f"{run.stage}: {told} ({run.key[:12]})", highlight=False)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,192 @@
+"""The whole pipeline: the stages in order, what each reads, and how one is found or made.
+
+images, labels ──> caae ──> segmentor ──> cams ──> evaluate <── pixel masks
+"""
+
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from semformer.config import Config
+from semformer.data.shapes import cached_shapes
+from semformer.data.voc import Devkit, Split, open_devkit
+from semformer.errors import UserError
+from semformer.models.vit import backbone_shape
+from semformer.stages import caae, cams, evaluate, segmentor
+from semformer.stages.context import Context, Progress
+from semformer.store import Artifact, LeaseHolder, StageKey, Store
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stage and everything that its key depends on. Raise `version` with any change that changes its result."""
+
+    name: str
+    run: Callable[..., dict[str, Any]]
+    inputs: tuple[str, ...]
+    split: Literal["train_split", "eval_split"]
+    version: int = 1
+    reads_masks: Callable[[Config], bool] = lambda config: False
+
+
+STAGES = (
+    Stage("caae", caae.run, inputs=(), split="train_split"),
+    Stage("segmentor", segmentor.run, inputs=("caae",), split="train_split", reads_masks=segmentor.reads_masks),
+    Stage("cams", cams.run, inputs=("segmentor",), split="eval_split"),
+    Stage("evaluate", evaluate.run, inputs=("cams",), split="eval_split", reads_masks=lambda config: True),
+)
+
+
+class Data:
+    """The splits of a devkit, read once."""
+
+    def __init__(self, devkit: Devkit):
+        self.devkit = devkit
+        self._splits: dict[str, Split] = {}
+
+    def __getitem__(self, name: str) -> Split:
+        if name not in self._splits:
+            self._splits[name] = self.devkit.split(name)
+        return self._splits[name]
+
+
+@dataclass(frozen=True)
+class StageRun:
+    """What happened to one stage: `found` in the store, or made in `seconds`."""
+
+    stage: str
+    key: str
+    found: bool
+    seconds: float
+    artifact: Artifact
+
+
+def open_data(config: Config, folder: str | Path | None, progress: Callable[[int, int], None] | None = None) -> Data:
+    """The devkit in `folder`, or the embedded shapes data set (made in the cache when it is not there yet)."""
+    if folder:
+        return Data(open_devkit(folder))
+    if not config.data.shapes:
+        raise UserError("this preset needs real images: give the VOC devkit's folder with --data DIR")
+    return Data(open_devkit(cached_shapes(**config.data.shapes.model_dump(), progress=progress)))
+
+
+def check(config: Config) -> None:
+    """Raises UserError for what no single field shows to be wrong."""
+    for stage in ("caae", "segmentor"):
+        options = getattr(config, stage)
+        shape = backbone_shape(options.backbone)
+        if options.image_size % shape["patch_size"]:
+            raise UserError(
+                f"{stage}.image_size = {options.image_size} is no multiple of the patch size "
+                f"{shape['patch_size']} of {options.backbone}"
+            )
+    depth = backbone_shape(config.segmentor.backbone)["depth"]
+    if config.cams.last_blocks > depth:
+        raise UserError(
+            f"cams.last_blocks = {config.cams.last_blocks} (U), but {config.segmentor.backbone} has {depth} blocks"
+        )
+    heads = backbone_shape(config.caae.backbone)["num_heads"]
+    if config.caae.reconstruction and config.caae.decoder_width % heads:
+        raise UserError(
+            f"caae.decoder_width = {config.caae.decoder_width} is no multiple of the {heads} heads of "
+            f"{config.caae.backbone}"
+        )
+
+
+def needed_stages(config: Config, until: str = "evaluate") -> list[Stage]:
+    """The stages that lead to `until`, in order. An imported network needs none before it."""
+    wanted = {until}
+    for stage in reversed(STAGES):
+        if stage.name in wanted:
+            wanted.update(_inputs(stage, config))
+    return [stage for stage in STAGES if stage.name in wanted]
+
+
+def stage_keys(config: Config, data: Data, until: str = "evaluate") -> dict[str, StageKey]:
+    """The keys of the needed stages, in order: everything that can change a stage's result, and nothing else."""
+    check(config)
+    keys: dict[str, StageKey] = {}
+    for stage in needed_stages(config, until):
+        options = getattr(config, stage.name)
+        spec = {"stage": stage.name, "version": stage.version, "params": options.key_parameters()}
+        if _is_imported(stage, config):
+            spec["data"] = {"classes": list(data.devkit.classes)}
+        else:
+            split = data[getattr(config.data, stage.split)]
+            spec["data"] = {"images": split.digest}
+            if stage.reads_masks(config):
+                spec["data"]["masks"] = split.mask_digest
+            spec["inputs"] = {name: keys[name].digest for name in stage.inputs}
+            spec |= {"seed": config.seed, "precision": config.precision}
+        keys[stage.name] = StageKey(stage.name, spec)
+    return keys
+
+
+def run(
+    config: Config,
+    data: Data,
+    store: Store,
+    *,
+    device: torch.device,
+    progress: Callable[[Progress], None],
+    waiting: Callable[[StageKey, LeaseHolder], None] = lambda key, holder: None,
+    workers: int = 0,
+    until: str = "evaluate",
+) -> Iterator[StageRun]:
+    """Find or make every stage that leads to `until`, in order; yields each as it is done.
+
+    Two processes never make the same stage at once: the second waits (`waiting` is told for whom), then finds it.
+    """
+    keys = stage_keys(config, data, until)
+    done: dict[str, Artifact] = {}
+
+    def make(stage: Stage, workspace: Path, check_lease: Callable[[], None]) -> dict[str, Any]:
+        ctx = Context(device, progress, workspace, store.checkpoints(keys[stage.name]), workers, check_lease)
+        inputs = [done.get(name) for name in stage.inputs]
+        return stage.run(config, data[getattr(config.data, stage.split)], *inputs, ctx)
+
+    for stage in needed_stages(config, until):
+        stage_run = _find_or_make(stage, keys[stage.name], store, make, waiting)
+        done[stage.name] = stage_run.artifact
+        yield stage_run
+
+
+def _find_or_make(
+    stage: Stage,
+    key: StageKey,
+    store: Store,
+    make: Callable[[Stage, Path, Callable[[], None]], dict[str, Any]],
+    waiting: Callable[[StageKey, LeaseHolder], None],
+) -> StageRun:
+    if artifact := store.find(key):
+        return StageRun(stage.name, key.digest, True, 0.0, artifact)
+    with store.lease(key, wait=lambda holder: waiting(key, holder)) as lease:
+        if artifact := store.find(key):
+            return StageRun(stage.name, key.digest, True, 0.0, artifact)
+        started = time.monotonic()
+        workspace = store.workspace(key)
+        with store.writing(key, workspace):
+            made = make(stage, workspace, lease.check)
+        seconds = time.monotonic() - started
+        artifact = store.publish(key, workspace, {**made, "seconds": seconds, "versions": versions()})
+        return StageRun(stage.name, key.digest, False, seconds, artifact)
+
+
+def _is_imported(stage: Stage, config: Config) -> bool:
+    return bool(getattr(getattr(config, stage.name), "checkpoint", ""))
+
+
+def _inputs(stage: Stage, config: Config) -> tuple[str, ...]:
+    return () if _is_imported(stage, config) else stage.inputs
+
+
+def versions() -> dict[str, str]:
+    """Of what can change numbers without changing a key."""
+    packages = ("semformer-sweeps", "torch", "torchvision", "timm", "numpy", "pillow")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}

@@ -1,0 +1,37 @@
+"""What a stage is given besides its config and inputs: nothing in here may change a result."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True)
+class Progress:
+    """One report of a stage at work: `done` of `total` steps, and what it measures."""
+
+    stage: str
+    done: int
+    total: int
+    epoch: int = 0
+    epochs: int = 0
+    values: Mapping[str, float] = field(default_factory=dict)
+    images_per_second: float = 0.0
+    seconds_left: float = float("nan")
+    end_of_epoch: bool = False
+
+
+@dataclass(frozen=True)
+class Context:
+    """device, progress callback, and folders: `out` for what the stage makes, `checkpoints` to resume from.
+
+    `check` raises when the stage must stop (its lease was taken over); it is called once an epoch.
+    """
+
+    device: torch.device
+    progress: Callable[[Progress], None]
+    out: Path
+    checkpoints: Path
+    workers: int = 0
+    check: Callable[[], None] = lambda: None

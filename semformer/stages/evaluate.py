@@ -1,0 +1,81 @@
+"""Stage evaluate: scores of the maps against pixel masks, and pictures in the layout of Figure 4."""
+
+import json
+import time
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from safetensors.torch import load_file
+
+from semformer import draw
+from semformer.config import Config, EvaluateConfig
+from semformer.data.voc import Split
+from semformer.errors import UserError
+from semformer.inference import MAP_KINDS
+from semformer.metrics import ThresholdCurve
+from semformer.stages.cams import PICTURES, read_maps
+from semformer.stages.context import Context, Progress
+from semformer.store import Artifact
+
+CURVE = "threshold_curve.parquet"
+CLASS_IOU = "class_iou.parquet"
+METRICS = "metrics.json"
+
+
+def run(config: Config, data: Split, cams: Artifact, ctx: Context) -> dict[str, Any]:
+    """Makes `metrics.json`, the threshold curve, the per-class IoU at the reported threshold, and pictures.
+
+    Reads pixel masks. Returns {"metrics": {...}}: "cam/<split>/miou", "fp", "fn" and "threshold" by the config's rule,
+    and "miou_oracle", "miou_fixed" by each; percent.
+    """
+    options = config.evaluate
+    curve = ThresholdCurve(len(data.classes), _with_fixed(options), erosion=options.erosion)
+    started = time.monotonic()
+    for i, (image_id, maps) in enumerate(read_maps(cams)):
+        if image_id != data.ids[i]:
+            raise UserError(f"{cams.path} holds maps of {image_id} where split {data.name} has {data.ids[i]}")
+        curve.add(maps.full.numpy(), maps.classes, data.mask(i), name=image_id)
+        seconds = time.monotonic() - started
+        rate = (i + 1) / seconds
+        left = (len(data) - i - 1) / rate
+        ctx.progress(Progress("evaluate", i + 1, len(data), images_per_second=rate, seconds_left=left))
+
+    scores, thresholds = curve.scores(), np.array(_with_fixed(options))
+    fixed = int(np.flatnonzero(thresholds == options.fixed_threshold)[0])
+    searched = np.flatnonzero(np.isin(thresholds, options.threshold_values()))
+    oracle = int(searched[scores.miou[searched].argmax()])
+    chosen = oracle if options.rule == "oracle" else fixed
+    prefix = f"cam/{data.name}"
+    metrics = {
+        f"{prefix}/miou": scores.miou[chosen],
+        f"{prefix}/fp": scores.fp[chosen],
+        f"{prefix}/fn": scores.fn[chosen],
+        f"{prefix}/threshold": thresholds[chosen],
+        f"{prefix}/miou_oracle": scores.miou[oracle],
+        f"{prefix}/miou_fixed": scores.miou[fixed],
+    }
+    metrics = {name: float(value) for name, value in metrics.items()}
+    (ctx.out / METRICS).write_text(json.dumps(metrics, indent=1) + "\n")
+    curve_table = {"threshold": thresholds, "miou": scores.miou, "fp": scores.fp, "fn": scores.fn}
+    pq.write_table(pa.table(curve_table), ctx.out / CURVE)
+    pq.write_table(pa.table({"class": data.classes, "iou": scores.iou[chosen]}), ctx.out / CLASS_IOU)
+    _draw(config, data, cams, metrics[f"{prefix}/threshold"], ctx)
+    return {"metrics": metrics}
+
+
+def _with_fixed(options: EvaluateConfig) -> tuple[float, ...]:
+    return tuple(sorted({*options.threshold_values(), options.fixed_threshold}))
+
+
+def _draw(config: Config, data: Split, cams: Artifact, threshold: float, ctx: Context) -> None:
+    tensors = load_file(cams.file(PICTURES))
+    folder = ctx.out / "pictures"
+    folder.mkdir()
+    for i in range(min(config.cams.pictures, len(data))):
+        maps = {kind: tensors[f"{i}/{kind}"].float().numpy() for kind in MAP_KINDS}
+        picture = draw.figure4(
+            data.image(i), maps, data.objects(i), data.classes, truth=data.mask(i), threshold=threshold
+        )
+        picture.save(folder / f"{data.ids[i]}.png")

@@ -1,0 +1,172 @@
+"""Stage segmentor: train the segmentation network under the guidance of a frozen CAAE (section 3.3).
+
+Legend: B images, K classes (0 is background), P pairs of (image, present class), s side of the CAAE's image.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from semformer import losses
+from semformer.config import CamsConfig, Config, SegmentorConfig
+from semformer.data.transforms import segmentor_crop, valid_mask
+from semformer.data.voc import Split
+from semformer.inference import multi_scale_maps
+from semformer.losses import Pairs, similarity
+from semformer.metrics import ThresholdCurve
+from semformer.models.caae import CAAE
+from semformer.models.segmentor import Segmentor
+from semformer.models.vit import build_backbone
+from semformer.stages import caae as caae_stage
+from semformer.stages.context import Context
+from semformer.stages.training import train
+from semformer.store import Artifact
+from semformer.weights import load_published, load_state
+
+WEIGHTS = "segmentor.safetensors"
+
+
+def run(config: Config, data: Split, caae: Artifact, ctx: Context) -> dict[str, Any]:
+    """Makes `segmentor.safetensors`. Returns the loss terms per epoch."""
+    options = config.segmentor
+    n_classes = len(data.classes)
+    torch.manual_seed(config.seed)
+    model = build(options, n_classes=n_classes, class_dim=config.caae.class_dim).to(ctx.device)
+    history: dict[str, list[float]] = {}
+    if options.checkpoint:
+        load_published(model, "segmentor", options.checkpoint)
+    else:
+        guide = caae_stage.load(config.caae, caae, n_classes=n_classes, device=ctx.device)
+
+        def sample(i, rng):
+            crop, region = segmentor_crop(data.image(i), options, rng)
+            return crop, torch.tensor(region), torch.from_numpy(data.labels[i])
+
+        best = BestEpoch(model, data, config, ctx) if reads_masks(config) else None
+        history = train(
+            model,
+            stage="segmentor",
+            config=options,
+            n_images=len(data),
+            sample=sample,
+            loss=lambda batch, generator: loss_terms(
+                model, guide, options, *batch, caae_size=config.caae.image_size, generator=generator
+            ),
+            pretrained=model.backbone if options.pretrained or options.weights else None,
+            precision=config.precision,
+            seed=config.seed,
+            ctx=ctx,
+            after_epoch=best,
+        )
+        if best:
+            best.restore()
+    save_file(model.state_dict(), ctx.out / WEIGHTS)
+    return {"history": history}
+
+
+def reads_masks(config: Config) -> bool:
+    """The published way to choose the epoch is pixel supervision."""
+    return config.segmentor.selection == "best_miou" and not config.segmentor.checkpoint
+
+
+class BestEpoch:
+    """Keeps the weights of the epoch with the best activation maps on the training split's *pixel masks*.
+
+    The published rule (99 thresholds); the maps are single-scale, without flip or attention.
+    """
+
+    THRESHOLDS = tuple(t / 100 for t in range(1, 100))
+
+    def __init__(self, model: Segmentor, data: Split, config: Config, ctx: Context):
+        self.model, self.data, self.precision = model, data, config.precision
+        self.options = CamsConfig(scales=(1.0,), flip=False, final_map="activation")
+        self.path = ctx.checkpoints / "best.safetensors"
+
+    def __call__(self, epoch: int) -> dict[str, float]:
+        self.model.eval()
+        curve = ThresholdCurve(len(self.data.classes), self.THRESHOLDS)
+        for i, image_id in enumerate(self.data.ids):
+            maps = multi_scale_maps(
+                self.model, self.data.image(i), self.data.objects(i), self.options, precision=self.precision
+            )
+            curve.add(maps.full.cpu().numpy(), maps.classes, self.data.mask(i), name=image_id)
+        miou = float(curve.scores().miou.max())
+        if epoch == 0 or miou > self._best():
+            save_file(self.model.state_dict(), self.path, metadata={"miou": repr(miou)})
+        return {"train_miou": miou}
+
+    def _best(self) -> float:
+        with safe_open(self.path, framework="pt") as file:
+            return float(file.metadata()["miou"])
+
+    def restore(self) -> None:
+        load_state(self.model, load_file(self.path), str(self.path))
+
+
+def loss_terms(
+    model: Segmentor,
+    caae: CAAE,
+    options: SegmentorConfig,
+    images: Tensor,
+    regions: Tensor,
+    Y: Tensor,
+    *,
+    caae_size: int,
+    generator: torch.Generator | None = None,
+) -> dict[str, Tensor]:
+    """L_seg of Eq. 13, the terms that `options.losses` names.
+
+    images: (B, 3, H, H), regions: (B, 4) valid pixels of the crops, Y: (B, K). Activation maps live at the size of the
+    CAAE's image, s. One pass of the CAAE embeds the class-foreground and class-background images of all P pairs.
+    """
+    valid = valid_mask(regions, images.shape[-1], caae_size)
+    I = F.interpolate(images, size=caae_size, mode="bilinear", align_corners=True)  # noqa: E741 (the paper's symbol)
+    logits, E, _ = model(images, generator=generator)
+    M = activation_maps(logits, valid)
+    S = caae.semantics
+
+    terms = {}
+    pairs = Pairs.of(Y)
+    M_pairs, I_pairs = M[pairs.image, pairs.own, None], I[pairs.image]
+    kinds = {"CF": (M_pairs, losses.class_foreground), "CB": (1 - M_pairs, losses.class_background)}
+    wanted = {name: kind for name, kind in kinds.items() if name in options.losses}
+    if wanted:
+        embedded = caae.embed(torch.cat([weight * I_pairs for weight, _ in wanted.values()]))
+        sims = similarity(embedded.float(), S).chunk(len(wanted))
+        for (name, (_, loss)), sim in zip(wanted.items(), sims, strict=True):
+            terms[name] = loss(sim, pairs, options.pair_reduction)
+    if "AS" in options.losses:
+        terms["AS"] = losses.activation_suppression(M, options.sigma, options.suppress)
+    if "AC" in options.losses:
+        terms["AC"] = losses.activation_complementation(M, Y, valid, options.complement)
+    if "SS" in options.losses:
+        terms["SS"] = losses.semantic_similarity(similarity(E.float(), S), Y)
+    return {"total": sum(terms.values()), **terms}
+
+
+def activation_maps(logits: Tensor, valid: Tensor) -> Tensor:
+    """M of Eq. 5 at the size of the CAAE's image: logits (B, K, h, w), valid (B, 1, s, s) -> (B, K, s, s)."""
+    return F.interpolate(logits.float(), size=valid.shape[-2:], mode="bilinear", align_corners=True).sigmoid() * valid
+
+
+def build(options: SegmentorConfig, *, n_classes: int, class_dim: int) -> Segmentor:
+    """The untrained network of a config; its class tokens start as copies of the backbone's."""
+    backbone = build_backbone(
+        options.backbone,
+        pretrained=options.pretrained and not options.checkpoint,
+        weights=options.weights,
+        image_size=options.image_size,
+    )
+    return Segmentor(backbone, n_classes=n_classes, class_dim=class_dim, token_dropout=options.token_dropout)
+
+
+def load(config: Config, artifact: Artifact, *, n_classes: int, device: torch.device) -> Segmentor:
+    """The trained network, in evaluation mode and frozen."""
+    options = config.segmentor.model_copy(update={"pretrained": False, "weights": ""})
+    model = build(options, n_classes=n_classes, class_dim=config.caae.class_dim)
+    load_state(model, load_file(artifact.file(WEIGHTS)), str(artifact.path))
+    return model.to(device).eval().requires_grad_(False)

@@ -1,0 +1,200 @@
+"""The training loop of both networks: poly schedule, divergence guard, progress, and epoch checkpoints.
+
+A run that resumes from an epoch checkpoint ends with the same weights as one that was never interrupted: every random
+number is drawn from (seed, epoch, index of the image) or (seed, epoch), so no generator's state has to be saved.
+"""
+
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from semformer.config import NetworkConfig, OptimizerConfig
+from semformer.precision import autocast
+from semformer.stages.context import Context, Progress
+
+log = logging.getLogger(__name__)
+DIVERGED = 1e4
+"""A loss of this size is no loss any more: similarities give at most about 20, a reconstruction starts near 1."""
+
+
+class TrainingDiverged(Exception):
+    """The loss became NaN, infinite or absurdly large."""
+
+
+class Crops(Dataset):
+    """sample(index, generator) for items (epoch, index)."""
+
+    def __init__(self, sample: Callable[[int, np.random.Generator], tuple], seed: int):
+        self.sample, self.seed = sample, seed
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple:
+        epoch, index = item
+        return self.sample(index, np.random.default_rng([self.seed, epoch, index]))
+
+
+class EpochSampler(Sampler):
+    """(epoch, index) in an order that depends on seed and epoch alone."""
+
+    def __init__(self, n: int, seed: int):
+        self.n, self.seed, self.epoch = n, seed, 0
+
+    def __len__(self) -> int:
+        return self.n
+
+    def __iter__(self) -> Iterator[tuple[int, int]]:
+        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
+        return ((self.epoch, int(index)) for index in order)
+
+
+def train(
+    model: nn.Module,
+    *,
+    stage: str,
+    config: NetworkConfig,
+    n_images: int,
+    sample: Callable[[int, np.random.Generator], tuple],
+    loss: Callable[[tuple, torch.Generator], dict[str, Tensor]],
+    pretrained: nn.Module | None,
+    precision: str,
+    seed: int,
+    ctx: Context,
+    after_epoch: Callable[[int], dict[str, float]] | None = None,
+) -> dict[str, list[float]]:
+    """Train `model` in place; returns the mean of every loss term per epoch.
+
+    sample(index, rng) makes one training sample; loss(batch, generator) -> named terms, of which "total" is minimised.
+    `pretrained` is the part of the model with pretrained weights (it learns more slowly), or None.
+    `after_epoch(epoch)` may measure more values. Raises TrainingDiverged, and whatever `ctx.check` raises.
+    """
+    sampler = EpochSampler(n_images, seed)
+    loader = DataLoader(
+        Crops(sample, seed),
+        batch_size=min(config.batch_size, n_images),
+        sampler=sampler,
+        drop_last=True,
+        num_workers=ctx.workers,
+        persistent_workers=False,
+        pin_memory=ctx.device.type == "cuda",
+    )
+    optimizer = build_optimizer(model, config.optimizer, pretrained)
+    checkpoint = Checkpoint(ctx.checkpoints)
+    history = checkpoint.load(model, optimizer)
+    first_epoch = len(history.get("total", []))
+    steps = config.epochs * len(loader)
+    started = time.monotonic()
+    for epoch in range(first_epoch, config.epochs):
+        sampler.epoch = epoch
+        generator = torch.Generator(ctx.device).manual_seed(seed * 100_003 + epoch)
+        model.train()
+        sums: dict[str, float] = {}
+        for step, batch in enumerate(loader):
+            done = epoch * len(loader) + step
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * lr_factor(done, steps, config.optimizer)
+            batch = [part.to(ctx.device, non_blocking=True) for part in batch]
+            with autocast(ctx.device, precision):
+                terms = loss(batch, generator)
+            numbers = torch.stack([term.detach().float() for term in terms.values()]).tolist()
+            values = dict(zip(terms, numbers, strict=True))
+            if not abs(values["total"]) < DIVERGED:
+                told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+                raise TrainingDiverged(
+                    f"{stage}: the loss diverged in epoch {epoch + 1}, step {step + 1} ({told}). "
+                    f"Try a smaller {stage}.optimizer.lr."
+                )
+            optimizer.zero_grad(set_to_none=True)
+            terms["total"].backward()
+            optimizer.step()
+            for name, value in values.items():
+                sums[name] = sums.get(name, 0.0) + value / len(loader)
+            elapsed, here = time.monotonic() - started, done + 1 - first_epoch * len(loader)
+            report = Progress(
+                stage=stage,
+                done=done + 1,
+                total=steps,
+                epoch=epoch + 1,
+                epochs=config.epochs,
+                values=values,
+                images_per_second=here * loader.batch_size / elapsed,
+                seconds_left=(steps - done - 1) * elapsed / here,
+            )
+            ctx.progress(report)
+        sums["lr"] = optimizer.param_groups[0]["lr"]
+        sums["images_per_second"] = report.images_per_second
+        if after_epoch:
+            sums |= after_epoch(epoch)
+        history = {name: [*history.get(name, []), value] for name, value in sums.items()}
+        checkpoint.save(model, optimizer, history)
+        ctx.progress(replace(report, values=sums, end_of_epoch=True))
+        ctx.check()
+    return history
+
+
+def lr_factor(step: int, steps: int, config: OptimizerConfig) -> float:
+    """Poly decay (1 - step / steps)^power, after a linear warm-up."""
+    warmup = min(1.0, (step + 1) / config.warmup_steps) if config.warmup_steps else 1.0
+    return warmup * (1 - step / steps) ** config.power
+
+
+def build_optimizer(model: nn.Module, config: OptimizerConfig, pretrained: nn.Module | None) -> torch.optim.Optimizer:
+    """Four groups: pretrained / new, weights / biases; see OptimizerConfig. Biases are not decayed."""
+    known = {id(parameter) for parameter in pretrained.parameters()} if pretrained else set()
+    kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kinds.setdefault((id(parameter) in known, name.endswith("bias")), []).append(parameter)
+    groups = []
+    for (old, bias), parameters in kinds.items():
+        lr = config.lr * (1 if old else config.new_multiplier) * (config.bias_multiplier if bias else 1)
+        decay = 0.0 if bias else config.weight_decay
+        groups.append({"params": parameters, "lr": lr, "initial_lr": lr, "weight_decay": decay})
+    if config.name == "sgd":
+        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0)
+    return torch.optim.AdamW(groups)
+
+
+class Checkpoint:
+    """Model, optimiser and history after the last finished epoch, in one safetensors file."""
+
+    def __init__(self, folder: Path):
+        self.path = folder / "checkpoint.safetensors"
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, history: dict[str, list[float]]) -> None:
+        tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+        for index, slots in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{index}.{name}": value for name, value in slots.items() if value is not None}
+        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+        partial = self.path.with_suffix(".partial")
+        save_file(tensors, partial, metadata={"history": json.dumps(history)})
+        os.replace(partial, self.path)
+
+    def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[float]]:
+        """Restores both in place and returns the history: empty where there is no usable checkpoint."""
+        if not self.path.exists():
+            return {}
+        try:
+            with safe_open(self.path, framework="pt") as file:
+                history = json.loads(file.metadata()["history"])
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, ValueError) as error:
+            log.warning("starting again: the checkpoint %s cannot be read (%s)", self.path, error)
+            return {}
+        slots: dict[int, dict[str, Tensor]] = {}
+        for name, value in tensors.items():
+            if name.startswith("optimizer."):
+                _, index, slot = name.split(".")
+                slots.setdefault(int(index), {})[slot] = value
+        model.load_state_dict({n.removeprefix("model."): v for n, v in tensors.items() if n.startswith("model.")})
+        optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
+        return history

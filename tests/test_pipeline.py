@@ -1,0 +1,297 @@
+"""The pipeline in preset micro: found or made, resumed, deterministic, and clear about bad input."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from semformer import pipeline
+from semformer.cli import main
+from semformer.config import load_config
+from semformer.data.shapes import make_shapes
+from semformer.errors import UserError
+from semformer.stages.training import TrainingDiverged
+from semformer.store import Store
+
+CPU = torch.device("cpu")
+NAMES = [stage.name for stage in pipeline.STAGES]
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return make_shapes(tmp_path_factory.mktemp("data") / "shapes", train=16, val=6, size=48)
+
+
+@pytest.fixture(scope="module")
+def finished(shapes, tmp_path_factory):
+    """A store in which the micro pipeline has run once, and what happened to each stage."""
+    store = Store(tmp_path_factory.mktemp("finished") / "store")
+    return store, run(load_config("micro"), shapes, store)
+
+
+def run(config, folder, store, progress=lambda report: None, **options):
+    data = pipeline.open_data(config, folder)
+    runs = pipeline.run(config, data, store, device=CPU, progress=progress, **options)
+    return {stage_run.stage: stage_run for stage_run in runs}
+
+
+def weights(stage_run):
+    return load_file(stage_run.artifact.file(f"{stage_run.stage}.safetensors"))
+
+
+def test_every_stage_is_made_once_then_found(finished, shapes):
+    store, first = finished
+    assert list(first) == NAMES
+    assert not any(stage_run.found for stage_run in first.values())
+    again = run(load_config("micro"), shapes, store)
+    assert all(stage_run.found for stage_run in again.values())
+    assert {name: r.key for name, r in again.items()} == {name: r.key for name, r in first.items()}
+
+
+def test_artifacts_hold_what_the_stages_promise(finished):
+    _, runs = finished
+    evaluated = runs["evaluate"].artifact
+    metrics = json.loads(evaluated.file("metrics.json").read_text())
+    assert metrics == evaluated.info["metrics"]
+    assert 0 <= metrics["cam/val/miou"] <= 100
+    assert metrics["cam/val/miou"] == metrics["cam/val/miou_oracle"] >= metrics["cam/val/miou_fixed"]
+    assert len([name for name in evaluated.files if name.startswith("pictures/")]) == 2
+    history = runs["segmentor"].artifact.info["history"]
+    assert {"total", "CF", "CB", "AS", "AC", "SS", "lr"} <= set(history)
+    assert all(len(series) == 2 for series in history.values())
+
+
+@pytest.mark.parametrize(
+    ("change", "made"),
+    [
+        ({"evaluate.rule": "fixed"}, ["evaluate"]),
+        ({"cams.last_blocks": 1}, ["cams", "evaluate"]),
+        ({"segmentor.sigma": 0.1}, ["segmentor", "cams", "evaluate"]),
+        ({"caae.merge": "max"}, NAMES),
+        ({"seed": 1}, NAMES),
+    ],
+)
+def test_a_change_remakes_only_what_depends_on_it(finished, shapes, change, made):
+    store, _ = finished
+    runs = run(load_config("micro", change), shapes, store)
+    assert [name for name, stage_run in runs.items() if not stage_run.found] == made
+
+
+def test_same_seed_gives_the_same_numbers_whatever_the_number_of_workers(finished, shapes, tmp_path):
+    _, first = finished
+    second = run(load_config("micro"), shapes, Store(tmp_path / "store"), workers=2)
+    for name in ("caae", "segmentor"):
+        assert all(
+            torch.equal(a, b) for a, b in zip(*(weights(r[name]).values() for r in (first, second)), strict=True)
+        )
+    assert first["evaluate"].artifact.info["metrics"] == second["evaluate"].artifact.info["metrics"]
+
+
+class Stop(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stage", ["caae", "segmentor"])
+def test_an_interrupted_training_resumes_after_the_last_epoch_and_ends_the_same(finished, shapes, tmp_path, stage):
+    _, whole = finished
+    store, epochs = Store(tmp_path / "store"), []
+
+    def stop_in_second_epoch(report):
+        if report.stage == stage:
+            epochs.append(report.epoch)
+            if report.epoch == 2:
+                raise Stop
+
+    with pytest.raises(Stop):
+        run(load_config("micro"), shapes, store, stop_in_second_epoch)
+    assert set(epochs) == {1, 2}
+    epochs.clear()
+    resumed = run(load_config("micro"), shapes, store, lambda r: r.stage == stage and epochs.append(r.epoch))
+    assert set(epochs) == {2}, "no finished epoch is done again"
+    ours, theirs = weights(resumed[stage]), weights(whole[stage])
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert not list((store.root / "checkpoints" / stage).iterdir()), "published, so nothing is left to resume"
+
+
+def test_corrupt_image_is_named_and_training_goes_on_where_it_was(tmp_path):
+    folder = make_shapes(tmp_path / "shapes", train=16, val=6, size=48)
+    victim = folder / "VOC2012" / "JPEGImages" / "train_000003.jpg"
+    intact, store = victim.read_bytes(), Store(tmp_path / "store")
+    config = load_config("micro")
+    data = pipeline.open_data(config, folder)
+    pipeline.stage_keys(config, data)  # the digests of the intact files
+
+    def damage(report):
+        if report.stage == "caae" and report.end_of_epoch:
+            victim.write_bytes(intact[: len(intact) // 2])
+
+    with pytest.raises(UserError, match="train_000003.jpg"):
+        list(pipeline.run(config, data, store, device=CPU, progress=damage))
+    victim.write_bytes(intact)
+    epochs = []
+    run(config, folder, store, lambda r: r.stage == "caae" and epochs.append(r.epoch))
+    assert set(epochs) == {2}
+
+
+def test_diverging_loss_stops_the_stage_and_says_what_to_do(shapes, tmp_path):
+    config = load_config("micro", {"caae.optimizer.lr": 1e12, "caae.optimizer.warmup_steps": 0})
+    with pytest.raises(TrainingDiverged, match=r"caae: the loss diverged in epoch 1.*caae.optimizer.lr"):
+        run(config, shapes, Store(tmp_path / "store"))
+
+
+def test_damaged_artifact_is_set_aside_and_made_again(shapes, tmp_path, caplog):
+    store = Store(tmp_path / "store")
+    first = run(load_config("micro"), shapes, store)
+    victim = first["segmentor"].artifact.file("segmentor.safetensors")
+    content = bytearray(victim.read_bytes())
+    content[-1] ^= 1
+    victim.write_bytes(content)
+    again = run(load_config("micro"), shapes, store)
+    assert [name for name, r in again.items() if not r.found] == ["segmentor"]
+    assert "damaged" in caplog.text
+    assert list((store.root / "damaged").iterdir())
+
+
+def test_published_choice_of_the_epoch_reads_masks_and_says_so(shapes, tmp_path):
+    config = load_config("micro", {"segmentor.selection": "best_miou"})
+    by_name = {stage.name: stage for stage in pipeline.STAGES}
+    assert by_name["segmentor"].reads_masks(config)
+    assert not by_name["segmentor"].reads_masks(load_config("micro"))
+    data = pipeline.open_data(config, shapes)
+    assert "masks" in pipeline.stage_keys(config, data)["segmentor"].spec["data"]
+    runs = run(config, shapes, Store(tmp_path / "store"))
+    assert len(runs["segmentor"].artifact.info["history"]["train_miou"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        ({"cams.last_blocks": 3}, r"cams.last_blocks = 3 \(U\), but vit_wiring_patch8_48 has 2 blocks"),
+        ({"caae.image_size": 30}, r"caae.image_size = 30 is no multiple of the patch size 8"),
+        ({"caae.decoder_width": 25}, r"caae.decoder_width = 25 is no multiple of the 2 heads"),
+        ({"caae.backbone": "vit_smal"}, r"has no model 'vit_smal'"),
+        ({"data.eval_split": "test"}, r"test"),
+    ],
+)
+def test_configs_that_cannot_work_are_refused_before_anything_runs(shapes, change, told):
+    config = load_config("micro", change)
+    with pytest.raises(UserError, match=told):
+        pipeline.stage_keys(config, pipeline.open_data(config, shapes))
+
+
+def test_paper_preset_without_data_asks_for_it():
+    with pytest.raises(UserError, match="--data DIR"):
+        pipeline.open_data(load_config("paper"), None)
+
+
+def test_bfloat16_runs_the_same_path(shapes, tmp_path):
+    runs = run(load_config("micro", {"precision": "bfloat16"}), shapes, Store(tmp_path / "store"))
+    assert runs["evaluate"].artifact.info["metrics"]["cam/val/miou"] > 0
+
+
+def to_published(kind: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Our micro weights under the names of a published file, with some that the method does not use."""
+    vit = {"caae": ("encoder.", "encoder.vit_backbone."), "segmentor": ("backbone.", "segmentor.backbone.")}[kind]
+    heads = {
+        "caae": {
+            "primary.weight": "convert.0.weight",
+            "semantics_weight": "crs.0.weight",
+            "decoder.recover.": "re_convert.0.",
+            "decoder.recover_norm.": "re_convert.1.",
+            "decoder.embed.": "mlp.",
+            "decoder.project.": "decoder.mlp.",
+        },
+        "segmentor": {
+            "class_tokens": "segmentor.cls_token",
+            "class_positions": "segmentor.cls_posembed",
+            "class_head_": "segmentor.cls_head.",
+            "patch_head.": "segmentor.seg_head.1.",
+        },
+    }[kind]
+    published = {f"module.{vit[1]}model.cls_token": torch.zeros(1, 1, 24)}
+    for name, value in state.items():
+        if name.startswith(vit[0]):
+            inner = name.removeprefix(vit[0]).replace("patch_embed.", "patch_embed.proj.")
+            name = vit[1] + ("grid_posembed" if inner == "pos_embed" else f"model.{inner}")
+        else:
+            for ours, theirs in heads.items():
+                name = name.replace(ours, theirs) if name.startswith(ours) else name
+        published[f"module.{name}"] = value
+    return published
+
+
+@pytest.mark.parametrize("kind", ["caae", "segmentor"])
+def test_import_checkpoint_gives_the_same_weights_and_they_are_used(finished, shapes, tmp_path, kind, capsys):
+    _, trained = finished
+    file = tmp_path / f"{kind}.pth"
+    torch.save(to_published(kind, weights(trained[kind])), file)
+    arguments = ["--preset", "micro", "--data", str(shapes), "--store", str(tmp_path / "store")]
+    assert main(["import-checkpoint", str(file), "--kind", kind, *arguments]) == 0
+    assert main(["run", *arguments, "--set", f"{kind}.checkpoint={file}", "--json"]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["metrics"] == trained["evaluate"].artifact.info["metrics"]
+    found = {stage["stage"]: stage["found"] for stage in result["stages"]}
+    assert found[kind] is True
+    assert ("caae" in found) is (kind == "caae"), "an imported segmentation network needs no CAAE"
+
+
+def test_checkpoint_of_another_architecture_names_what_does_not_fit(finished, shapes, tmp_path, capsys):
+    _, trained = finished
+    file = tmp_path / "caae.pth"
+    torch.save(to_published("caae", weights(trained["caae"])), file)
+    arguments = ["--preset", "micro", "--data", str(shapes), "--store", str(tmp_path / "store")]
+    assert main(["import-checkpoint", str(file), "--kind", "caae", "--set", "caae.class_dim=4", *arguments]) == 2
+    assert "another architecture" in capsys.readouterr().err
+    assert main(["import-checkpoint", str(file), "--kind", "segmentor", *arguments]) == 2
+    assert "is this file of another kind?" in " ".join(capsys.readouterr().err.split())
+
+
+def test_predict_draws_a_picture_per_image(finished, shapes, tmp_path):
+    store, _ = finished
+    image = shapes / "VOC2012" / "JPEGImages" / "val_000000.jpg"
+    common = ["--preset", "micro", "--data", str(shapes), "--store", str(store.root), "--out", str(tmp_path)]
+    assert main(["predict", str(image), "--classes", "star,disc", *common]) == 0
+    assert (tmp_path / "val_000000.png").stat().st_size > 1000
+    assert main(["predict", str(image), *common]) == 0
+    assert main(["predict", str(image), "--classes", "dragon", *common]) == 2
+
+
+def test_predict_without_a_trained_network_says_how_to_get_one(shapes, tmp_path, capsys):
+    arguments = ["--preset", "micro", "--data", str(shapes), "--store", str(tmp_path / "empty")]
+    assert main(["predict", "photo.jpg", *arguments]) == 2
+    assert "semformer run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["run", "--preset", "micro", "--data", "no/such/folder"], "no/such/folder"),
+        (["run", "--preset", "micro", "--set", "segmentor.sigm=1"], "did you mean segmentor.sigma"),
+        (["run", "--preset", "micro", "--set", "caae.class_dim=0"], "greater than 0"),
+        (["run", "--preset", "micro", "--device", "cuda:99"], "cuda:99"),
+    ],
+)
+def test_command_line_errors_are_one_message_without_traceback(arguments, told, tmp_path, capsys):
+    assert main([*arguments, "--store", str(tmp_path / "store")]) == 2
+    error = " ".join(capsys.readouterr().err.split())
+    assert told in error
+    assert "Traceback" not in error
+
+
+def test_the_science_needs_neither_ray_nor_mlflow_nor_optuna():
+    block = "import sys\nfor name in ('ray', 'mlflow', 'optuna'): sys.modules[name] = None\n"
+    subprocess.run([sys.executable, "-c", block + "import semformer.pipeline, semformer.cli"], check=True)
+
+
+def test_stage_versions_are_part_of_the_key(shapes, monkeypatch):
+    config = load_config("micro")
+    data = pipeline.open_data(config, shapes)
+    before = pipeline.stage_keys(config, data)
+    newer = tuple(replace(stage, version=stage.version + (stage.name == "cams")) for stage in pipeline.STAGES)
+    monkeypatch.setattr(pipeline, "STAGES", newer)
+    after = pipeline.stage_keys(config, data)
+    assert [name for name in NAMES if before[name] != after[name]] == ["cams", "evaluate"]

@@ -166,7 +166,7 @@ def test_impossible_download_tells_how_to_give_a_file(monkeypatch, tmp_path):
 
 
 def test_local_weights_are_loaded_and_position_embeddings_resized(tmp_path):
-    donor = timm.create_model("vit_shapes_patch8_96")
+    donor = timm.create_model("vit_shapes_patch8_64")
     torch.save({"model": donor.state_dict()}, tmp_path / "weights.pth")
     backbone = build_backbone("vit_shapes_patch8_64", weights=str(tmp_path / "weights.pth"), image_size=64)
     torch.testing.assert_close(backbone.blocks[0].attn.qkv.weight, donor.blocks[0].attn.qkv.weight)

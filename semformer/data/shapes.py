@@ -1,10 +1,10 @@
 """The embedded data set: procedural images in VOC layout, on which weak supervision fails as it does on VOC.
 
-An object is a body and a part. The body is large and only weakly telling: an outline and a low-contrast
-texture in a colour that any class, and the backgrounds, may have. The part is small and gives the class
-away: a saturated emblem in the class's two colours, at the class's place in the body. A classifier needs
-the part alone, so a plain activation map covers too little. Each class is mostly seen in its own context
-(water, grass, sand, sky), so the map leaks into the background too.
+An object is a body and a part. The body is large and only weakly telling: an outline and a low-contrast texture
+in one of two colours, each shared with another class and with a background. The part is small and gives the class
+away: a saturated emblem in the class's two colours, at the class's place in the body. A classifier needs the part
+alone, so a plain activation map covers too little. Each class is mostly seen in its own context (water, grass,
+sand, sky), so the map leaks into the background too.
 
 Image i of a split depends on (seed, split, i, size) and on nothing else. An object's extent is its diameter;
 texture periods are in pixels of a 96-pixel image. Change VERSION with anything that changes an image.
@@ -26,7 +26,7 @@ from PIL import Image
 from semformer.data.voc import IGNORE, voc_palette
 from semformer.errors import UserError
 
-VERSION = 2
+VERSION = 3
 
 NUM_OBJECTS_PROBABILITIES = (0.50, 0.35, 0.15)  # of one, two, three objects
 SAME_CLASS_PROBABILITY = 0.08  # that a further object repeats the class of an earlier one
@@ -39,11 +39,8 @@ BODY_TEXTURE_CONTRAST = 0.35  # swing of the body's texture, on a scale where bl
 BACKGROUND_TEXTURE_CONTRAST = 0.12
 NOISE_CONTRAST = 0.10  # swing of the background's low-frequency noise
 PIXEL_NOISE = 0.02  # standard deviation, everywhere
-USUAL_COLOUR_PROBABILITY = 0.8  # that a body has one of its class's two usual colours
-COLOUR_JITTER = 0.05  # standard deviation, of every colour drawn from PALETTE
-MIN_COLOUR_DISTANCE = 0.22  # between a body and the background's two colours
+COLOUR_JITTER = 0.03  # standard deviation, of every colour drawn from PALETTE
 PART_AREA_RANGE = (0.08, 0.14)  # part's area / body's area
-PART_PROBABILITY = 0.7  # that an object shows its part
 
 Array = np.ndarray
 
@@ -172,9 +169,9 @@ def render(split: str, index: int, *, seed: int, size: int) -> tuple[Array, Arra
     names = _draw_classes(rng)
     classes = [CLASSES[name] for name in names]
     bodies, instances = _draw_layout(rng, classes, size)
-    image, used_colours = _draw_background(rng, classes[0].context, size)
+    image = _draw_background(rng, classes[0].context, size)
     for object_class, body in zip(classes, bodies, strict=True):
-        _paint(rng, image, object_class, body, used_colours)
+        _paint(rng, image, object_class, body)
     image += PIXEL_NOISE * rng.standard_normal(image.shape)
     indices = [list(CLASSES).index(name) + 1 for name in names]
     mask = np.array([0, *indices], dtype=np.uint8)[instances]
@@ -248,11 +245,14 @@ def _place(rng: np.random.Generator, object_class: ObjectClass, size: int) -> Bo
     return Body(window, extent, x, y, upright_x, upright_y, distance)
 
 
-def _draw_background(rng: np.random.Generator, preferred: str, size: int) -> tuple[Array, list[int]]:
-    """Returns the image to paint on, (size, size, 3) in 0..1, and the indices of its colours in PALETTE."""
+def _choose_context(rng: np.random.Generator, preferred: str) -> str:
     others = [name for name in CONTEXTS if name != preferred]
-    name = preferred if rng.random() < CONTEXT_PROBABILITY else str(rng.choice(others))
-    context = CONTEXTS[name]
+    return preferred if rng.random() < CONTEXT_PROBABILITY else str(rng.choice(others))
+
+
+def _draw_background(rng: np.random.Generator, preferred: str, size: int) -> Array:
+    """The image to paint on, (size, size, 3) in 0..1."""
+    context = CONTEXTS[_choose_context(rng, preferred)]
     top, bottom = (PALETTE[c] + COLOUR_JITTER * rng.standard_normal(3) for c in rng.permutation(context.colours))
     grid_y, grid_x = _grid(size)
     slope = rng.uniform(-0.5, 0.5)
@@ -270,20 +270,12 @@ def _draw_background(rng: np.random.Generator, preferred: str, size: int) -> tup
     else:
         texture = np.clip(2 * _smooth_noise(rng, size, (5, 3)), -1, 1)
     image += BACKGROUND_TEXTURE_CONTRAST / 2 * texture[..., None]
-    return image, list(context.colours)
+    return image
 
 
-def _paint(
-    rng: np.random.Generator, image: Array, object_class: ObjectClass, body: Body, used_colours: list[int]
-) -> None:
-    """Paint a body and its part onto `image`, in a usual colour or one unlike `used_colours`; add it there."""
-    if rng.random() < USUAL_COLOUR_PROBABILITY:
-        choice = int(rng.choice(object_class.fills))
-    else:
-        distances = np.linalg.norm(PALETTE[:, None] - PALETTE[used_colours], axis=2).min(axis=1)
-        choice = int(rng.choice(np.flatnonzero(distances >= min(MIN_COLOUR_DISTANCE, distances.max()))))
-    used_colours.append(choice)
-    fill = PALETTE[choice] + COLOUR_JITTER * rng.standard_normal(3)
+def _paint(rng: np.random.Generator, image: Array, object_class: ObjectClass, body: Body) -> None:
+    """Paint a body and its part onto `image`."""
+    fill = PALETTE[rng.choice(object_class.fills)] + COLOUR_JITTER * rng.standard_normal(3)
 
     scale = 96 / len(image)
     period = object_class.period * rng.uniform(0.9, 1.1)
@@ -292,11 +284,10 @@ def _paint(
     fill = fill + BODY_TEXTURE_CONTRAST / 2 * texture[..., None]
 
     radius = np.sqrt(rng.uniform(*PART_AREA_RANGE) * body.area / np.pi)
-    if rng.random() < PART_PROBABILITY:
-        place_x, place_y = object_class.place
-        from_part = body.extent * np.hypot(body.upright_x - place_x, body.upright_y - place_y)
-        for colour, r in zip(object_class.colours, (radius, 0.55 * radius), strict=True):
-            fill = _blend(fill, np.array(colour), from_part - r)
+    place_x, place_y = object_class.place
+    from_part = body.extent * np.hypot(body.upright_x - place_x, body.upright_y - place_y)
+    for colour, r in zip(object_class.colours, (radius, 0.55 * radius), strict=True):
+        fill = _blend(fill, np.array(colour), from_part - r)
     image[body.window] = _blend(image[body.window], fill, body.distance)
 
 

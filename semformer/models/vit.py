@@ -22,14 +22,8 @@ from semformer.weights import load_state, read_weights
 
 @register_model
 def vit_shapes_patch8_64(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """Encoder of preset tiny: 64x64 images."""
-    return _small_vit(pretrained, kwargs, img_size=64, embed_dim=96, depth=4, num_heads=4)
-
-
-@register_model
-def vit_shapes_patch8_96(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """Segmentation backbone of preset tiny: 96x96 images."""
-    return _small_vit(pretrained, kwargs, img_size=96, embed_dim=96, depth=4, num_heads=4)
+    """Both backbones of preset tiny: 64x64 images."""
+    return _small_vit(pretrained, kwargs, img_size=64, embed_dim=64, depth=4, num_heads=4)
 
 
 @register_model

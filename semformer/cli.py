@@ -5,16 +5,18 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-from semformer.config import PRESETS, Config, load_config, parse_overrides
+from semformer.config import PRESETS, Config, LossName, load_config, parse_overrides
 from semformer.errors import UserError
 
 STORE = Path("runs/store")
+LOSSES = (*get_args(LossName), "recon")
 console = Console(stderr=True)
 
 
@@ -23,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return options.command(options)
     except UserError as error:
-        console.print(f"[red]error:[/] {error}", highlight=False, markup=True)
+        console.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         console.print("stopped; run the same command again to go on from the last epoch")
@@ -219,7 +221,7 @@ def _check_data(options: argparse.Namespace) -> int:
     for line in findings.lines:
         console.print(line, highlight=False, soft_wrap=True)
     for problem in findings.problems:
-        console.print(f"[red]problem:[/] {problem}", highlight=False, soft_wrap=True)
+        console.print(f"[red]problem:[/] {escape(problem)}", highlight=False, soft_wrap=True)
     return 1 if findings.problems else 0
 
 
@@ -268,9 +270,7 @@ class _Display:
             console.print(f"data: {total} images", highlight=False)
 
     def stage(self, report) -> None:
-        losses = " ".join(
-            f"{name} {value:.3f}" for name, value in report.values.items() if name.isupper() or "re" in name
-        )
+        losses = " ".join(f"{name} {report.values[name]:.3f}" for name in LOSSES if name in report.values)
         epoch = f"epoch {report.epoch}/{report.epochs} " if report.epochs else ""
         told = f"{epoch}{losses} {report.images_per_second:.0f} img/s, {report.seconds_left:.0f} s left"
         self._update(report.stage, report.done, report.total, told)

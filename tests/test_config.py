@@ -92,5 +92,5 @@ def test_weights_files_count_by_content(tmp_path):
     assert key_of("caae", caae__weights=str(first)) == key_of("caae", caae__weights=str(second))
     second.write_bytes(b"others")
     assert key_of("caae", caae__weights=str(first)) != key_of("caae", caae__weights=str(second))
-    with pytest.raises(UserError, match="nowhere.pth"):
+    with pytest.raises(UserError, match=r"nowhere\.pth"):
         key_of("caae", caae__weights="nowhere.pth")

@@ -129,7 +129,7 @@ def test_corrupt_image_is_named_and_training_goes_on_where_it_was(tmp_path):
         if report.stage == "caae" and report.end_of_epoch:
             victim.write_bytes(intact[: len(intact) // 2])
 
-    with pytest.raises(UserError, match="train_000003.jpg"):
+    with pytest.raises(UserError, match=r"train_000003\.jpg"):
         list(pipeline.run(config, data, store, device=CPU, progress=damage))
     victim.write_bytes(intact)
     epochs = []

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from semformer.config import NetworkConfig, OptimizerConfig
+from semformer.errors import UserError
 from semformer.precision import autocast
 from semformer.stages.context import Context, Progress
 
@@ -28,8 +29,8 @@ DIVERGED = 1e4
 """A loss of this size is no loss any more: similarities give at most about 20, a reconstruction starts near 1."""
 
 
-class TrainingDiverged(Exception):
-    """The loss became NaN, infinite or absurdly large."""
+class TrainingDiverged(UserError):
+    """The loss became NaN, infinite or absurdly large; training it again ends the same."""
 
 
 class Crops(Dataset):

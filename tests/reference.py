@@ -1,6 +1,6 @@
 """The method written down as plainly as possible, to test and to time the real implementation against.
 
-One image and one class at a time, foreground and background images in separate passes, attention matrices always
+One pair of image and class at a time, foreground and background images in separate passes, attention matrices always
 materialised, every class embedding computed anew. Same equations, no shared code with `semformer.losses`.
 """
 
@@ -34,13 +34,13 @@ def caae_loss(model: CAAE, images: Tensor, Y: Tensor) -> Tensor:
     """Eq. 2, 4."""
     total = torch.zeros(())
     B, K = Y.shape
+    E, recon = model(images)
     for b in range(B):
-        E, recon = model(images[b : b + 1])
         for c in range(K):
             S = model.semantics[c] if Y[b, c] else model.semantics[c].detach()
-            total = total + bce(sim(E[0, c], S), Y[b, c]) / (B * K)
+            total = total + bce(sim(E[b, c], S), Y[b, c]) / (B * K)
         if recon is not None:
-            total = total + (recon[0] - images[b]).square().mean() / B
+            total = total + (recon[b] - images[b]).square().mean() / B
     return total
 
 

@@ -1,0 +1,18 @@
+"""`make bench`: every benchmark, as the table of the README. Run it on an idle machine; compare ratios, not times."""
+
+import torch
+
+from tests.benchmarks import bench_thresholds, bench_training
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    print("| what | plain | ours | ratio |\n|---|---:|---:|---:|")
+    for row in bench_training.run():
+        plain, ours = row["plain"], row["ours"]
+        print(f"| {row['what']} | {plain:.1f} images/s | {ours:.1f} images/s | {row['ratio']:.1f}x |", flush=True)
+    bench_thresholds.main()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,80 @@
+"""Training steps of both networks beside the plain implementation of the same equations (tests/reference.py).
+
+Preset tiny's networks, forward and backward, random weights and images with 1 to 3 objects. The plain version loops
+over pairs, passes foreground and background images separately, and materialises every attention matrix. Both must
+give the same loss.
+"""
+
+import copy
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from semformer.config import load_config
+from semformer.stages import caae as caae_stage
+from semformer.stages import segmentor as segmentor_stage
+from tests import reference
+
+K = 9
+ROUNDS = 5
+
+
+def run(batch: int = 16) -> list[dict[str, float | str]]:
+    """Median images per second of each step, ours and plain, alternating in one process."""
+    torch.manual_seed(0)
+    config = load_config("tiny")
+    caae = caae_stage.build(config.caae, n_classes=K)
+    segmentor = segmentor_stage.build(config.segmentor, n_classes=K, class_dim=config.caae.class_dim)
+    plain_caae, plain_segmentor = copy.deepcopy(caae), copy.deepcopy(segmentor)
+    reference.materialise_attention(plain_caae)
+    reference.materialise_attention(plain_segmentor)
+
+    Y = torch.zeros(batch, K)
+    Y[:, 0] = 1
+    for b in range(batch):
+        Y[b, 1 + torch.randperm(K - 1)[: 1 + b % 3]] = 1
+    s, S = config.caae.image_size, config.segmentor.image_size
+    small, large = torch.randn(batch, 3, s, s), torch.randn(batch, 3, S, S)
+    regions = torch.tensor([[0, 0, S, S]]).repeat(batch, 1)
+
+    rows = [
+        _compare(
+            "CAAE step",
+            batch,
+            lambda: caae_stage.loss_terms(caae, small, Y)["total"],
+            lambda: reference.caae_loss(plain_caae, small, Y),
+        )
+    ]
+    for model in (caae, plain_caae):
+        model.requires_grad_(False).eval()
+
+    def step(compute, model, guide) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        terms = compute(model, guide, config.segmentor, large, regions, Y, caae_size=s, generator=generator)
+        return terms["total"]
+
+    rows.append(
+        _compare(
+            "segmentation step",
+            batch,
+            lambda: step(segmentor_stage.loss_terms, segmentor, caae),
+            lambda: step(reference.segmentor_losses, plain_segmentor, plain_caae),
+        )
+    )
+    return rows
+
+
+def _compare(name: str, batch: int, ours: Callable[[], Tensor], plain: Callable[[], Tensor]) -> dict[str, float | str]:
+    torch.testing.assert_close(ours(), plain(), atol=1e-4, rtol=1e-4)
+    seconds: dict[str, list[float]] = {"ours": [], "plain": []}
+    for _ in range(ROUNDS):
+        for kind, compute in (("ours", ours), ("plain", plain)):
+            started = time.perf_counter()
+            compute().backward()
+            seconds[kind].append(time.perf_counter() - started)
+    ratio = statistics.median(p / o for o, p in zip(seconds["ours"], seconds["plain"], strict=True))
+    rates = {kind: batch / statistics.median(values) for kind, values in seconds.items()}
+    return {"what": name, **rates, "ratio": ratio}

@@ -66,7 +66,7 @@ def _parser() -> argparse.ArgumentParser:
     shapes.add_argument("folder", type=Path, metavar="DIR")
     shapes.add_argument("--train", type=int, default=2000, help="images to learn from")
     shapes.add_argument("--val", type=int, default=200, help="images to measure on")
-    shapes.add_argument("--size", type=int, default=96, help="side in pixels")
+    shapes.add_argument("--size", type=int, default=64, help="side in pixels")
     shapes.add_argument("--seed", type=int, default=0)
     shapes.set_defaults(command=_make_shapes)
     check = data.add_parser("check", help="count a VOC devkit's images and read every file", allow_abbrev=False)

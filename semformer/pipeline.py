@@ -55,6 +55,11 @@ class Data:
             self._splits[name] = self.devkit.split(name)
         return self._splits[name]
 
+    def describe(self, name: str) -> str:
+        """What a split is, for people: the data set, the number of images, and the start of their digest."""
+        split = self[name]
+        return f"{self.devkit.name} ({len(split)} images, {split.digest[:8]})"
+
 
 @dataclass(frozen=True)
 class StageRun:

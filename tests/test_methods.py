@@ -152,6 +152,13 @@ def test_backbone_equals_timm_without_prefix_tokens(name):
     torch.testing.assert_close(ours(images), theirs.forward_features(images), atol=1e-4, rtol=1e-4)
 
 
+def test_position_embedding_takes_the_grid_of_the_training_images():
+    """As in published checkpoints: DeiT-S at 448 has 28 x 28 positions."""
+    backbone = build_backbone("deit_tiny_distilled_patch16_224", image_size=448)
+    assert backbone.pos_embed.shape == (1, 28 * 28, 192)
+    assert backbone(torch.randn(1, 3, 64, 96)).shape == (1, 4 * 6, 192)
+
+
 @pytest.mark.parametrize("name", ["resnet18", "vit_no_such_model", "swin_tiny_patch4_window7_224"])
 def test_backbones_that_cannot_be_used_are_refused(name):
     with pytest.raises(UserError, match=name):

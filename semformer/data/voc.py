@@ -78,6 +78,11 @@ class Devkit:
     classes: tuple[str, ...]
 
     @property
+    def name(self) -> str:
+        """ "VOC 2012" by its classes, else the name of the folder that holds VOC2012."""
+        return "VOC 2012" if self.classes[1:] == VOC_CLASSES else self.folder.resolve().parent.name
+
+    @property
     def split_names(self) -> tuple[str, ...]:
         """The names of the split files there are, sorted."""
         return tuple(sorted(p.stem for p in (self.folder / "ImageSets" / "Segmentation").glob("*.txt")))

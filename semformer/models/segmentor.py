@@ -14,9 +14,8 @@ class Segmentor(nn.Module):
         super().__init__()
         self.n_classes, self.token_dropout = n_classes, token_dropout
         self.backbone = backbone
-        token, position = backbone.class_tokens
-        self.class_tokens = nn.Parameter(token.repeat(1, n_classes, 1))
-        self.class_positions = nn.Parameter(position.repeat(1, n_classes, 1))
+        self.class_tokens = nn.Parameter(backbone.class_token.repeat(1, n_classes, 1))
+        self.class_positions = nn.Parameter(backbone.class_position.repeat(1, n_classes, 1))
         self.patch_head = nn.Linear(backbone.dim, n_classes)
         self.class_head_weight = nn.Parameter(torch.empty(n_classes, backbone.dim, class_dim))
         self.class_head_bias = nn.Parameter(torch.zeros(n_classes, class_dim))

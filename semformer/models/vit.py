@@ -53,7 +53,8 @@ class Backbone(nn.Module):
     plain tensors, `class_token` and `class_position` (1, 1, d), for the segmentation network to start from.
     """
 
-    def __init__(self, vit: VisionTransformer):
+    def __init__(self, vit: VisionTransformer, image_size: int | None = None):
+        """`image_size`: side of the training images, to whose grid the position embedding is resized once."""
         super().__init__()
         if not all(isinstance(block, Block) and isinstance(block.attn, Attention) for block in vit.blocks):
             raise UserError("only plain ViT / DeiT backbones of timm are supported (standard blocks and attention)")
@@ -65,30 +66,22 @@ class Backbone(nn.Module):
         self.patch_size = vit.patch_embed.patch_size[0]
         self.num_heads = vit.blocks[0].attn.num_heads
         prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
-        self.pos_embed = nn.Parameter(vit.pos_embed.detach()[:, prefix:].clone())
+        position = vit.pos_embed.detach()[:, prefix:]
+        if image_size:
+            position = _resize_positions(position, (image_size // self.patch_size,) * 2)
+        self.pos_embed = nn.Parameter(position.clone())
         zeros = torch.zeros(1, 1, self.dim)
-        self._class_token = zeros if vit.cls_token is None else vit.cls_token.detach().clone()
-        self._class_position = vit.pos_embed.detach()[:, :1].clone() if prefix else zeros
-
-    @property
-    def class_tokens(self) -> tuple[Tensor, Tensor]:
-        """The pretrained class token and its position embedding, (1, 1, d) each; zeros where the ViT has none."""
-        return self._class_token, self._class_position
+        self.class_token = zeros if vit.cls_token is None else vit.cls_token.detach().clone()
+        self.class_position = vit.pos_embed.detach()[:, :1].clone() if prefix else zeros
 
     def tokens(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """Patch tokens with their position embedding, before the blocks.
 
-        images: (B, 3, H, W), H and W multiples of P. Returns (B, N, d) and the grid (h, w). Position embeddings
-        of another grid are resized bicubically (align_corners=False).
+        images: (B, 3, H, W), H and W multiples of P. Returns (B, N, d) and the grid (h, w).
         """
         patches = self.patch_embed(images)
         h, w = patches.shape[-2:]
-        side = math.isqrt(self.pos_embed.shape[1])
-        position = self.pos_embed
-        if (h, w) != (side, side):
-            grid = position.reshape(1, side, side, self.dim).permute(0, 3, 1, 2)
-            grid = F.interpolate(grid, size=(h, w), mode="bicubic", align_corners=False)
-            position = grid.flatten(2).transpose(1, 2)
+        position = _resize_positions(self.pos_embed, (h, w))
         return self.norm_pre(patches.flatten(2).transpose(1, 2) + position), (h, w)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -97,6 +90,15 @@ class Backbone(nn.Module):
         for block in self.blocks:
             tokens = block(tokens)
         return self.norm(tokens)
+
+
+def _resize_positions(position: Tensor, grid: tuple[int, int]) -> Tensor:
+    """Position embedding (1, N, d) of a square grid -> (1, h*w, d), bicubic (align_corners=False)."""
+    side = math.isqrt(position.shape[1])
+    if grid == (side, side):
+        return position
+    square = position.transpose(1, 2).unflatten(2, (side, side))
+    return F.interpolate(square, size=grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
 
 
 def class_to_patch_attention(block: Block, tokens: Tensor, n_class: int) -> Tensor:
@@ -134,7 +136,7 @@ def build_backbone(name: str, *, pretrained: bool = False, weights: str = "", im
         ) from error
     if weights:
         _load_weights(vit, name, Path(weights))
-    return Backbone(vit)
+    return Backbone(vit, image_size)
 
 
 @cache

@@ -88,6 +88,9 @@ def train(
         persistent_workers=False,
         pin_memory=ctx.device.type == "cuda",
     )
+    if ctx.device.type == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
     optimizer = build_optimizer(model, config.optimizer, pretrained)
     checkpoint = Checkpoint(ctx.checkpoints)
     history = checkpoint.load(model, optimizer)

@@ -1,0 +1,262 @@
+"""A table as data: which configs its rows stand for, the paper's values, and how it is laid out.
+
+`sweeps/tables/*.yaml` are the paper's tables; a file of the same form anywhere on disk is as good. A row's config is
+
+    preset  <  the table's `baseline`  <  --set  <  the row's `set`
+"""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
+
+from semformer.config import Config, field_names, load_config, unknown_field
+from semformer.errors import UserError
+
+TABLES = Path(__file__).parent / "tables"
+
+Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
+Location = tuple[str | int, ...]
+
+
+class Spec(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class Metric(Spec):
+    """`name` m stands for the measured value "cam/<evaluated split>/<m>", in percent."""
+
+    name: Name
+    header: str
+    best: Literal["max", "min"] = "max"
+
+
+class Mark(Spec):
+    """A line (or column) of the table that tells what a row is: a check mark, or a value."""
+
+    name: Name
+    header: str
+    latex: str = ""
+
+
+class Layout(Spec):
+    """`transposed`: one column per row of `rows`, marks and metrics below each other."""
+
+    transposed: bool = False
+    marks: Annotated[tuple[Mark, ...], Field(strict=False)] = ()
+
+
+class PaperRow(Spec):
+    """A row that only the paper has a value for. `marks`: true is a check mark, text stands for itself."""
+
+    id: Name
+    label: str
+    marks: Mapping[str, bool | int | float | str] = {}
+    paper: Mapping[str, float | None]
+    """Metric name -> the paper's value; null where the paper has none."""
+
+
+class Row(PaperRow):
+    """A row of ours: `set` holds the fields in which it differs from the baseline."""
+
+    set: Mapping[str, Any] = {}
+
+
+class Table(Spec):
+    """A table file. `where` tells the file and line of one of its parts, `text` is the file as it was read."""
+
+    name: Name
+    title: str
+    source: str = ""
+    """Where in the paper the values stand."""
+    notes: Annotated[tuple[str, ...], Field(strict=False)] = ()
+    baseline: Mapping[str, Any] = {}
+    """Fields that all rows set alike."""
+    metrics: Annotated[tuple[Metric, ...], Field(strict=False, min_length=1)]
+    layout: Layout = Layout()
+    rows: Annotated[tuple[Row, ...], Field(strict=False, min_length=1)]
+    paper_only: Annotated[tuple[PaperRow, ...], Field(strict=False)] = ()
+
+    _path: Path = PrivateAttr()
+    _text: str = PrivateAttr()
+    _lines: dict[Location, int] = PrivateAttr()
+
+    @property
+    def path(self) -> Path:
+        return self._path
+
+    @property
+    def text(self) -> str:
+        return self._text
+
+    def where(self, *location: str | int) -> str:
+        """ "FILE:LINE" of a part, such as ("rows", 2, "set", "segmentor.sigma")."""
+        return _where(self._path, self._lines, location)
+
+
+def table_names() -> tuple[str, ...]:
+    """The names of the built-in tables."""
+    return tuple(sorted(path.stem for path in TABLES.glob("*.yaml")))
+
+
+def load_table(name_or_path: str | Path) -> Table:
+    """A built-in table ("table03", "table03_losses") or a YAML file.
+
+    Raises UserError, naming file and line, for anything that is missing, unknown, ill-typed or there twice.
+    """
+    path = _find(str(name_or_path))
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read the table {path}: {getattr(error, 'strerror', None) or error}") from error
+    data, lines = _parse(text, path)
+    try:
+        table = Table.model_validate(data)
+    except ValidationError as error:
+        raise UserError("\n".join(_explain(item, path, lines, data) for item in error.errors())) from error
+    table._path, table._text, table._lines = path, text, lines
+    if mistakes := list(_mistakes(table)):
+        raise UserError("\n".join(mistakes))
+    return table
+
+
+def resolve(table: Table, row: Row, preset: str, overrides: Mapping[str, Any], seed: int) -> Config:
+    """The config of a row. Raises UserError naming the row's line for a value that does not fit its field,
+    and for an override of what the rows themselves vary."""
+    if "seed" in overrides:
+        raise UserError("--set seed: a sweep's seeds are given by --seeds")
+    for name in overrides:
+        if clash := next((r for r in table.rows if _overlap(name, r.set)), None):
+            raise UserError(f"--set {name}: row {clash.id!r} of {table.name} is about this very field")
+    values = {**table.baseline, **overrides, **row.set, "seed": seed}
+    index = table.rows.index(row)
+    try:
+        return load_config(preset, values, source=f"{table.where('rows', index)}: row {row.id!r}")
+    except UserError:
+        for location, name, value in (
+            *((("baseline", name), name, value) for name, value in table.baseline.items()),
+            *((("rows", index, "set", name), name, value) for name, value in row.set.items()),
+        ):
+            inside = "baseline" if location[0] == "baseline" else f"row {row.id!r}"
+            load_config(preset, {name: value}, source=f"{table.where(*location)}: {inside}")
+        load_config(preset, overrides)
+        raise
+
+
+def _overlap(name: str, fields: Mapping[str, Any]) -> bool:
+    return any(name == f or name.startswith(f + ".") or f.startswith(name + ".") for f in fields)
+
+
+def _find(name: str) -> Path:
+    if name.endswith((".yaml", ".yml")) or "/" in name:
+        return Path(name)
+    matches = [stem for stem in table_names() if stem == name or stem.partition("_")[0] == name]
+    if len(matches) == 1:
+        return TABLES / f"{matches[0]}.yaml"
+    known = [f"{stem.partition('_')[0]} ({stem})" for stem in table_names()]
+    near = difflib.get_close_matches(name, [stem.partition("_")[0] for stem in table_names()], n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise UserError(
+        f"no table is named {name!r}: {hint}There are {', '.join(known)}; a table of your own is given by its path, "
+        "ending in .yaml"
+    )
+
+
+def _parse(text: str, path: Path) -> tuple[Any, dict[Location, int]]:
+    """The data, and the line of every part of it. Raises UserError for bad YAML and for keys that are there twice."""
+    lines: dict[Location, int] = {}
+
+    def locate(node: yaml.Node, location: Location) -> None:
+        lines.setdefault(location, node.start_mark.line + 1)
+        if isinstance(node, yaml.SequenceNode):
+            for i, item in enumerate(node.value):
+                locate(item, (*location, i))
+        elif isinstance(node, yaml.MappingNode):
+            for key, value in node.value:
+                inner = (*location, key.value)
+                if inner in lines:
+                    raise UserError(
+                        f"{path}:{key.start_mark.line + 1}: {key.value!r} is there twice, first in line {lines[inner]}"
+                    )
+                lines[inner] = key.start_mark.line + 1
+                locate(value, inner)
+
+    try:
+        loader = yaml.SafeLoader(text)
+        node = loader.get_single_node()
+        if not isinstance(node, yaml.MappingNode):
+            raise UserError(f"{path}: a table file is a mapping with name, title, metrics and rows")
+        data = loader.construct_document(node)
+        locate(node, ())
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise UserError(f"{path}:{line}: this is no YAML: {error.problem}") from error
+    except RecursionError:
+        raise UserError(f"{path}: an anchor contains itself") from None
+    return data, lines
+
+
+def _where(path: Path, lines: Mapping[Location, int], location: Sequence[str | int]) -> str:
+    location = tuple(location)
+    while location not in lines:
+        location = location[:-1]
+    return f"{path}:{lines[location]}"
+
+
+def _explain(item: Mapping[str, Any], path: Path, lines: Mapping[Location, int], data: Any) -> str:
+    location, place = item["loc"], _where(path, lines, item["loc"])
+    name = ".".join(str(part) for part in location)
+    if len(location) > 2 and location[0] in ("rows", "paper_only"):
+        row = data[location[0]][location[1]]
+        place += f": row {row.get('id', location[1] + 1)!r}"
+        name = ".".join(str(part) for part in location[2:])
+    if item["type"] == "extra_forbidden":
+        models = {"rows": Row, "paper_only": PaperRow, "metrics": Metric, "marks": Mark, "layout": Layout}
+        section = next((part for part in reversed(location[:-1]) if isinstance(part, str)), "")
+        valid = list(models.get(section, Table).model_fields)
+        near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.4)
+        hint = f"did you mean {near[0]!r}?" if near else f"there are {', '.join(valid)}"
+        return f"{place}: unknown field {str(location[-1])!r}: {hint}"
+    if item["type"] == "missing":
+        return f"{place}: {name} is missing"
+    return f"{place}: {name} = {item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}"
+
+
+def _mistakes(table: Table) -> Iterator[str]:
+    """What no single value shows to be wrong."""
+    for name in table.baseline:
+        if mistake := _field_mistake(name):
+            yield f"{table.where('baseline', name)}: baseline: {mistake}"
+    metrics, marks = [m.name for m in table.metrics], [m.name for m in table.layout.marks]
+    for section, names in (("metrics", metrics), ("layout", marks)):
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            yield f"{table.where(section)}: {section}: {twice!r} is there twice"
+    seen: dict[str, str] = {}
+    for section, rows in (("rows", table.rows), ("paper_only", table.paper_only)):
+        for i, row in enumerate(rows):
+            here = f"{table.where(section, i)}: row {row.id!r}"
+            if row.id in seen:
+                yield f"{here}: another row has this id, at {seen[row.id]}"
+            seen.setdefault(row.id, table.where(section, i))
+            for name in metrics:
+                if name not in row.paper:
+                    yield f"{here}: the paper's value of {name!r} is missing (`{name}: null` if there is none)"
+            for part, valid in (("paper", metrics), ("marks", marks)):
+                for name in getattr(row, part):
+                    if name not in valid:
+                        place = table.where(section, i, part, name)
+                        known = "metrics" if part == "paper" else "marks of the layout"
+                        yield f"{place}: row {row.id!r}: {name!r} is none of the {known} ({', '.join(valid) or 'none'})"
+            for name in getattr(row, "set", {}):
+                if mistake := _field_mistake(name):
+                    yield f"{table.where(section, i, 'set', name)}: row {row.id!r}: {mistake}"
+
+
+def _field_mistake(name: str) -> str:
+    if name == "seed":
+        return "seeds are given by --seeds"
+    groups = {field.rpartition(".")[0] for field in field_names()} - {""}
+    return "" if name in field_names() or name in groups else unknown_field(name)

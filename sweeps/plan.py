@@ -1,0 +1,156 @@
+"""Tables -> trials -> distinct stages.
+
+Rows that ask for the same result share one trial; trials that need the same stage share that stage. Nothing is trained
+here, and no network is built.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from semformer import pipeline
+from semformer.config import Config
+from semformer.errors import UserError
+from semformer.store import StageKey, Store
+from sweeps.axes import Table, resolve
+
+
+class Cell(NamedTuple):
+    """A row of a table, by id, under one seed."""
+
+    table: str
+    row: str
+    seed: int
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One distinct config. `key`, the digest of its last stage, is its identity in Tune, MLflow and the store."""
+
+    config: Config
+    data: Path
+    data_name: str
+    """What its scores are measured on."""
+    keys: Mapping[str, StageKey]
+    cells: tuple[Cell, ...]
+
+    @property
+    def key(self) -> str:
+        return self.keys["evaluate"].digest
+
+    @property
+    def rows(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(cell.row for cell in self.cells))
+
+    @property
+    def masks_read_by(self) -> tuple[str, ...]:
+        """The stages that read pixel masks."""
+        return tuple(stage.name for stage in pipeline.needed_stages(self.config) if stage.reads_masks(self.config))
+
+
+class Count(NamedTuple):
+    """How many rows ask for a kind of stage, how many different ones that makes, how many of these are in the store."""
+
+    requested: int
+    distinct: int
+    cached: int
+
+
+@dataclass(frozen=True)
+class Plan:
+    tables: tuple[Table, ...]
+    preset: str
+    overrides: Mapping[str, Any]
+    seeds: tuple[int, ...]
+    trials: tuple[Trial, ...]
+    cached: frozenset[str]
+    """Digests of the stages that are in the store."""
+
+    @cached_property
+    def stages(self) -> dict[str, Count]:
+        counts = {}
+        for name in dict.fromkeys(stage for trial in self.trials for stage in trial.keys):
+            digests = {trial.keys[name].digest for trial in self.trials if name in trial.keys}
+            requested = sum(len(trial.cells) for trial in self.trials if name in trial.keys)
+            counts[name] = Count(requested, len(digests), len(digests & self.cached))
+        return counts
+
+    def is_cached(self, trial: Trial) -> bool:
+        """Whether all its stages are in the store."""
+        return all(key.digest in self.cached for key in trial.keys.values())
+
+    def missing(self) -> dict[StageKey, list[Trial]]:
+        """The distinct stages that are not in the store, each with the trials that need it, in the pipeline's order."""
+        wanted: dict[StageKey, list[Trial]] = {}
+        for name in self.stages:
+            for trial in self.trials:
+                if name in trial.keys and trial.keys[name].digest not in self.cached:
+                    wanted.setdefault(trial.keys[name], []).append(trial)
+        return wanted
+
+    def summary(self) -> dict[str, Any]:
+        return {
+            "rows": sum(len(table.rows) for table in self.tables),
+            "trials": len(self.trials),
+            "stages": {name: count._asdict() for name, count in self.stages.items()},
+        }
+
+    def as_json(self) -> dict[str, Any]:
+        """The summary, and every trial with its cells and the keys of its stages."""
+        return {
+            **self.summary(),
+            "tables": [table.name for table in self.tables],
+            "preset": self.preset,
+            "overrides": dict(self.overrides),
+            "seeds": list(self.seeds),
+            "trial_list": [
+                {
+                    "key": trial.key,
+                    "cells": [cell._asdict() for cell in trial.cells],
+                    "stages": {
+                        name: {"key": key.digest, "cached": key.digest in self.cached}
+                        for name, key in trial.keys.items()
+                    },
+                }
+                for trial in self.trials
+            ],
+        }
+
+
+def make_plan(
+    tables: Sequence[Table],
+    preset: str,
+    overrides: Mapping[str, Any],
+    seeds: Sequence[int],
+    data: Path | None,
+    store: Store,
+    progress: Callable[[int, int], None] | None = None,
+) -> Plan:
+    """Every cell of the tables, as trials in the order of the rows.
+
+    `data` is a VOC devkit, or None for the embedded data set (made now, with `progress`, if it is not there yet).
+    Raises UserError for a row that makes no sound config, and for data that cannot be used.
+    """
+    opened: dict[Any, pipeline.Data] = {}  # by the one field that decides which data set is meant
+    trials: dict[str, Trial] = {}
+    for seed in seeds:
+        for table in tables:
+            for index, row in enumerate(table.rows):
+                config = resolve(table, row, preset, overrides, seed)
+                if config.data.shapes not in opened:
+                    opened[config.data.shapes] = pipeline.open_data(config, data, progress)
+                source = opened[config.data.shapes]
+                try:
+                    keys = pipeline.stage_keys(config, source)
+                except UserError as error:
+                    raise UserError(f"{table.where('rows', index)}: row {row.id!r}: {error}") from error
+                name = source.describe(config.data.eval_split)
+                trial = Trial(config, source.devkit.folder, name, keys, (Cell(table.name, row.id, seed),))
+                if known := trials.get(trial.key):
+                    trial = replace(known, cells=(*known.cells, *trial.cells))
+                trials[trial.key] = trial
+    keys = {key for trial in trials.values() for key in trial.keys.values()}
+    cached = frozenset(key.digest for key in keys if store.find(key, verify=False))
+    return Plan(tuple(tables), preset, dict(overrides), tuple(seeds), tuple(trials.values()), cached)

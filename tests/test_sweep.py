@@ -1,0 +1,266 @@
+"""Whole sweeps: real Ray, real MLflow, real training, in preset micro."""
+
+import contextlib
+import io
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from mlflow import MlflowClient
+
+from analysis.cli import main as analysis_main
+from semformer import pipeline
+from semformer.config import load_config
+from semformer.store import Artifact, Store
+from sweeps import cli, runner
+from sweeps.axes import load_table
+from sweeps.plan import make_plan
+from sweeps.tracking import Tracker
+
+ROW = "  - {{id: {id}, label: {id}, set: {{{set}}}, paper: {{miou: null}}}}\n"
+
+
+class Workplace:
+    """A folder with a store and an MLflow database, and sweeps run in it by their command line."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.uri = folder, f"sqlite:///{folder / 'mlflow.db'}"
+        self.store = Store(folder / "store")
+
+    def arguments(self, table: str | Path, *options: str) -> list[str]:
+        places = ["--store", str(self.store.root), "--tracking-uri", self.uri]
+        return ["run", str(table), "--preset", "micro", *places, *options]
+
+    def sweep(self, table: str | Path, *options: str) -> tuple[int, str]:
+        """Exit status and output."""
+        out = io.StringIO()
+        with contextlib.redirect_stdout(out):
+            status = cli.main(self.arguments(table, *options))
+        assert not ray.is_initialized()
+        return status, out.getvalue()
+
+    def table(self, name: str, **rows: str) -> Path:
+        """A table whose rows set the given fields."""
+        head = f"name: {name}\ntitle: {name}\nmetrics: [{{name: miou, header: mIoU}}]\nrows:\n"
+        path = self.folder / f"{name}.yaml"
+        path.write_text(head + "".join(ROW.format(id=row, set=fields) for row, fields in rows.items()))
+        return path
+
+    def artifacts(self) -> list[Artifact]:
+        return list(self.store.artifacts())
+
+    def runs(self, experiment: str, kind: str) -> list:
+        client = MlflowClient(self.uri)
+        runs = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
+        return [run for run in runs if run.data.tags["semformer.kind"] == kind]
+
+    def steps(self, run, metric: str) -> list[int]:
+        return [point.step for point in MlflowClient(self.uri).get_metric_history(run.info.run_id, metric)]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Workplace:
+    return Workplace(tmp_path_factory.mktemp("sweep"))
+
+
+@pytest.fixture(scope="module")
+def table03(place) -> str:
+    """The output of the first sweep of table03 in `place`."""
+    status, out = place.sweep("table03")
+    assert status == 0, out
+    return out
+
+
+def test_every_stage_of_table03_is_made_exactly_once(place, table03):
+    made = Counter(artifact.key.stage for artifact in place.artifacts())
+    assert made == {"caae": 1, "segmentor": 8, "cams": 8, "evaluate": 8}
+    assert list((place.store.root / "damaged").iterdir()) == []
+    assert list((place.store.root / "tmp").iterdir()) == []
+    assert [path for path in (place.store.root / "checkpoints").rglob("*") if path.is_file()] == []
+    announced = re.findall(r"(\w+) made in", table03)
+    assert Counter(announced) == made  # a second training of a stage would leave no second artifact
+
+
+def test_table03_is_recorded_in_mlflow(place, table03):
+    (parent,) = place.runs("table03 micro", "sweep")
+    assert parent.info.status == "FINISHED"
+    assert parent.data.metrics["sweep/finished"] == 8
+    plan = make_plan([load_table("table03")], "micro", {}, (0,), None, place.store)
+    runs = {run.data.tags["semformer.trial_key"]: run for run in place.runs("table03 micro", "trial")}
+    assert set(runs) == {trial.key for trial in plan.trials}
+    for trial in plan.trials:
+        run = runs[trial.key]
+        assert run.info.status == "FINISHED"
+        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
+        assert run.data.tags["semformer.rows"] == ",".join(trial.rows)
+        assert 0 <= run.data.metrics["cam/val/miou"] <= 100
+        losses = {name for name in run.data.metrics if name.startswith("segmentor/loss/")}
+        assert losses == {f"segmentor/loss/{name}" for name in ("total", *trial.config.segmentor.losses)}
+        for metric in (*losses, "segmentor/lr", "caae/loss/recon", "caae/lr", "caae/images_per_second"):
+            assert place.steps(run, metric) == [1, 2]
+        folder = Path(run.info.artifact_uri.removeprefix("file://"))
+        assert len(list(folder.glob("pictures/*.png"))) == 2
+        assert (folder / "class_iou.parquet").exists()
+    found = Counter(run.data.tags["semformer.stages_found"] for run in runs.values())
+    assert sorted(found.values()) == [1, 7]  # one trial made the caae, the others found it
+    stages = place.runs("table03 micro", "stage")
+    assert Counter(run.data.tags["semformer.stage"] for run in stages) == {"caae": 1, "segmentor": 8}
+
+
+def test_the_output_tells_what_happened(table03):
+    assert "8 trials; to make: 1 caae, 8 segmentor, 8 cams, 8 evaluate" in table03
+    assert len(re.findall(r"segmentor epoch [12]/2, total", table03)) == 16
+    assert "8 trials: 8 finished" in table03
+    assert "made: 1 caae, 8 segmentor, 8 cams, 8 evaluate" in table03
+    assert "mlflow ui --backend-store-uri sqlite:///" in table03
+    assert "Table: semformer-tables tables table03 --preset micro --tracking-uri sqlite:///" in table03
+
+
+def test_the_table_is_compiled_from_mlflow_and_kept_with_the_sweep(place, table03, capsys):
+    arguments = ["tables", "table03", "--preset", "micro", "--tracking-uri", place.uri, "--log"]
+    assert analysis_main(arguments) == 0
+    printed = capsys.readouterr().out
+    assert "| L_CF " in printed
+    assert f"split val of {shapes_name()}" in printed
+    (parent,) = place.runs("table03 micro", "sweep")
+    folder = Path(parent.info.artifact_uri.removeprefix("file://"))
+    assert (folder / "table03.md").read_text() == printed
+    assert (folder / "table03.tex").exists()
+
+
+def shapes_name() -> str:
+    return pipeline.open_data(load_config("micro"), None).describe("val")
+
+
+def test_a_second_sweep_does_nothing_but_say_so(place, table03):
+    def snapshot():
+        files = {path: path.stat().st_mtime_ns for path in place.store.root.glob("*/*/manifest.json")}
+        runs = [run for kind in ("sweep", "trial", "stage") for run in place.runs("table03 micro", kind)]
+        return files, {run.info.run_id: (run.info.end_time, run.data.metrics, run.data.tags) for run in runs}
+
+    before, started = snapshot(), time.monotonic()
+    status, out = place.sweep("table03")
+    assert time.monotonic() - started < 15
+    assert status == 0
+    assert "nothing to do: all 8 trials are finished and recorded" in out
+    assert snapshot() == before
+
+
+def test_another_experiment_is_filled_from_the_store(place, table03):
+    status, out = place.sweep("table03", "--experiment", "again")
+    assert status == 0
+    assert "8 found" in out
+    assert "made: nothing" in out
+    for run in place.runs("again", "trial"):
+        assert run.info.status == "FINISHED"
+        assert place.steps(run, "segmentor/loss/CF") == [1, 2]
+        assert 0 <= run.data.metrics["cam/val/miou"] <= 100
+    assert len(place.artifacts()) == 25
+
+
+def test_a_trial_in_a_reused_process_gives_the_weights_of_a_run_of_its_own(place, table03, tmp_path):
+    plan = make_plan([load_table("table03")], "micro", {}, (0,), None, place.store)
+    trial = plan.trials[-1]
+    data = pipeline.open_data(trial.config, trial.data)
+    alone = pipeline.run(
+        trial.config, data, Store(tmp_path), device=torch.device("cpu"), progress=lambda told: None, until="segmentor"
+    )
+    for run in alone:
+        assert run.artifact.files == place.store.find(trial.keys[run.stage]).files
+
+
+def test_a_diverging_trial_fails_alone_at_once_and_with_its_reason(place, table03):
+    fields = "segmentor.losses: [CF, SS], cams.final_map: activation"
+    table = place.table("diverging", bad="segmentor.optimizer.lr: 1.0e+9", good=fields, worse="cams.last_blocks: 1")
+    status, out = place.sweep(table, "--set", "segmentor.epochs=1")
+    assert status == 1
+    assert "3 trials: 1 failed, 2 finished" in out
+    assert "tried again" not in out
+    assert out.count("failed bad: segmentor: TrainingDiverged") == 1
+    runs = {run.data.tags["semformer.rows"]: run for run in place.runs("diverging micro", "trial")}
+    assert {row: run.info.status for row, run in runs.items()} == {
+        "bad": "FAILED",
+        "good": "FINISHED",
+        "worse": "FINISHED",
+    }
+    assert "TrainingDiverged" in runs["bad"].data.tags["semformer.reason"]
+    assert "segmentor.optimizer.lr" in runs["bad"].data.tags["semformer.reason"]
+    folder = Path(runs["bad"].info.artifact_uri.removeprefix("file://"))
+    assert "Traceback" in (folder / "failure.txt").read_text()
+    (parent,) = place.runs("diverging micro", "sweep")
+    assert parent.info.status == "FAILED"
+    assert parent.data.metrics["sweep/failed"] == 1
+
+
+def test_a_killed_worker_is_replaced_and_goes_on_from_its_last_epoch(place, table03):
+    table = load_table(place.table("killed", only="segmentor.epochs: 12"))
+    plan = make_plan([table], "micro", {}, (0,), None, place.store)
+    (trial,) = plan.trials
+    tracker = Tracker(place.uri, plan, place.store)
+    tracker.begin()
+    heard, killed = [], []
+
+    def tell(trial, report):
+        tracker.tell(trial, report)
+        heard.append((report["event"], report.get("epoch"), report.get("reason", "")))
+        if report["event"] == "epoch" and report["epoch"] == 5 and not killed:
+            killed.append(report["pid"])
+            os.kill(report["pid"], signal.SIGKILL)
+
+    with runner.local_ray() as share:
+        runner.run_trials([trial], place.store, tell, share=share)
+    tracker.end("FINISHED")
+    assert tracker.errors == []
+    assert killed
+    events = [event for event, _, _ in heard]
+    assert (events.count("start"), events.count("retry"), events.count("finished")) == (2, 1, 1)
+    (reason,) = (reason for event, _, reason in heard if event == "retry")
+    assert reason.startswith("segmentor: WorkerDied: ")
+    assert [n for event, n, _ in heard if event == "epoch"] == [*range(1, 6), *range(6, 13)]
+    assert len(place.store.find(trial.keys["segmentor"]).info["history"]["total"]) == 12
+    (run,) = place.runs("killed micro", "trial")
+    assert run.info.status == "FINISHED"
+    assert run.data.tags["semformer.reason"] == ""
+    assert sorted(place.steps(run, "segmentor/loss/total")) == list(range(1, 13))
+
+
+def test_a_sweep_stopped_by_ctrl_c_goes_on_later(place, table03):
+    table = place.table("stopped", only="segmentor.epochs: 20")
+    command = [sys.executable, "-m", "sweeps.cli", *place.arguments(table)]
+    lines = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
+    ) as sweep:
+        for line in sweep.stdout:
+            lines.append(line)
+            if "epoch 4/20" in line:
+                sweep.send_signal(signal.SIGINT)
+    assert sweep.returncode == 130
+    assert "stopped; the same command goes on" in lines[-1]
+    assert [run.info.status for run in place.runs("stopped micro", "sweep")] == ["KILLED"]
+    assert [run.info.status for run in place.runs("stopped micro", "trial")] == ["KILLED"]
+
+    status, out = place.sweep(table)
+    assert status == 0
+    epochs = [int(n) for n in re.findall(r"epoch (\d+)/20", "".join(lines) + out)]
+    assert epochs == sorted(set(epochs))
+    assert epochs[:4] == [1, 2, 3, 4]
+    assert epochs[-1] == 20
+    assert [run.info.status for run in place.runs("stopped micro", "sweep")] == ["FINISHED"]
+    (run,) = place.runs("stopped micro", "trial")
+    assert sorted(place.steps(run, "segmentor/loss/total")) == list(range(1, 21))
+
+
+def test_asking_for_a_gpu_that_is_not_there_leaves_no_trace(place, capsys):
+    fresh = place.arguments("table03", "--set", "segmentor.epochs=3", "--experiment", "greedy")
+    assert cli.main([*fresh, "--gpus-per-trial", "64"]) == 2
+    assert "--gpus-per-trial 64: this machine has" in capsys.readouterr().err
+    assert place.runs("greedy", "sweep") == place.runs("greedy", "trial") == []

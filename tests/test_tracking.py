@@ -1,0 +1,340 @@
+"""The MLflow records of a sweep, without Ray: what a trial reports is told by hand, its stages are really made."""
+
+import json
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from mlflow import MlflowClient
+
+from semformer import pipeline
+from semformer.config import flatten
+from semformer.errors import UserError
+from semformer.store import Store
+from sweeps.axes import load_table
+from sweeps.plan import Plan, make_plan
+from sweeps.tracking import Tracker, without_password
+
+MINE = """\
+name: mine
+title: Two rows
+metrics: [{name: miou, header: mIoU}]
+rows:
+  - {id: a, label: a, set: {segmentor.sigma: 0.1}, paper: {miou: 50}}
+  - {id: b, label: b, set: {segmentor.sigma: 0.2}, paper: {miou: 60}}
+"""
+EPOCHS = 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Holds the table, a store in which both trials are finished, and one MLflow database for all tests."""
+    folder = tmp_path_factory.mktemp("tracking")
+    (folder / "mine.yaml").write_text(MINE)
+    store, plan = Store(folder / "store"), plan_of(folder)
+    for trial in plan.trials:
+        data = pipeline.open_data(trial.config, trial.data)
+        for _ in pipeline.run(trial.config, data, store, device=torch.device("cpu"), progress=lambda told: None):
+            pass
+    return folder
+
+
+def plan_of(folder: Path, table: str = "mine.yaml", seeds: tuple[int, ...] = (0,)) -> Plan:
+    overrides = {"segmentor.epochs": EPOCHS}
+    return make_plan([load_table(folder / table)], "micro", overrides, seeds, None, Store(folder / "store"))
+
+
+class Recorded:
+    """A sweep's own experiment, and what is in it."""
+
+    def __init__(self, folder: Path, name: str):
+        self.folder, self.name, self.uri = folder, name, f"sqlite:///{folder / 'mlflow.db'}"
+        self.store = Store(folder / "store")
+
+    def tracker(self, plan: Plan | None = None, store: Store | None = None) -> Tracker:
+        return Tracker(self.uri, plan or plan_of(self.folder), store or self.store, self.name)
+
+    def runs(self, kind: str) -> dict[str, object]:
+        """Trials by their rows, others by name; it is an error to have two of the same."""
+        client = MlflowClient(self.uri)
+        runs = client.search_runs([client.get_experiment_by_name(self.name).experiment_id])
+        runs = [run for run in runs if run.data.tags["semformer.kind"] == kind]
+        named = {run.data.tags.get("semformer.rows", run.info.run_name): run for run in runs}
+        assert len(named) == len(runs)
+        return named
+
+    def series(self, run, metric: str) -> list[tuple[int, float]]:
+        return [
+            (point.step, point.value) for point in MlflowClient(self.uri).get_metric_history(run.info.run_id, metric)
+        ]
+
+    def files(self, run) -> dict[str, Path]:
+        root = Path(run.info.artifact_uri.removeprefix("file://"))
+        return {str(path.relative_to(root)): path for path in root.rglob("*") if path.is_file()}
+
+
+@pytest.fixture
+def recorded(folder, request) -> Recorded:
+    return Recorded(folder, request.node.name)
+
+
+def epoch(trial, store, stage: str, n: int) -> dict:
+    """The report of the end of an epoch, as training gave it."""
+    history = store.find(trial.keys[stage]).info["history"]
+    values = {name: series[n - 1] for name, series in history.items()}
+    return {"event": "epoch", "stage": stage, "epoch": n, "epochs": EPOCHS, "values": values}
+
+
+def made(trial, stage: str) -> dict:
+    return {"event": "stage", "stage": stage, "key": trial.keys[stage].digest, "found": False, "seconds": 1.0}
+
+
+def run_through(tracker: Tracker, trial) -> None:
+    tracker.tell(trial, {"event": "start"})
+    for stage in trial.keys:
+        for n in range(1, 3 if stage == "caae" else EPOCHS + 1 if stage == "segmentor" else 0):
+            tracker.tell(trial, epoch(trial, tracker.store, stage, n))
+        tracker.tell(trial, made(trial, stage))
+    tracker.tell(trial, {"event": "finished", "metrics": {}})
+
+
+def test_a_sweep_is_recorded_in_full(recorded):
+    tracker = recorded.tracker()
+    plan = tracker.plan
+    assert not tracker.is_complete()
+    tracker.begin()
+    run_through(tracker, plan.trials[0])
+    tracker.record_found(plan.trials[1])
+    tracker.end("FINISHED", {"sweep/finished": 2.0})
+    assert tracker.errors == []
+
+    (parent,) = recorded.runs("sweep").values()
+    assert parent.info.run_name == "mine micro"
+    assert parent.info.status == "FINISHED"
+    assert parent.data.metrics == {"sweep/finished": 2.0}
+    assert json.loads(parent.data.tags["semformer.plan"])["trials"] == 2
+    files = recorded.files(parent)
+    assert files["table.yaml"].read_text() == MINE
+    assert json.loads(files["plan.json"].read_text()) == json.loads(json.dumps(plan.as_json()))
+
+    trials = recorded.runs("trial")
+    assert sorted(trials) == ["a", "b"]
+    for trial in plan.trials:
+        run = trials[trial.rows[0]]
+        tags = {name.removeprefix("semformer."): text for name, text in run.data.tags.items()}
+        assert run.info.status == "FINISHED"
+        assert (tags["status"], tags["rows"], tags["seed"], tags["preset"]) == ("finished", trial.rows[0], "0", "micro")
+        assert tags["mlflow.parentRunId"] == parent.info.run_id
+        assert tags["trial_key"] == trial.key
+        assert json.loads(tags["stage_keys"]) == {name: key.digest for name, key in trial.keys.items()}
+        found = trial.rows[0] == "b"
+        assert json.loads(tags["stages_found"]) == dict.fromkeys(trial.keys, found)
+        assert json.loads(tags["masks_read_by"]) == ["evaluate"]
+        expected = {"eval_split": "val", "scales": [0.5, 1.0], "flip": True, "erosion": 0, "rule": "oracle"}
+        assert json.loads(tags["protocol"]) == expected
+        assert tags["version.torch"] == pipeline.versions()["torch"]
+        assert run.data.params == {
+            name: value if isinstance(value, str) else json.dumps(value)
+            for name, value in flatten(trial.config).items()
+        }
+        artifact = recorded.store.find(trial.keys["evaluate"])
+        assert artifact.info["metrics"].items() <= run.data.metrics.items()
+        history = recorded.store.find(trial.keys["segmentor"]).info["history"]
+        for name, metric in (("CF", "segmentor/loss/CF"), ("total", "segmentor/loss/total"), ("lr", "segmentor/lr")):
+            assert recorded.series(run, metric) == list(enumerate(history[name], start=1))
+        assert [step for step, _ in recorded.series(run, "caae/loss/recon")] == [1, 2]
+        files = recorded.files(run)
+        assert {"config.json", "metrics.json", "class_iou.parquet", "threshold_curve.parquet"} < set(files)
+        assert len([name for name in files if name.startswith("pictures/") and name.endswith(".png")]) == 2
+        assert len(pd.read_parquet(files["threshold_curve.parquet"])) >= 99
+
+    stages = recorded.runs("stage")
+    assert sorted(run.data.tags["semformer.stage"] for run in stages.values()) == ["caae", "segmentor", "segmentor"]
+    for run in stages.values():
+        stage = run.data.tags["semformer.stage"]
+        key = next(t.keys[stage] for t in plan.trials if t.keys[stage].digest == run.data.tags["semformer.stage_key"])
+        info = recorded.store.find(key).info
+        assert run.data.metrics["seconds"] == info["seconds"]
+        assert recorded.series(run, f"{stage}/loss/total") == list(enumerate(info["history"]["total"], start=1))
+        assert (run.info.end_time - run.info.start_time) / 1000 == pytest.approx(info["seconds"], abs=0.01)
+
+    again = recorded.tracker()
+    assert again.is_complete()
+    assert all(again.is_recorded(trial) for trial in plan.trials)
+
+
+def test_recording_twice_adds_nothing(recorded):
+    def record():
+        tracker = recorded.tracker()
+        tracker.begin()
+        for trial in tracker.plan.trials:
+            run_through(tracker, trial)
+        tracker.end("FINISHED", {})
+        assert tracker.errors == []
+        runs = [run for kind in ("sweep", "trial", "stage") for run in recorded.runs(kind).values()]
+        return {(r.info.run_id, m): recorded.series(r, m) for r in runs for m in r.data.metrics}
+
+    assert record() == record()
+
+
+def test_a_sweep_that_was_cut_short_is_continued_without_gaps_or_doubles(recorded):
+    first = recorded.tracker()
+    trial = first.plan.trials[0]
+    first.begin()
+    first.tell(trial, {"event": "start"})
+    first.tell(trial, epoch(trial, first.store, "caae", 1))  # the report of epoch 2 is lost, and the end of the stage
+    first.tell(trial, epoch(trial, first.store, "segmentor", 1))
+    first.end("KILLED")
+    (parent,) = recorded.runs("sweep").values()
+    assert parent.info.status == "KILLED"
+    runs = recorded.runs("trial")
+    assert {run.info.status for run in runs.values()} == {"KILLED"}
+    assert {run.data.tags["semformer.status"] for run in runs.values()} == {"queued"}
+    assert not recorded.tracker().is_complete()
+
+    second = recorded.tracker()
+    second.begin()
+    second.tell(trial, {"event": "start"})
+    second.tell(trial, made(trial, "caae") | {"found": True})
+    for n in (2, 3):
+        second.tell(trial, epoch(trial, second.store, "segmentor", n))
+    for stage in ("segmentor", "cams", "evaluate"):
+        second.tell(trial, made(trial, stage))
+    second.tell(trial, {"event": "finished", "metrics": {}})
+    second.record_found(second.plan.trials[1])
+    second.end("FINISHED")
+    assert second.errors == []
+    continued = recorded.runs("trial")
+    assert {run.info.run_id for run in continued.values()} == {run.info.run_id for run in runs.values()}
+    assert [step for step, _ in recorded.series(continued["a"], "caae/loss/SS")] == [1, 2]
+    assert [step for step, _ in recorded.series(continued["a"], "segmentor/loss/SS")] == [1, 2, 3]
+    assert continued["a"].data.tags["semformer.status"] == "finished"
+    assert continued["a"].data.tags["semformer.reason"] == ""
+    assert recorded.tracker().is_complete()
+
+
+def test_a_failure_is_recorded_with_its_reason_and_mended_later(recorded):
+    tracker = recorded.tracker()
+    a, b = tracker.plan.trials
+    tracker.begin()
+    tracker.tell(a, {"event": "start"})
+    failure = {"stage": "segmentor", "error": "TrainingDiverged", "message": "too fast", "traceback": "Traceback: here"}
+    reason = "segmentor: TrainingDiverged: too fast " + "!" * 20_000
+    tracker.tell(a, {"event": "failed", "reason": reason, **failure})
+    tracker.tell(b, {"event": "start"})
+    tracker.tell(b, {"event": "retry", "reason": "caae: WorkerDied: killed", **failure})
+    run_through(tracker, b)
+    tracker.end("FAILED")
+    assert tracker.errors == []
+    runs = recorded.runs("trial")
+    assert runs["a"].info.status == "FAILED"
+    assert runs["a"].data.tags["semformer.status"] == "failed"
+    assert runs["a"].data.tags["semformer.reason"].startswith("segmentor: TrainingDiverged: too fast")
+    assert "Traceback: here" in recorded.files(runs["a"])["failure.txt"].read_text()
+    assert runs["b"].info.status == "FINISHED"
+    assert runs["b"].data.tags["semformer.reason"] == ""
+    assert next(iter(recorded.runs("sweep").values())).info.status == "FAILED"
+
+    again = recorded.tracker()
+    assert [again.is_recorded(trial) for trial in (a, b)] == [False, True]
+    again.begin()
+    again.record_found(a)
+    again.end("FINISHED")
+    mended = recorded.runs("trial")["a"]
+    assert mended.info.run_id == runs["a"].info.run_id
+    assert (mended.info.status, mended.data.tags["semformer.reason"]) == ("FINISHED", "")
+
+
+def test_renamed_rows_rename_the_records_of_their_trials(recorded):
+    folder = recorded.folder
+    tracker = recorded.tracker()
+    tracker.begin()
+    for trial in tracker.plan.trials:
+        tracker.record_found(trial)
+    tracker.end("FINISHED")
+
+    (folder / "renamed.yaml").write_text(MINE.replace("id: a", "id: first"))
+    renamed = recorded.tracker(plan_of(folder, "renamed.yaml"))
+    assert not renamed.is_complete()
+    renamed.begin()
+    for trial in renamed.plan.trials:
+        renamed.record_found(trial)
+    renamed.end("FINISHED")
+    names = {row: run.info.run_name for row, run in recorded.runs("trial").items()}
+    assert names == {"first": "first, seed 0", "b": "b, seed 0"}
+    assert recorded.tracker(plan_of(folder, "renamed.yaml")).is_complete()
+
+
+def test_more_seeds_extend_a_sweep(recorded):
+    for seeds in ((0,), (0, 1), (1,)):
+        tracker = recorded.tracker(plan_of(recorded.folder, seeds=seeds))
+        assert not tracker.is_complete()
+        tracker.begin()
+        for trial in tracker.plan.trials:
+            if trial.config.seed == 0:
+                tracker.record_found(trial)
+        tracker.end("FINISHED")
+    assert recorded.tracker().is_complete()
+    (parent,) = recorded.runs("sweep").values()
+    client = MlflowClient(recorded.uri)
+    runs = client.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
+    trials = sorted(run.info.run_name for run in runs if run.data.tags["semformer.kind"] == "trial")
+    assert trials == ["a, seed 0", "a, seed 1", "b, seed 0", "b, seed 1"]
+
+
+def test_a_changed_table_file_is_recorded_anew(recorded):
+    tracker = recorded.tracker()
+    tracker.begin()
+    for trial in tracker.plan.trials:
+        tracker.record_found(trial)
+    tracker.end("FINISHED")
+    (recorded.folder / "corrected.yaml").write_text(MINE.replace("miou: 60", "miou: 61"))
+    corrected = recorded.tracker(plan_of(recorded.folder, "corrected.yaml"))
+    assert not corrected.is_complete()
+    corrected.begin()
+    corrected.end("FINISHED")
+    (parent,) = recorded.runs("sweep").values()
+    assert "61" in recorded.files(parent)["table.yaml"].read_text()
+
+
+def test_what_cannot_be_written_is_told_and_loses_nothing_else(recorded, tmp_path):
+    empty = Store(tmp_path / "empty")
+    tracker = recorded.tracker(store=empty)
+    a, b = tracker.plan.trials
+    tracker.begin()
+    tracker.tell(a, {"event": "start"})
+    tracker.tell(a, made(a, "caae"))  # no such artifact
+    tracker.tell(b, {"event": "failed", "reason": "no data", "traceback": ""})
+    tracker.end("FAILED")
+    (error,) = tracker.errors
+    assert str(a.keys["caae"]) in error
+    assert recorded.runs("trial")["b"].data.tags["semformer.reason"] == "no data"
+
+
+# MLflow that cannot be used
+
+
+@pytest.mark.parametrize(
+    "uri", ["http://127.0.0.1:9", "nonsense://x", "./mlruns", "postgresql://me:secret@127.0.0.1:9/x"]
+)
+def test_an_unusable_tracking_uri_is_told_soon(folder, uri):
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"--tracking-uri .*MLflow cannot be used there") as error:
+        Tracker(uri, plan_of(folder), Store(folder / "store"))
+    assert time.monotonic() - started < 30
+    assert "secret" not in str(error.value)
+
+
+def test_a_deleted_experiment_is_told(recorded):
+    recorded.tracker()
+    client = MlflowClient(recorded.uri)
+    client.delete_experiment(client.get_experiment_by_name(recorded.name).experiment_id)
+    with pytest.raises(UserError, match=r"was deleted: restore it .* or give another name with --experiment"):
+        recorded.tracker()
+
+
+def test_passwords_are_not_shown():
+    assert without_password("postgresql://me:secret@host:5432/db") == "postgresql://me:***@host:5432/db"
+    assert without_password("sqlite:////tmp/mlflow.db") == "sqlite:////tmp/mlflow.db"

@@ -7,6 +7,7 @@ READY := $(VENV)/ready
 
 demo: $(READY)  ## one CAAE, eight segmentation networks, Table 3
 	$(BIN)/semformer-sweep run table03 --preset tiny
+	$(BIN)/semformer-tables tables table03 --preset tiny --log
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile

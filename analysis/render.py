@@ -1,0 +1,286 @@
+"""A compiled table written down: Markdown, LaTeX (booktabs), and a data frame of all cells.
+
+The layout is the paper's: `layout.marks` tell what a row is, then come the measured and the paper's values. One row of
+the table file is one line, or, in a transposed table, one column.
+"""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.runs import SHORT, TAG
+from analysis.tables import Cell, CompiledTable, Line
+from semformer.errors import UserError
+from sweeps.axes import Mark
+
+OURS, NO_VALUE, MISSING = "SemFormer (ours)", "–", "—"  # noqa: RUF001
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One place in the table. `latex` is given where it is not just the escaped text."""
+
+    text: str
+    latex: str = ""
+    bold: bool = False
+    symbols: str = ""
+    """Of its footnotes."""
+
+
+class Footnotes:
+    """Numbers for what is missing, daggers for what deviates; the same text gets the same symbol."""
+
+    def __init__(self):
+        self.remarks: dict[str, str] = {}
+        self.deviations: dict[str, str] = {}
+
+    def symbols(self, cell: Cell) -> str:
+        remarks = [self.remarks.setdefault(text, f"[{len(self.remarks) + 1}]") for text in cell.remarks]
+        daggers = [self.deviations.setdefault(text, self._dagger()) for text in cell.deviations]
+        return "".join(daggers) + "".join(remarks)
+
+    def _dagger(self) -> str:
+        i = len(self.deviations)
+        return "†‡§¶"[i % 4] * (1 + i // 4)
+
+    def items(self) -> list[tuple[str, str]]:
+        deviations = [(symbol, f"not comparable: {text}") for text, symbol in self.deviations.items()]
+        return deviations + [(symbol, text) for text, symbol in self.remarks.items()]
+
+
+def to_markdown(compiled: CompiledTable) -> str:
+    """The table, what its numbers are, and where each comes from (ids shortened)."""
+    footnotes = Footnotes()
+    entries, _ = _entries(compiled, footnotes)
+    grid = [[_markdown_entry(entry) for entry in line] for line in entries]
+    under = [f"- {symbol} {_markdown(text)}" for symbol, text in footnotes.items()]
+    under += [f"- **{heading}:** {_markdown(text)}" for heading, text in compiled.notes]
+    parts = [f"### {compiled.table.name}: {_markdown(compiled.table.title)}", _markdown_grid(grid), "\n".join(under)]
+    if runs := _run_lines(compiled, SHORT):
+        parts.append(
+            f"Where the measured values come from, in MLflow experiment `{compiled.experiment}` "
+            f"(filter: `tags.\"{TAG}trial_key\" LIKE 'KEY%'`):"
+        )
+        parts.append(_markdown_grid([[_markdown(text) for text in line] for line in runs]))
+    return "\n\n".join(parts) + "\n"
+
+
+def to_latex(compiled: CompiledTable) -> str:
+    """A table environment; the document loads booktabs and amssymb. Full run ids and trial keys stand in comments."""
+    footnotes = Footnotes()
+    entries, rules = _entries(compiled, footnotes)
+    width = len(entries[0])
+    body = []
+    for i, line in enumerate(entries):
+        body.append(" & ".join(_latex_line(line)) + r" \\")
+        if i in rules:
+            body.append(r"\midrule")
+    under = [f"{_latex_symbols(symbol)} {_latex(text)}" for symbol, text in footnotes.items()]
+    under += [rf"\textbf{{{_latex(heading)}:}} {_latex(text)}" for heading, text in compiled.notes]
+    comments = [f"{compiled.table.name}, preset {compiled.preset}, MLflow experiment {compiled.experiment}"]
+    comments += [", ".join(line) for line in _run_lines(compiled, None)]
+    return "\n".join(
+        [
+            *("% " + " ".join(comment.split()) for comment in comments),
+            r"% \usepackage{booktabs,amssymb}",
+            r"\begin{table}",
+            r"\centering\small\setlength{\tabcolsep}{3pt}",
+            rf"\caption{{{_latex(compiled.table.title)}.}}",
+            rf"\label{{tab:{compiled.table.name}}}",
+            rf"\begin{{tabular}}{{l{'c' * (width - 1)}}}",
+            r"\toprule",
+            *body,
+            r"\bottomrule",
+            r"\end{tabular}",
+            r"\par\smallskip",
+            r"\begin{minipage}{\linewidth}\footnotesize\raggedright",
+            *(text + r"\par" for text in under),
+            r"\end{minipage}",
+            r"\end{table}",
+            "",
+        ]
+    )
+
+
+def to_frame(compiled: CompiledTable) -> pd.DataFrame:
+    """All cells, one line per row, metric and seed; `value` and `paper` in percent, ids in full."""
+    records = []
+    for line in compiled.lines:
+        for metric in compiled.table.metrics:
+            for trial in line.trials or (None,):
+                records.append(
+                    {
+                        "table": compiled.table.name,
+                        "preset": compiled.preset,
+                        "experiment": compiled.experiment,
+                        "row": line.id,
+                        "label": line.label,
+                        "metric": metric.name,
+                        "seed": trial.seed if trial else None,
+                        "status": trial.status if trial else line.status,
+                        "reason": trial.reason if trial and trial.status == "failed" else "",
+                        "value": trial.values.get(metric.name) if trial else None,
+                        "threshold": trial.threshold if trial else None,
+                        "paper": line.cells[metric.name].paper,
+                        "deviations": "; ".join(trial.deviations) if trial else "",
+                        "run_id": trial.run_id if trial else "",
+                        "trial_key": trial.trial_key if trial else "",
+                    }
+                )
+    types = {"seed": "Int64", "value": "float64", "threshold": "float64", "paper": "float64"}
+    return pd.DataFrame(records).astype(types)
+
+
+def write_files(compiled: CompiledTable, folder: Path) -> list[Path]:
+    """<table>.md, <table>.tex and <table>.parquet in a folder, made if need be. Raises UserError if it cannot."""
+    paths = [folder / f"{compiled.table.name}.{suffix}" for suffix in ("md", "tex", "parquet")]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        paths[0].write_text(to_markdown(compiled), encoding="utf-8")
+        paths[1].write_text(to_latex(compiled), encoding="utf-8")
+        to_frame(compiled).to_parquet(paths[2], index=False)
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or folder}: {error.strerror}") from error
+    return paths
+
+
+def _entries(compiled: CompiledTable, footnotes: Footnotes) -> tuple[list[list[Entry]], set[int]]:
+    """The lines of the table, the heading first, and after which of them a rule belongs."""
+    marks, metrics, lines = compiled.table.layout.marks, compiled.table.metrics, compiled.lines
+    labelled = not marks or any(not line.ours for line in lines)
+    stub = [Entry("")] * labelled + [Entry(mark.header, mark.latex) for mark in marks]
+    stub += [Entry(f"{metric.header} {whose}") for metric in metrics for whose in ("ours", "paper")]
+    several = any(cell.n > 1 for line in lines for cell in line.cells.values())
+    columns = [stub]
+    for line in lines:
+        values = [
+            entry
+            for metric in metrics
+            for entry in (_measured(line, line.cells[metric.name], several, footnotes), _paper(line.cells[metric.name]))
+        ]
+        columns.append([Entry(line.label)] * labelled + [_mark(line, mark) for mark in marks] + values)
+    if not compiled.table.layout.transposed:
+        return columns, {0}
+    entries = [list(line) for line in zip(*columns, strict=True)]
+    if labelled and marks:
+        ours = [i for i, line in enumerate(lines, start=1) if line.ours]
+        for i in ours:
+            entries[0][i] = Entry(OURS if i == ours[0] else "")
+    return entries, {0, labelled + len(marks) - 1}
+
+
+def _mark(line: Line, mark: Mark) -> Entry:
+    value = line.marks.get(mark.name, "" if line.ours else NO_VALUE)
+    if isinstance(value, bool):
+        return Entry("✓" if value else "✗")
+    return Entry(str(value))
+
+
+def _measured(line: Line, cell: Cell, several: bool, footnotes: Footnotes) -> Entry:
+    if not line.ours:
+        return Entry(NO_VALUE)
+    symbols = footnotes.symbols(cell)
+    if cell.mean is None:
+        return Entry(line.status if line.status in ("failed", "running", "queued") else MISSING, symbols=symbols)
+    mean, latex = f"{cell.mean:.1f}", ""
+    spread = [] if cell.spread is None else [f"± {cell.spread:.1f}"]
+    if several:
+        spread.append(f"({cell.n})")
+        small = (rf"\\{{\scriptsize {_latex(text)}}}" for text in spread)
+        latex = rf"\shortstack{{{mean}{''.join(small)}}}"
+    return Entry(" ".join([mean, *spread]), latex, bold=cell.best, symbols=symbols)
+
+
+def _paper(cell: Cell) -> Entry:
+    return Entry(NO_VALUE if cell.paper is None else f"{cell.paper:.1f}", bold=cell.paper_best)
+
+
+def _run_lines(compiled: CompiledTable, length: int | None) -> list[list[str]]:
+    """A heading and one line per trial; ids cut to `length`. Empty if there is no trial."""
+    metrics = compiled.table.metrics
+    heads = ["row", "seed", "status", *(metric.header for metric in metrics), "threshold", "MLflow run", "trial key"]
+    lines = [
+        [
+            line.label,
+            str(trial.seed),
+            trial.status,
+            *(_number(trial.values.get(metric.name), 2) for metric in metrics),
+            _number(trial.threshold, 2),
+            trial.run_id[:length],
+            trial.trial_key[:length],
+        ]
+        for line in compiled.lines
+        for trial in line.trials
+    ]
+    return [heads, *lines] if lines else []
+
+
+def _number(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def _markdown_entry(entry: Entry) -> str:
+    text = _markdown(entry.text)
+    text = f"**{text}**" if entry.bold else text
+    return f"{text} {entry.symbols}" if entry.symbols.startswith("[") else text + entry.symbols
+
+
+def _markdown_grid(grid: Sequence[Sequence[str]]) -> str:
+    widths = [max(3, *map(len, column)) for column in zip(*grid, strict=True)]
+    lines = ["| " + " | ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) + " |" for line in grid]
+    rule = "|" + "|".join("-" * (width + 2) if i == 0 else f":{'-' * width}:" for i, width in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def _markdown(text: str) -> str:
+    """Escaped, but `_` inside a word (L_CF) is harmless and stays readable."""
+    return re.sub(r"([\\`*<|$])|(?<!\w)_|_(?!\w)", lambda match: "\\" + match[0], " ".join(text.split()))
+
+
+LATEX = str.maketrans(
+    {
+        "\\": r"\textbackslash{}",
+        "~": r"\textasciitilde{}",
+        "^": r"\textasciicircum{}",
+        "<": r"\textless{}",
+        ">": r"\textgreater{}",
+        "|": r"\textbar{}",
+        "–": r"\textendash{}",  # noqa: RUF001
+        "—": r"\textemdash{}",
+        "±": r"$\pm$",
+        "×": r"$\times$",  # noqa: RUF001
+        "✓": r"\checkmark{}",
+        "✗": r"$\times$",
+        "↑": r"$\uparrow$",
+        "↓": r"$\downarrow$",
+        "σ": r"$\sigma$",  # noqa: RUF001
+        "†": r"\dag{}",
+        "‡": r"\ddag{}",
+        "§": r"\S{}",
+        "¶": r"\P{}",
+        **{symbol: "\\" + symbol for symbol in "&%$#_{}"},
+    }
+)
+
+
+def _latex(text: str) -> str:
+    return " ".join(text.split()).translate(LATEX).replace("--", "-{}-")
+
+
+def _latex_symbols(symbols: str) -> str:
+    return rf"\textsuperscript{{{_latex(symbols)}}}" if symbols else ""
+
+
+def _latex_line(line: Sequence[Entry]) -> list[str]:
+    """The entries; a first one with `[` or `*` must not be read as the option of the line break before it."""
+    texts = []
+    for i, entry in enumerate(line):
+        if entry.text == OURS:
+            return [*texts, rf"\multicolumn{{{len(line) - i}}}{{c}}{{{_latex(OURS)}}}"]
+        text = entry.latex or _latex(entry.text)
+        text = "{}" + text if i == 0 and text[:1] in ("[", "*") else text
+        texts.append((rf"\textbf{{{text}}}" if entry.bold else text) + _latex_symbols(entry.symbols))
+    return texts

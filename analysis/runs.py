@@ -1,0 +1,211 @@
+"""MLflow -> pandas: the trials of a sweep, as the sweep recorded them. Nothing else is read."""
+
+import json
+import os
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+from mlflow import MlflowClient
+from mlflow.entities import Experiment, Run
+from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
+
+from semformer.config import Config, flatten
+from semformer.errors import UserError
+from sweeps.axes import Table, resolve
+
+TAG = "semformer."
+SHORT = 8
+"""Characters of a run id or trial key that are printed."""
+ENDED = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "failed"}
+
+
+def read_trials(tracking_uri: str, experiment: str, *, table: str, preset: str) -> pd.DataFrame:
+    """The trials of `table` with `preset` in an experiment: one line per MLflow run and row of the table.
+
+    Columns: row, seed, rows (all row ids of the run, comma-separated), run_id, trial_key, status (queued, running,
+    finished, failed), reason, started (UTC), commit, masks_read_by, and what MLflow holds by name:
+    `metrics.<name>` floats, `params.<field>` and `protocol.<name>` text; empty where a run has none.
+    Raises UserError when MLflow cannot be read, has no such experiment, or holds no such trial in it.
+    """
+    client = _client(tracking_uri)
+    runs = _trial_runs(client, _experiment(client, experiment))
+    wanted = [run for run in runs if _belongs(run, table, preset)]
+    if not wanted:
+        there = sorted({f"{_tag(run, 'table')} {_tag(run, 'preset')}" for run in runs})
+        raise UserError(
+            f"experiment {experiment!r} has no trial of {table} with preset {preset}"
+            + (f"; it has {', '.join(there)}" if there else ": it has no trial at all")
+        )
+    return pd.DataFrame([_record(run, row) for run in wanted for row in _tag(run, "rows").split(",")])
+
+
+def log_with_parents(tracking_uri: str, run_ids: Iterable[str], texts: Mapping[str, str]) -> None:
+    """Keep text files, by name, with the parent runs (the sweeps) of some trials. Raises UserError if MLflow cannot."""
+    client = _client(tracking_uri)
+    tags = [client.get_run(run_id).data.tags for run_id in run_ids]
+    for parent in {tag[MLFLOW_PARENT_RUN_ID] for tag in tags if MLFLOW_PARENT_RUN_ID in tag}:
+        for name, text in texts.items():
+            client.log_text(parent, text, name)
+
+
+def _client(tracking_uri: str) -> MlflowClient:
+    """Reading must not leave a trace, but MLflow creates an sqlite database that is not there."""
+    if tracking_uri.startswith("sqlite:///"):
+        path = Path(tracking_uri.removeprefix("sqlite:///").partition("?")[0])
+        if not path.is_file():
+            raise UserError(
+                f"there is no MLflow database {path}: run a sweep first (semformer-sweep run), or name the "
+                "database with --tracking-uri"
+            )
+    try:
+        client = MlflowClient(tracking_uri)
+        client.search_experiments(max_results=1)
+    except Exception as error:  # MLflow passes on whatever the database driver or the HTTP library raises
+        shown = re.sub(r"(?<=:)[^:@/]+(?=@)", "***", tracking_uri)
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"cannot read MLflow at {shown}: {first}") from error
+    return client
+
+
+def _experiment(client: MlflowClient, name: str) -> Experiment:
+    experiment = client.get_experiment_by_name(name)
+    if experiment and experiment.lifecycle_stage == "active":
+        return experiment
+    names = sorted(e.name for e in _pages(client.search_experiments) if e.name != "Default")
+    there = f"there are {', '.join(map(repr, names))}" if names else "there is none yet; run a sweep first"
+    raise UserError(f"MLflow has no experiment {name!r}: {there} (choose one with --preset or --experiment)")
+
+
+def _trial_runs(client: MlflowClient, experiment: Experiment) -> list[Run]:
+    query = f"tags.`{TAG}kind` = 'trial'"
+    return _pages(client.search_runs, experiment_ids=[experiment.experiment_id], filter_string=query)
+
+
+def _pages(search: Any, **query: Any) -> list[Any]:
+    found = page = search(**query)
+    while page.token:
+        page = search(**query, page_token=page.token)
+        found = [*found, *page]
+    return list(found)
+
+
+def _belongs(run: Run, table: str, preset: str) -> bool:
+    return _tag(run, "table") == table and _tag(run, "preset") == preset
+
+
+def _record(run: Run, row: str) -> dict[str, Any]:
+    status = _tag(run, "status")
+    if status not in ENDED.values():
+        status = ENDED.get(run.info.status, status or "running")
+    protocol = json.loads(_tag(run, "protocol") or "{}")
+    return {
+        "row": row,
+        "seed": int(_tag(run, "seed")),
+        "rows": _tag(run, "rows"),
+        "run_id": run.info.run_id,
+        "trial_key": _tag(run, "trial_key"),
+        "status": status,
+        "reason": _tag(run, "reason"),
+        "started": pd.Timestamp(run.info.start_time, unit="ms", tz="UTC"),
+        "commit": _tag(run, "commit"),
+        "masks_read_by": ", ".join(json.loads(_tag(run, "masks_read_by") or "[]")),
+        **_prefixed("metrics.", run.data.metrics),
+        **_prefixed("params.", run.data.params),
+        **_prefixed("protocol.", {name: plain_text(value) for name, value in protocol.items()}),
+    }
+
+
+def _tag(run: Run, name: str) -> str:
+    return run.data.tags.get(TAG + name, "")
+
+
+def _prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {prefix + name: value for name, value in values.items()}
+
+
+def plain_text(value: Any) -> str:
+    """A JSON value for people: [0.5, 1.0] -> "0.5, 1.0", true -> "yes"."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return ", ".join(map(plain_text, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def choose_runs(
+    trials: pd.DataFrame, table: Table, preset: str, overrides: Mapping[str, Any] | None = None
+) -> tuple[pd.DataFrame, list[str]]:
+    """One run for every row and seed, and sentences on the runs that are left out.
+
+    The run nearest to what the table file, the preset and `overrides` say wins, then the newest trial; of several runs
+    of one trial the newest finished one. Adds the column `differs`: field -> (the run's value, the wanted one).
+    Raises UserError when no run is of a row of the table.
+    """
+    trials = trials[trials["row"].isin({row.id for row in table.rows})]
+    if trials.empty:
+        raise UserError(f"no run is of a row of {table.path}: have the rows been renamed since the sweep?")
+    differs = [_differences(trial, table, preset, overrides or {}) for trial in trials.to_dict("records")]
+    trials = trials.assign(
+        differs=differs,
+        distance=[len(fields) for fields in differs],
+        trial_started=trials.groupby(["row", "seed", "trial_key"])["started"].transform("max"),
+        finished=trials["status"].eq("finished"),
+    )
+    order = {"distance": True, "trial_started": False, "trial_key": True, "finished": False, "started": False}
+    ranked = trials.sort_values(list(order), ascending=list(order.values()), ignore_index=True)
+    chosen = ranked.drop_duplicates(["row", "seed"])
+    return chosen, _left_out(ranked.drop(chosen.index), chosen)
+
+
+def _left_out(left: pd.DataFrame, chosen: pd.DataFrame) -> list[str]:
+    kept = chosen[["row", "seed", "trial_key", "run_id", "status"]]
+    left = left.merge(kept, on=["row", "seed"], suffixes=("", "_kept"))
+    same = left["trial_key"] == left["trial_key_kept"]
+    sentences = []
+    for key, group in left[same].groupby("trial_key", sort=False):
+        winner = group.iloc[0]
+        which = "newest finished" if winner["status_kept"] == "finished" else "newest"
+        sentences.append(
+            f"Trial {key[:SHORT]} has {group['run_id'].nunique() + 1} runs; the {which} one, "
+            f"{winner['run_id_kept'][:SHORT]}, is shown."
+        )
+    others = left[~same]
+    for settings, group in others.groupby(others["differs"].map(_settings_text), sort=False):
+        n = group["run_id"].nunique()
+        why = f"{settings} (--set chooses these settings)" if settings else "other data or another version of a stage"
+        sentences.append(f"{n} other run{'s' * (n > 1)} of these cells left out: {why}.")
+    return sentences
+
+
+def _settings_text(differs: Mapping[str, tuple[str, str]]) -> str:
+    return ", ".join(f"{field} = {value}" for field, (value, _) in differs.items())
+
+
+def _differences(
+    trial: Mapping[str, Any], table: Table, preset: str, overrides: Mapping[str, Any]
+) -> dict[str, tuple[str, str]]:
+    """Rows that share a trial may differ in fields that do not count; the nearest row is taken."""
+    rows = [row for row in table.rows if row.id in trial["rows"].split(",")]
+    wanted = [resolve(table, row, preset, overrides, trial["seed"]) for row in rows]
+    return min((_differences_from(trial, config) for config in wanted), key=len)
+
+
+def _differences_from(trial: Mapping[str, Any], config: Config) -> dict[str, tuple[str, str]]:
+    differences = {}
+    for field, wanted in flatten(config).items():
+        value = trial.get(f"params.{field}")
+        if isinstance(value, str) and parameter_text(value) != plain_text(wanted):
+            differences[field] = (parameter_text(value), plain_text(wanted))
+    return differences
+
+
+def parameter_text(parameter: str) -> str:
+    """A parameter as the sweep records it (text as it is, else JSON), for people: '["CF", "SS"]' -> "CF, SS"."""
+    try:
+        return plain_text(json.loads(parameter))
+    except ValueError:
+        return parameter

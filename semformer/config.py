@@ -65,7 +65,7 @@ class ShapesConfig(Settings):
     train: Count = 2000
     val: Count = 200
     size: Count = 96
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
 
 
 class DataConfig(Settings):
@@ -242,7 +242,7 @@ class EvaluateConfig(Settings):
 class Config(Settings):
     """The whole pipeline. `load_config` is the one way to make one."""
 
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """Of matrix products under autocast, weights stay float32. It changes results, so it is part of every key."""
     data: DataConfig = DataConfig()

@@ -85,7 +85,7 @@ def train(
         sampler=sampler,
         drop_last=True,
         num_workers=ctx.workers,
-        persistent_workers=False,
+        multiprocessing_context="fork" if ctx.workers else None,
         pin_memory=ctx.device.type == "cuda",
     )
     if ctx.device.type == "cuda":

@@ -17,10 +17,12 @@ from semformer.config import Config
 from semformer.data.shapes import cached_shapes
 from semformer.data.voc import Devkit, Split, open_devkit
 from semformer.errors import UserError
+from semformer.keys import StageKey
+from semformer.leases import LeaseHolder
 from semformer.models.vit import backbone_shape
 from semformer.stages import caae, cams, evaluate, segmentor
 from semformer.stages.context import Context, Progress
-from semformer.store import Artifact, LeaseHolder, StageKey, Store
+from semformer.store import Artifact, Store
 
 
 @dataclass(frozen=True)

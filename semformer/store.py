@@ -1,38 +1,36 @@
-"""Content-addressed artifacts: keys, atomic publish, single flight.
+"""Content-addressed artifacts: found by key, published atomically, built once.
 
-    root/<stage>/<digest>/          a published artifact: its files, and manifest.json written last
+    root/<stage>/<digest>/               a published artifact: its files, and manifest.json written last
     root/checkpoints/<stage>/<digest>/   resumable state of an unfinished stage
-    root/leases/<digest>.<generation>    who is building it now
-    root/tmp/   root/damaged/       workspaces; artifacts that failed verification (nothing is thrown away)
+    root/leases/<digest>.<generation>    who is building it now (`semformer.leases`)
+    root/tmp/   root/damaged/            workspaces; artifacts that failed verification (nothing is thrown away)
 
-A published artifact never changes, so readers need no lock. The lease only saves work: should two processes
-ever build the same key, the first to publish wins and both end up with the same artifact.
+A published artifact never changes, so readers need no lock. The lease only saves work: should two processes ever
+build the same key, the first to publish wins and both end up with the same artifact.
 """
 
 import errno
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import secrets
 import shutil
 import socket
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cache, cached_property
 from pathlib import Path, PurePosixPath
-from typing import Any, Self
+from typing import Any
 
 from semformer.errors import UserError
+from semformer.keys import RESERVED, StageKey, canonical_sha256, differences, plain
+from semformer.leases import Lease, LeaseHeld, LeaseHolder, Leases, is_alive, machine
 
 MANIFEST = "manifest.json"
-RESERVED = {"tmp", "leases", "damaged", "checkpoints"}
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
 log = logging.getLogger(__name__)
@@ -40,54 +38,6 @@ log = logging.getLogger(__name__)
 
 class DamagedArtifact(Exception):
     """A published artifact is not what its manifest says."""
-
-
-class LeaseHeld(Exception):
-    """Another live process (or another part of this one) is building the key; see `.holder`."""
-
-    def __init__(self, key: "StageKey", holder: "LeaseHolder"):
-        super().__init__(f"{key} is being built by {holder}")
-        self.holder = holder
-
-
-class LeaseLost(Exception):
-    """The lease expired and another process has taken it over."""
-
-
-@dataclass(frozen=True, eq=False)
-class StageKey:
-    """What a stage's result depends on, and nothing else; equal digests mean equal results.
-
-    `spec` is copied in plain JSON types (tuples become lists). 1 and 1.0 are different values: let the config
-    class settle the type. Raises TypeError for what JSON cannot hold and ValueError for NaN or infinity.
-    """
-
-    stage: str
-    spec: Mapping[str, Any]
-
-    def __post_init__(self):
-        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.stage) or self.stage in RESERVED:
-            raise ValueError(f"{self.stage!r} cannot name a stage")
-        if self.spec.get("stage", self.stage) != self.stage:
-            raise ValueError(f"the spec of stage {self.stage} says stage {self.spec['stage']}")
-        object.__setattr__(self, "spec", _plain(self.spec, f"key of {self.stage}"))
-
-    @cached_property
-    def digest(self) -> str:
-        return hashlib.sha256(_canonical({**self.spec, "stage": self.stage})).hexdigest()
-
-    @property
-    def short(self) -> str:
-        return self.digest[:12]
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, StageKey) and self.digest == other.digest
-
-    def __hash__(self) -> int:
-        return hash(self.digest)
-
-    def __str__(self) -> str:
-        return f"{self.stage} {self.short}"
 
 
 @dataclass(frozen=True)
@@ -106,82 +56,16 @@ class Artifact:
         return self.path / name
 
 
-@dataclass(frozen=True)
-class LeaseHolder:
-    host: str
-    pid: int
-    since: float  # seconds since the epoch, by the holder's clock
-    age: float  # seconds since its last heartbeat, by the store's clock
-
-    def __str__(self) -> str:
-        return f"process {self.pid} on {self.host} (last heartbeat {self.age:.0f} s ago)"
-
-
-class Lease:
-    """The right to build one key, kept by a heartbeat thread until `release` or the end of the `with` block.
-
-    Lease files are numbered by generation; the highest is the current one and is never removed, so a number
-    is never given twice and a stale holder can only ever touch its own file. Release sets its heartbeat to 0.
-    """
-
-    def __init__(self, store: "Store", key: StageKey, generation: int):
-        self.key, self.generation = key, generation
-        self._store, self._path = store, store._lease_path(key, generation)
-        self._lost, self._stop = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._beat, name=f"lease {key}", daemon=True)
-        self._thread.start()
-
-    @property
-    def lost(self) -> bool:
-        return self._lost.is_set()
-
-    def check(self) -> None:
-        """Raises LeaseLost if another process has taken over; call it between epochs."""
-        if self.lost:
-            raise LeaseLost(f"the lease on {self.key} expired and another process has taken it over")
-
-    def release(self) -> None:
-        self._stop.set()
-        self._thread.join()
-        try:
-            os.utime(self._path, (0, 0))
-            self._store._remove_leases_before(self.key, self.generation)
-        except OSError as error:
-            if not self.lost:
-                log.warning("could not release the lease on %s (%s); it will expire", self.key, error)
-
-    def _beat(self) -> None:
-        while not self._stop.wait(self._store.heartbeat):
-            try:
-                if max(self._store._generations(self.key), default=0) > self.generation:
-                    self._lost.set()
-                    return
-                os.utime(self._path)
-            except FileNotFoundError:
-                self._lost.set()
-                return
-            except OSError as error:
-                log.warning("heartbeat of %s failed, trying again: %s", self.key, error)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.release()
-
-
 class Store:
     """Artifacts in a local (or network) folder.
 
-    `heartbeat` and `expiry` are seconds: a lease not renewed for `expiry` may be taken over. Opening a store
-    removes the workspaces of processes that died on this host. Raises UserError if the folder cannot be made
-    or written.
+    `heartbeat` and `expiry` are seconds: a lease not renewed for `expiry` may be taken over. Opening a store removes
+    the workspaces of processes that died on this host. Raises UserError if the folder cannot be made or written.
     """
 
     def __init__(self, root: Path, *, heartbeat: float = 5.0, expiry: float = 60.0):
-        if not 0 < 2 * heartbeat <= expiry:
-            raise ValueError(f"expiry ({expiry} s) must be at least twice the heartbeat ({heartbeat} s)")
-        self.root, self.heartbeat, self.expiry = Path(root).absolute(), heartbeat, expiry
+        self.root = Path(root).absolute()
+        self.leases = Leases(self.root / "leases", heartbeat, expiry)
         self._specs: dict[str, Mapping[str, Any]] = {}  # of every key seen, by digest, for `why`
         try:
             for name in RESERVED:
@@ -189,7 +73,7 @@ class Store:
             probe = self.root / "tmp" / f"probe-{secrets.token_hex(4)}"
             probe.write_bytes(b"probe")
             probe.unlink()
-            self._now()
+            self.leases.now()
         except OSError as error:
             raise UserError(
                 f"cannot use {self.root} as the store: {error.strerror or error}. "
@@ -241,19 +125,19 @@ class Store:
         damaged = sorted((self.root / "damaged").glob(f"{key.stage}-{key.short}-*"))
         if damaged:
             return f"the published artifact was damaged (moved to {damaged[-1]})"
-        published = [p for p in (self.root / key.stage).glob("*") if self._spec(key.stage, p.name)]
+        published = [p for p in (self.root / key.stage).glob("*") if self._spec(p.name)]
         if not published:
             return "nothing published for this stage yet"
         published.sort(key=lambda path: path.stat().st_mtime, reverse=True)
         specs = [self._specs[path.name] for path in published]
-        changes = [self._changes(key.stage, spec, key.spec, f"{key.stage}.") for spec in specs]
-        return _listing(min(changes, key=lambda change: change[0])[1])
+        found = [differences(key.stage, spec, key.spec, self._spec, prefix=f"{key.stage}.") for spec in specs]
+        return min(found, key=lambda counted: counted[0])[1]
 
     # Building
 
     def workspace(self, key: StageKey) -> Path:
         """A fresh folder on the store's file system to build `key` in; `publish` makes it the artifact."""
-        name = f"{key.stage}-{key.short}.{_machine()}.{os.getpid()}.{secrets.token_hex(4)}"
+        name = f"{key.stage}-{key.short}.{machine()}.{os.getpid()}.{secrets.token_hex(4)}"
         with self._storage_errors(f"writing {key}"):
             (self.root / "tmp" / name).mkdir()
         return self.root / "tmp" / name
@@ -288,7 +172,7 @@ class Store:
             raise ValueError(f"{folder} is not a workspace of this store")
         with self.writing(key, folder):
             created = datetime.now(UTC).isoformat(timespec="seconds")
-            info = _plain({"created": created, "host": socket.gethostname(), **info}, "info")
+            info = plain({"created": created, "host": socket.gethostname(), **info}, "info")
             files = {}
             for path in sorted(folder.rglob("*")):
                 if path.is_dir() and not path.is_symlink():
@@ -301,7 +185,7 @@ class Store:
             if MANIFEST in files:
                 raise ValueError(f"a stage may not write {MANIFEST}: the store does")
             body = {"stage": key.stage, "spec": key.spec, "info": info, "files": files}
-            manifest = {**body, "sha256": hashlib.sha256(_canonical(body)).hexdigest()}
+            manifest = {**body, "sha256": canonical_sha256(body)}
             (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
             _sync(folder / MANIFEST)
             for path in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
@@ -338,72 +222,19 @@ class Store:
         poll until the holder releases (which it does right after publishing), dies or stops renewing.
         """
         while True:
-            if (lease := self._try_lease(key)) is not None:
+            with self._storage_errors(f"taking the lease on {key}"):
+                lease = self.leases.take(key)
+            if lease is not None:
                 return lease
             if (holder := self.holder(key)) is not None:
                 if wait is None:
                     raise LeaseHeld(key, holder)
                 wait(holder)
-                time.sleep(min(self.heartbeat, 0.5))
+                time.sleep(min(self.leases.heartbeat, 0.5))
 
     def holder(self, key: StageKey) -> LeaseHolder | None:
         """Who is building `key` now; None if nobody, or their lease has expired or their process is gone."""
-        while generation := max(self._generations(key), default=0):
-            path = self._lease_path(key, generation)
-            try:
-                renewed, text = path.stat().st_mtime, path.read_text(encoding="utf-8")
-            except FileNotFoundError:  # taken over and cleaned up between the two looks
-                continue
-            age = max(0.0, self._now() - renewed)
-            try:
-                note = json.loads(text)
-            except ValueError:  # created, not yet written
-                note = {"host": "an unknown host", "pid": 0, "machine": "", "since": renewed}
-            gone = note["machine"] == _machine() and not _alive(note["pid"])
-            if gone or age > self.expiry:
-                return None
-            return LeaseHolder(note["host"], note["pid"], note["since"], age)
-        return None
-
-    def _try_lease(self, key: StageKey) -> Lease | None:
-        generation = max(self._generations(key), default=0) + 1
-        if self.holder(key) is not None:
-            return None
-        path = self._lease_path(key, generation)
-        note = {"host": socket.gethostname(), "pid": os.getpid(), "machine": _machine(), "since": time.time()}
-        with self._storage_errors(f"taking the lease on {key}"):
-            try:
-                descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-            except FileExistsError:
-                return None
-            try:
-                with open(descriptor, "w", encoding="utf-8") as file:
-                    json.dump(note, file)
-            except OSError:
-                os.utime(path, (0, 0))
-                raise
-        if max(self._generations(key), default=0) > generation:  # we looked too long ago: an old number
-            path.unlink(missing_ok=True)
-            return None
-        self._remove_leases_before(key, generation)
-        return Lease(self, key, generation)
-
-    def _lease_path(self, key: StageKey, generation: int) -> Path:
-        return self.root / "leases" / f"{key.digest}.{generation}"
-
-    def _generations(self, key: StageKey) -> list[int]:
-        return [int(p.name.rpartition(".")[2]) for p in (self.root / "leases").glob(f"{key.digest}.*")]
-
-    def _remove_leases_before(self, key: StageKey, generation: int) -> None:
-        for older in self._generations(key):
-            if older < generation:
-                self._lease_path(key, older).unlink(missing_ok=True)
-
-    def _now(self) -> float:
-        """The time by the file system's clock, which also stamps the heartbeats: hosts' clocks may differ."""
-        clock = self.root / "leases" / "clock"
-        clock.touch()
-        return clock.stat().st_mtime
+        return self.leases.holder(key)
 
     # Helpers
 
@@ -423,52 +254,15 @@ class Store:
     def _remove_orphaned_workspaces(self) -> None:
         for folder in (self.root / "tmp").iterdir():
             _, *owner = folder.name.split(".")
-            if len(owner) == 3 and owner[0] == _machine() and not _alive(int(owner[1])):
+            if len(owner) == 3 and owner[0] == machine() and not is_alive(int(owner[1])):
                 shutil.rmtree(folder, ignore_errors=True)
 
-    def _spec(self, stage: str, digest: str) -> Mapping[str, Any] | None:
-        if digest not in self._specs:
-            try:
-                self._specs[digest] = _read(self.root / stage / digest).key.spec
-            except (DamagedArtifact, OSError):
-                return None
-        return self._specs[digest]
-
-    def _changes(
-        self, stage: str, old: Mapping[str, Any], new: Mapping[str, Any], prefix: str
-    ) -> tuple[int, list[str]]:
-        """How many values differ between two specs of a stage, inputs included, and one text for each."""
-        count, texts = 0, []
-        before, after = _flat(old), _flat(new)
-        for path in sorted(before.keys() | after.keys()):
-            a, b = before.get(path, "unset"), after.get(path, "unset")
-            if a == b and type(a) is type(b):
-                continue
-            section, _, name = path.partition(".")
-            if path == "inputs":  # {} on one side
-                continue
-            if section == "inputs":
-                specs = [self._input_spec(digest) for digest in (a, b)]
-                inner, inside = self._changes(name, *specs, "") if None not in specs else (1, [])
-                count += inner
-                texts.append(f"input {name} changed" + (f" ({_listing(inside)})" if inside else ""))
-                continue
-            count += 1
-            if section == "data":
-                texts.append(f"{path.replace('.', ' ', 1)} changed")
-            elif section == "params":
-                texts.append(f"{prefix}{name} {_brief(a)} -> {_brief(b)}")
-            elif section == "version":
-                texts.append(f"{stage} code version {_brief(a)} -> {_brief(b)}")
-            else:
-                texts.append(f"{path} {_brief(a)} -> {_brief(b)}")
-        return count, texts
-
-    def _input_spec(self, digest: str) -> Mapping[str, Any] | None:
+    def _spec(self, digest: str) -> Mapping[str, Any] | None:
+        """The spec of a key that has been seen or is published, else None."""
         if digest not in self._specs:
             for folder in self.root.glob(f"*/{digest}"):
-                if folder.parent.name not in RESERVED:
-                    self._spec(folder.parent.name, digest)
+                with suppress(DamagedArtifact, OSError):
+                    self._specs[digest] = _read(folder).key.spec
         return self._specs.get(digest)
 
     @contextmanager
@@ -507,48 +301,12 @@ class Store:
         )
 
 
-def _plain(value: Any, where: str) -> Any:
-    """A copy of `value` in JSON types; raises TypeError or ValueError naming where it cannot be one."""
-    if isinstance(value, Mapping):
-        if bad := [name for name in value if not isinstance(name, str)]:
-            raise TypeError(f"{where}: {bad[0]!r} is no JSON field name")
-        return {name: _plain(item, f"{where}, {name}") for name, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(item, f"{where}, item {i}") for i, item in enumerate(value)]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{where}: {value} is not a number that JSON can hold")
-    if value is None or isinstance(value, str | int | float):
-        return value
-    raise TypeError(f"{where}: {value!r} ({type(value).__name__}) is no JSON value")
-
-
-def _canonical(value: Any) -> bytes:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
-
-
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
-    if isinstance(value, Mapping) and value:
-        parts = [_flat(item, f"{path}.{name}" if path else name) for name, item in value.items()]
-        return {name: item for part in parts for name, item in part.items()}
-    return {path: value}
-
-
-def _brief(value: Any) -> str:
-    text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= 40 else text[:37] + "..."
-
-
-def _listing(texts: list[str], limit: int = 4) -> str:
-    more = [f"and {len(texts) - limit} more"] if len(texts) > limit else []
-    return ", ".join(texts[:limit] + more)
-
-
 def _read(folder: Path) -> Artifact:
     """The artifact in `folder` by its manifest alone; raises DamagedArtifact if missing or altered."""
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         told = manifest.pop("sha256")
-        if hashlib.sha256(_canonical(manifest)).hexdigest() != told:
+        if canonical_sha256(manifest) != told:
             raise DamagedArtifact(f"{MANIFEST} was altered")
         key = StageKey(manifest["stage"], manifest["spec"])
         if folder.name != key.digest:
@@ -585,22 +343,3 @@ def _sync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True
-
-
-@cache
-def _machine() -> str:
-    """Names the set of processes among which a pid is unique: the host, its boot and the pid namespace."""
-    parts = [socket.gethostname()]
-    with suppress(OSError):  # not Linux
-        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]

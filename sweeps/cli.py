@@ -17,7 +17,8 @@ from semformer.errors import UserError
 from sweeps.axes import load_table, table_names
 
 if TYPE_CHECKING:  # torch and MLflow take seconds to import
-    from semformer.store import StageKey, Store
+    from semformer.keys import StageKey
+    from semformer.store import Store
     from sweeps.plan import Plan, Trial
     from sweeps.tracking import Tracker
 

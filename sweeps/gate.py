@@ -14,7 +14,8 @@ from typing import Any
 
 from ray.tune.search import Searcher
 
-from semformer.store import StageKey, Store
+from semformer.keys import StageKey
+from semformer.store import Store
 from sweeps.plan import Trial
 
 log = logging.getLogger(__name__)

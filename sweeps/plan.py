@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 from semformer import pipeline
 from semformer.config import Config
 from semformer.errors import UserError
-from semformer.store import StageKey, Store
+from semformer.keys import StageKey
+from semformer.store import Store
 from sweeps.axes import Table, resolve
 
 

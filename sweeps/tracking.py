@@ -31,7 +31,8 @@ from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_PARENT_RUN_ID, ML
 from semformer import pipeline
 from semformer.config import LossName, flatten
 from semformer.errors import UserError
-from semformer.store import Artifact, StageKey, Store
+from semformer.keys import StageKey
+from semformer.store import Artifact, Store
 from sweeps.plan import Plan, Trial
 
 log = logging.getLogger(__name__)

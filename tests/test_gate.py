@@ -7,7 +7,8 @@ import pytest
 from ray.tune.search import Searcher
 
 from semformer.config import load_config
-from semformer.store import StageKey, Store
+from semformer.keys import StageKey
+from semformer.store import Store
 from sweeps.gate import Gate
 from sweeps.plan import Cell, Trial
 

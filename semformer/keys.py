@@ -1,0 +1,123 @@
+"""Keys of stage results: what a result depends on, its digest, and how two of them differ."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+RESERVED = {"tmp", "leases", "damaged", "checkpoints"}  # the store's own folders, beside those of the stages
+
+
+@dataclass(frozen=True, eq=False)
+class StageKey:
+    """What a stage's result depends on, and nothing else; equal digests mean equal results.
+
+    `spec` is copied in plain JSON types (tuples become lists). 1 and 1.0 are different values: let the config
+    class settle the type. Raises TypeError for what JSON cannot hold and ValueError for NaN or infinity.
+    """
+
+    stage: str
+    spec: Mapping[str, Any]
+
+    def __post_init__(self):
+        if not re.fullmatch(r"[a-z][a-z0-9_]*", self.stage) or self.stage in RESERVED:
+            raise ValueError(f"{self.stage!r} cannot name a stage")
+        if self.spec.get("stage", self.stage) != self.stage:
+            raise ValueError(f"the spec of stage {self.stage} says stage {self.spec['stage']}")
+        object.__setattr__(self, "spec", plain(self.spec, f"key of {self.stage}"))
+
+    @cached_property
+    def digest(self) -> str:
+        return canonical_sha256({**self.spec, "stage": self.stage})
+
+    @property
+    def short(self) -> str:
+        return self.digest[:12]
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, StageKey) and self.digest == other.digest
+
+    def __hash__(self) -> int:
+        return hash(self.digest)
+
+    def __str__(self) -> str:
+        return f"{self.stage} {self.short}"
+
+
+def plain(value: Any, where: str) -> Any:
+    """A copy of `value` in JSON types; raises TypeError or ValueError naming where it cannot be one."""
+    if isinstance(value, Mapping):
+        if bad := [name for name in value if not isinstance(name, str)]:
+            raise TypeError(f"{where}: {bad[0]!r} is no JSON field name")
+        return {name: plain(item, f"{where}, {name}") for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item, f"{where}, item {i}") for i, item in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ValueError(f"{where}: {value} is not a number that JSON can hold")
+    if value is None or isinstance(value, str | int | float):
+        return value
+    raise TypeError(f"{where}: {value!r} ({type(value).__name__}) is no JSON value")
+
+
+def canonical_sha256(value: Any) -> str:
+    """The sha256 (hex) of `value` as canonical JSON: sorted names, no spaces, ASCII."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def differences(
+    stage: str,
+    old: Mapping[str, Any],
+    new: Mapping[str, Any],
+    find_spec: Callable[[str], Mapping[str, Any] | None],
+    *,
+    prefix: str = "",
+) -> tuple[int, str]:
+    """How many values differ between two specs of `stage`, those inside its inputs included, and a text of them.
+
+    `find_spec(digest)` gives the spec of an input, or None if unknown; such an input counts as one difference.
+    `prefix` is put before the names of changed parameters.
+    """
+    count, texts = 0, []
+    before, after = _flat(old), _flat(new)
+    for path in sorted(before.keys() | after.keys()):
+        a, b = before.get(path, "unset"), after.get(path, "unset")
+        if a == b and type(a) is type(b):
+            continue
+        section, _, name = path.partition(".")
+        if path == "inputs":  # {} on one side
+            continue
+        if section == "inputs":
+            specs = find_spec(a), find_spec(b)
+            inner, inside = differences(name, *specs, find_spec) if None not in specs else (1, "")
+            count += inner
+            texts.append(f"input {name} changed" + (f" ({inside})" if inside else ""))
+            continue
+        count += 1
+        change = f"{_brief(a)} -> {_brief(b)}"
+        if section == "data":
+            texts.append(f"{path.replace('.', ' ', 1)} changed")
+        elif section == "params":
+            texts.append(f"{prefix}{name} {change}")
+        elif section == "version":
+            texts.append(f"{stage} code version {change}")
+        else:
+            texts.append(f"{path} {change}")
+    more = [f"and {len(texts) - 4} more"] if len(texts) > 4 else []
+    return count, ", ".join(texts[:4] + more)
+
+
+def _flat(value: Any, path: str = "") -> dict[str, Any]:
+    if isinstance(value, Mapping) and value:
+        parts = [_flat(item, f"{path}.{name}" if path else name) for name, item in value.items()]
+        return {name: item for part in parts for name, item in part.items()}
+    return {path: value}
+
+
+def _brief(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 40 else text[:37] + "..."

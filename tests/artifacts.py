@@ -1,0 +1,71 @@
+"""Small keys, and artifacts that are built at once, for the tests of the store."""
+
+import subprocess
+import time
+from pathlib import Path
+
+from semformer.keys import StageKey
+from semformer.store import Store
+
+SPEC = {
+    "stage": "caae",
+    "version": 1,
+    "params": {"decoder_depth": 8, "merge": "sum", "lr": 0.1},
+    "inputs": {},
+    "data": {"train": "d0"},
+    "seed": 0,
+}
+
+
+def caae(**params) -> StageKey:
+    return StageKey("caae", {**SPEC, "params": {**SPEC["params"], **params}})
+
+
+def segmentor(source: StageKey, *, sigma: float = 0.1, **changes) -> StageKey:
+    spec = {"stage": "segmentor", "version": 1, "params": {"sigma": sigma}, "inputs": {"caae": source.digest}}
+    return StageKey("segmentor", {**spec, "data": {"train": "d0"}, "seed": 0, **changes})
+
+
+def build(store: Store, key: StageKey, make, wait=None):
+    """Single flight, as the pipeline composes it from the store's pieces."""
+    if found := store.find(key):
+        return found
+    with store.lease(key, wait=wait) as lease:
+        if found := store.find(key):
+            return found
+        workspace = store.workspace(key)
+        with store.writing(key, workspace):
+            info = make(workspace, store.checkpoints(key), lease)
+            lease.check()
+        return store.publish(key, workspace, info)
+
+
+def make_weights(workspace: Path, checkpoints: Path, lease) -> dict:
+    (workspace / "maps").mkdir()
+    (workspace / "maps" / "0.bin").write_bytes(bytes(range(256)) * 40)
+    (workspace / "weights.bin").write_bytes(b"weights" * 1000)
+    return {"seconds": 1.5, "metrics": {"caae/val/loss": 0.25}}
+
+
+def outputs(processes: list[subprocess.Popen]) -> list[list[str]]:
+    texts = [process.communicate(timeout=30)[0].split() for process in processes]
+    assert [process.returncode for process in processes] == [0] * len(processes)
+    return texts
+
+
+def eventually(condition, seconds: float = 10.0):
+    end = time.monotonic() + seconds
+    while not (result := condition()):
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.01)
+    return result
+
+
+def visible(store: Store) -> list[str]:
+    return [str(artifact.key) for artifact in store.artifacts()]
+
+
+def flip_a_bit(folder: Path) -> None:
+    content = bytearray((folder / "weights.bin").read_bytes())
+    content[1234] ^= 4
+    (folder / "weights.bin").write_bytes(content)

@@ -1,0 +1,119 @@
+"""Which specs share a key, and what is told of two that differ."""
+
+import hashlib
+from pathlib import Path
+
+import pytest
+
+from semformer.keys import StageKey
+from semformer.store import Store
+from tests.artifacts import SPEC, build, caae, make_weights, segmentor, visible
+
+
+def test_digest_is_the_sha256_of_canonical_json():
+    key = StageKey("caae", {"stage": "caae", "seed": 0, "params": {"b": (1, 2.5), "a": None}})
+    text = '{"params":{"a":null,"b":[1,2.5]},"seed":0,"stage":"caae"}'
+    assert key.digest == hashlib.sha256(text.encode()).hexdigest()
+    assert key.short == key.digest[:12]
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ({"x": 1, "y": {"p": 2, "q": 3}}, {"y": {"q": 3, "p": 2}, "x": 1}),
+        ({"x": (1, (2, 3))}, {"x": [1, [2, 3]]}),
+        ({"x": 0.1}, {"x": 0.1000000000000000055}),
+        ({"x": 1e-3}, {"x": 0.001}),
+        ({"x": "é"}, {"x": "\u00e9"}),
+    ],
+)
+def test_equal_values_have_equal_keys(a, b):
+    assert StageKey("caae", a) == StageKey("caae", b)
+    assert len({StageKey("caae", a), StageKey("caae", b)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ({"x": 0.1}, {"x": 0.1 + 1e-17 + 1.4e-17}),
+        ({"x": 1}, {"x": True}),
+        ({"x": "1"}, {"x": 1}),
+        ({"x": None}, {}),
+        ({"x": [1, 2]}, {"x": [2, 1]}),
+        ({"x": {"y": 1}}, {"y": {"x": 1}}),
+        ({"x": "a,b"}, {"x": ["a", "b"]}),
+    ],
+)
+def test_different_values_have_different_keys(a, b):
+    assert StageKey("caae", a) != StageKey("caae", b)
+
+
+def test_the_stage_is_part_of_the_key():
+    assert StageKey("caae", {"x": 1}) != StageKey("cams", {"x": 1})
+    with pytest.raises(ValueError, match="says stage caae"):
+        StageKey("cams", SPEC)
+    for name in ("tmp", "leases", "../up", "", "A"):
+        with pytest.raises(ValueError, match="cannot name a stage"):
+            StageKey(name, {})
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), Path("x"), {1: 2}, {1, 2}, b"x"])
+def test_what_json_cannot_hold_is_refused_by_name(value):
+    with pytest.raises((ValueError, TypeError), match="params, odd"):
+        caae(odd=value)
+
+
+def test_a_key_does_not_follow_later_changes_of_its_spec():
+    params = {"depth": 8}
+    key = StageKey("caae", {"params": params})
+    params["depth"] = 4
+    assert key.spec["params"]["depth"] == 8
+    assert key == StageKey("caae", {"params": {"depth": 8}})
+
+
+def test_why_names_what_changed_since_the_nearest_artifact(store):
+    assert store.why(caae()) == "nothing published for this stage yet"
+    build(store, caae(), make_weights)
+    build(store, caae(decoder_depth=2, merge="max"), make_weights)
+    assert store.why(caae()) == "already published"
+    assert store.why(caae(decoder_depth=8.0)) == "caae.decoder_depth 8 -> 8.0"
+    assert store.why(caae(decoder_depth=4)) == "caae.decoder_depth 8 -> 4"
+    assert store.why(caae(merge="max", decoder_depth=3)) == "caae.decoder_depth 2 -> 3"
+    assert store.why(caae(lr=0.2, merge="mean")) == "caae.lr 0.1 -> 0.2, caae.merge sum -> mean"
+    assert store.why(caae(extra=[1, 2])) == "caae.extra unset -> [1, 2]"
+    assert store.why(StageKey("caae", {**SPEC, "seed": 1})) == "seed 0 -> 1"
+    assert store.why(StageKey("caae", {**SPEC, "version": 2})) == "caae code version 1 -> 2"
+    assert store.why(StageKey("caae", {**SPEC, "data": {"train": "d1"}})) == "data train changed"
+    assert store.why(caae(a=1, b=1, c=1, d=1, e=1, f=1)).endswith("caae.d unset -> 1, and 2 more")
+    assert visible(Store(store.root)) != []
+
+
+def test_why_looks_into_changed_inputs(store):
+    build(store, caae(), make_weights)
+    build(store, segmentor(caae()), make_weights)
+    changed = caae(decoder_depth=4)
+
+    assert store.why(segmentor(changed)) == "input caae changed"  # this key has not been seen yet
+    store.find(changed)
+    inside = "input caae changed (decoder_depth 8 -> 4)"
+    assert store.why(segmentor(changed)) == inside
+    assert store.why(segmentor(changed, sigma=0.2)) == f"{inside}, segmentor.sigma 0.1 -> 0.2"
+
+    def cams(source):
+        return StageKey("cams", {"stage": "cams", "params": {}, "inputs": {"segmentor": source.digest}})
+
+    build(store, cams(segmentor(caae())), make_weights)
+    build(store, changed, make_weights)
+    build(store, segmentor(changed), make_weights)
+    fresh = Store(store.root)
+    assert fresh.why(cams(segmentor(changed))) == f"input segmentor changed ({inside})"
+
+
+def test_why_compares_with_the_artifact_whose_inputs_are_nearest(store):
+    near, far = caae(decoder_depth=8), caae(decoder_depth=2, merge="max", lr=0.5)
+    for source in (near, far):
+        build(store, source, make_weights)
+        build(store, segmentor(source), make_weights)
+    wanted = caae(decoder_depth=4)
+    store.find(wanted)
+    assert store.why(segmentor(wanted)) == "input caae changed (decoder_depth 8 -> 4)"

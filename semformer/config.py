@@ -288,7 +288,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "segmentor.backbone": "vit_shapes_patch8_64",
         "segmentor.pretrained": False,
         "segmentor.image_size": 64,
-        "segmentor.epochs": 3,
+        "segmentor.epochs": 4,
         "segmentor.batch_size": 8,
         "segmentor.sigma": 0.2,
         "segmentor.token_dropout": 0.0,

@@ -26,9 +26,9 @@ from PIL import Image
 from semformer.data.voc import IGNORE, voc_palette
 from semformer.errors import UserError
 
-VERSION = 3
+VERSION = 4
 
-NUM_OBJECTS_PROBABILITIES = (0.50, 0.35, 0.15)  # of one, two, three objects
+NUM_OBJECTS_PROBABILITIES = (0.25, 0.45, 0.30)  # of one, two, three objects
 SAME_CLASS_PROBABILITY = 0.08  # that a further object repeats the class of an earlier one
 EXTENT_RANGE = (0.35, 0.62)  # object's extent / image's side
 CUT_OFF = 0.08  # how far an object may reach out of the image / its extent

@@ -363,7 +363,7 @@ def test_masks_have_vocs_palette_and_a_ring_one_pixel_wide_around_objects(made):
 def test_statistics_of_the_images():
     images = [render("train", i, seed=3, size=96) for i in range(300)]
     counts = np.bincount([len(visible) for *_, visible in images], minlength=4)[1:] / 300
-    assert counts == pytest.approx([0.45, 0.35, 0.20], abs=0.1)
+    assert counts == pytest.approx(shapes.NUM_OBJECTS_PROBABILITIES, abs=0.1)
     for _, mask, visible in images:
         present = {k for k, _ in visible}
         for k in present:

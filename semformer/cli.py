@@ -40,7 +40,14 @@ def _parser() -> argparse.ArgumentParser:
     add_config_arguments(run)
     run.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
-    run.add_argument("--workers", type=int, default=0, help="processes that load images")
+    run.add_argument("--workers", type=_count(0), default=0, help="processes that load images")
+    run.add_argument(
+        "--threads",
+        type=_count(1),
+        default=1,
+        metavar="N",
+        help="on a CPU; another number rounds differently (default: 1)",
+    )
     run.set_defaults(command=_run)
 
     predict = commands.add_parser("predict", help="draw the maps for your own images", allow_abbrev=False)
@@ -64,15 +71,24 @@ def _parser() -> argparse.ArgumentParser:
     data = commands.add_parser("data", help="make or check a data set").add_subparsers(required=True)
     shapes = data.add_parser("make-shapes", help="write the embedded data set in VOC layout", allow_abbrev=False)
     shapes.add_argument("folder", type=Path, metavar="DIR")
-    shapes.add_argument("--train", type=int, default=2000, help="images to learn from")
-    shapes.add_argument("--val", type=int, default=200, help="images to measure on")
-    shapes.add_argument("--size", type=int, default=64, help="side in pixels")
-    shapes.add_argument("--seed", type=int, default=0)
+    shapes.add_argument("--train", type=_count(1), default=2000, help="images to learn from")
+    shapes.add_argument("--val", type=_count(1), default=200, help="images to measure on")
+    shapes.add_argument("--size", type=_count(16), default=64, help="side in pixels")
+    shapes.add_argument("--seed", type=_count(0), default=0)
     shapes.set_defaults(command=_make_shapes)
     check = data.add_parser("check", help="count a VOC devkit's images and read every file", allow_abbrev=False)
     check.add_argument("folder", type=Path, metavar="DIR")
     check.set_defaults(command=_check_data)
     return parser
+
+
+def _count(least: int):
+    def count(text: str) -> int:
+        if int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        return int(text)
+
+    return count
 
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
@@ -94,9 +110,13 @@ def read_config(options: argparse.Namespace) -> Config:
 
 def _run(options: argparse.Namespace) -> int:
     config = read_config(options)
+    import torch
+
     from semformer import pipeline
     from semformer.store import Store
 
+    device = _device(options.device)
+    torch.set_num_threads(options.threads)
     with _Display() as display:
         data = pipeline.open_data(config, options.data, progress=display.data)
         store = Store(options.store)
@@ -105,7 +125,7 @@ def _run(options: argparse.Namespace) -> int:
             config,
             data,
             store,
-            device=_device(options.device),
+            device=device,
             progress=display.stage,
             waiting=display.waiting,
             workers=options.workers,

@@ -17,10 +17,12 @@ from mlflow.entities import Metric, Param
 from analysis.cli import main
 from analysis.render import to_frame, to_latex, to_markdown, write_files
 from analysis.tables import compile_from_mlflow
-from semformer.config import flatten
+from semformer.config import flatten, load_config
 from semformer.errors import UserError
 from sweeps.axes import load_table, resolve
 
+TINY = load_config("tiny")
+SCALES = ", ".join(map(str, TINY.cams.scales))
 PAPER = [35.6, 43.5, 40.1, 42.0, 48.8, 48.8, 55.0, 55.8]
 OURS = [34.8, 44.0, 41.2, 43.3, 50.1, 52.4, 66.0, 71.6]
 
@@ -152,7 +154,7 @@ def test_notes_tell_what_the_numbers_are(sweep):
     assert note(text, "Threshold").startswith("oracle")
     assert "0.01 to 0.99 in steps of 0.01" in note(text, "Threshold")
     assert "activation map alone" in note(text, "Final map")
-    assert note(text, "Protocol") == "scales 0.5, 1.0, 1.5; flip yes; erosion 0."
+    assert note(text, "Protocol") == f"scales {SCALES}; flip yes; erosion 0."
     assert "stage evaluate alone, for the scores and the oracle threshold" in note(text, "Supervision audit")
     assert sweep.table.notes[0] in note(text, "Note")
     assert "†" not in text
@@ -238,9 +240,9 @@ def test_seeds_without_a_value_are_named(sweep):
     [
         ({"evaluate.erosion": 7}, {}, "erosion = 7 (otherwise 0)"),
         ({"evaluate.rule": "fixed"}, {}, "rule = fixed (otherwise oracle)"),
-        ({"cams.scales": "1.0"}, {}, "scales = 1.0 (otherwise 0.5, 1.0, 1.5)"),
+        ({"cams.scales": "1.0"}, {}, f"scales = 1.0 (otherwise {SCALES})"),
         ({"data.eval_split": "train"}, {}, "eval_split = train (otherwise val)"),
-        ({"segmentor.epochs": 50}, {}, "segmentor.epochs = 50 (otherwise 5)"),
+        ({"segmentor.epochs": 50}, {}, f"segmentor.epochs = 50 (otherwise {TINY.segmentor.epochs})"),
         ({"caae.reconstruction": False}, {}, "caae.reconstruction = no (otherwise yes)"),
         ({}, {"data": "VOC2012"}, "data = VOC2012 (otherwise not recorded)"),
     ],
@@ -497,7 +499,7 @@ def test_command_prints_and_writes(sweep, tmp_path, capsys):
     assert printed.out == to_markdown(sweep.compiled()) + "\n" + to_latex(sweep.compiled())
     assert printed.err.count("wrote ") == 3
     assert main([*command, "--experiment", "another sweep"]) == 2
-    assert main([*command, "--seed", "0", "--set", "segmentor.epochs=5"]) == 0
+    assert main([*command, "--seed", "0", "--set", f"segmentor.epochs={TINY.segmentor.epochs}"]) == 0
 
 
 def test_a_sweep_of_more_than_a_page_of_runs_is_read_whole(sweep, monkeypatch):

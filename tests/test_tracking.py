@@ -132,7 +132,14 @@ def test_a_sweep_is_recorded_in_full(recorded):
         found = trial.rows[0] == "b"
         assert json.loads(tags["stages_found"]) == dict.fromkeys(trial.keys, found)
         assert json.loads(tags["masks_read_by"]) == ["evaluate"]
-        expected = {"eval_split": "val", "scales": [0.5, 1.0], "flip": True, "erosion": 0, "rule": "oracle"}
+        expected = {
+            "data": trial.data_name,
+            "eval_split": "val",
+            "scales": [0.5, 1.0],
+            "flip": True,
+            "erosion": 0,
+            "rule": "oracle",
+        }
         assert json.loads(tags["protocol"]) == expected
         assert tags["version.torch"] == pipeline.versions()["torch"]
         assert run.data.params == {

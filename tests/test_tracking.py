@@ -344,4 +344,4 @@ def test_a_deleted_experiment_is_told(recorded):
 
 def test_passwords_are_not_shown():
     assert without_password("postgresql://me:secret@host:5432/db") == "postgresql://me:***@host:5432/db"
-    assert without_password("sqlite:////tmp/mlflow.db") == "sqlite:////tmp/mlflow.db"
+    assert without_password("sqlite:////data/mlflow.db") == "sqlite:////data/mlflow.db"

@@ -25,7 +25,6 @@ STRIDE = 4
 FULL_MULTIPLE = 16
 """Full-size maps are interpolated to multiples of this, then cropped to the image (published code)."""
 
-
 MAP_KINDS: tuple[FinalMap, ...] = get_args(FinalMap)
 
 

@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ ENDED = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "failed"}
 def read_trials(tracking_uri: str, experiment: str, *, table: str, preset: str) -> pd.DataFrame:
     """The trials of `table` with `preset` in an experiment: one line per MLflow run and row of the table.
 
-    Columns: row, seed, rows (all row ids of the run, comma-separated), run_id, trial_key, status (queued, running,
-    finished, failed), reason, started (UTC), commit, masks_read_by, and what MLflow holds by name:
+    Columns: row, seed, rows (all of this table that the run fills, comma-separated), run_id, trial_key, status
+    (queued, running, finished, failed), reason, started (UTC), commit, masks_read_by, and what MLflow holds by name:
     `metrics.<name>` floats, `params.<field>` and `protocol.<name>` text; empty where a run has none.
     Raises UserError when MLflow cannot be read, has no such experiment, or holds no such trial in it.
     """
@@ -37,12 +37,12 @@ def read_trials(tracking_uri: str, experiment: str, *, table: str, preset: str) 
     runs = _trial_runs(client, _experiment(client, experiment))
     wanted = [run for run in runs if _belongs(run, table, preset)]
     if not wanted:
-        there = sorted({f"{_tag(run, 'table')} {_tag(run, 'preset')}" for run in runs})
+        there = sorted({f"{_tag(run, 'table').replace(',', ', ')} {_tag(run, 'preset')}" for run in runs})
         raise UserError(
             f"experiment {experiment!r} has no trial of {table} with preset {preset}"
             + (f"; it has {', '.join(there)}" if there else ": it has no trial at all")
         )
-    return pd.DataFrame([_record(run, row) for run in wanted for row in _tag(run, "rows").split(",")])
+    return pd.DataFrame([_record(run, row, _rows(run, table)) for run in wanted for row in _rows(run, table)])
 
 
 def log_with_parents(tracking_uri: str, run_ids: Iterable[str], texts: Mapping[str, str]) -> None:
@@ -96,10 +96,16 @@ def _pages(search: Any, **query: Any) -> list[Any]:
 
 
 def _belongs(run: Run, table: str, preset: str) -> bool:
-    return _tag(run, "table") == table and _tag(run, "preset") == preset
+    return bool(_rows(run, table)) and _tag(run, "preset") == preset
 
 
-def _record(run: Run, row: str) -> dict[str, Any]:
+def _rows(run: Run, table: str) -> list[str]:
+    """The rows of `table` that the trial fills."""
+    pairs = (name.partition("/") for name in _tag(run, "rows").split(","))
+    return [row for name, _, row in pairs if name == table]
+
+
+def _record(run: Run, row: str, rows: Sequence[str]) -> dict[str, Any]:
     status = _tag(run, "status")
     if status not in ENDED.values():
         status = ENDED.get(run.info.status, status or "running")
@@ -107,7 +113,7 @@ def _record(run: Run, row: str) -> dict[str, Any]:
     return {
         "row": row,
         "seed": int(_tag(run, "seed")),
-        "rows": _tag(run, "rows"),
+        "rows": ",".join(rows),
         "run_id": run.info.run_id,
         "trial_key": _tag(run, "trial_key"),
         "status": status,

@@ -128,7 +128,7 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
         trials.add_column(name, no_wrap=True)
     for trial in plan.trials:
         states = [_state(trial.keys.get(name), plan.cached) for name in plan.stages]
-        trials.add_row(escape(", ".join(trial.rows)), str(trial.config.seed), *states)
+        trials.add_row(escape(plan.rows_of(trial)), str(trial.config.seed), *states)
     console.print(trials)
     stages = Grid()
     for name in ("stage", "requested", "distinct", "cached", "to make"):
@@ -138,7 +138,7 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
     console.print(stages)
     reasons: dict[tuple[str, str], list[str]] = {}
     for key, wanted in plan.missing().items():
-        rows = [row for trial in wanted for row in trial.rows]
+        rows = [plan.rows_of(trial) for trial in wanted]
         reasons.setdefault((key.stage, store.why(key)), []).extend(rows)
     for (stage, why), rows in reasons.items():
         told = ", ".join(dict.fromkeys(rows))
@@ -164,7 +164,7 @@ def _run(options: argparse.Namespace, console: Console) -> int:
         return _conclude(options, console, plan, tracker, {}, failed=False)
     to_make = {name: count.distinct - count.cached for name, count in plan.stages.items()}
     told = ", ".join(f"{n} {name}" for name, n in to_make.items() if n) or "nothing, only to record"
-    head = f"{plan.tables[0].name}, preset {plan.preset}: {len(plan.trials)} trials; to make: {told}"
+    head = f"{plan.name}, preset {plan.preset}: {len(plan.trials)} trials; to make: {told}"
     console.print(head, highlight=False, soft_wrap=True)
     from sweeps.display import Display
 

@@ -137,7 +137,7 @@ class Display:
 
     def _name(self, trial: Trial) -> str:
         seed = f" (seed {trial.config.seed})" if len(self.plan.seeds) > 1 else ""
-        return ", ".join(trial.rows) + seed
+        return self.plan.rows_of(trial) + seed
 
     def _result(self, trial: Trial, metrics: Mapping[str, float]) -> str:
         names = [metric.name for table in self.plan.tables for metric in table.metrics]

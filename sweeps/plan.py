@@ -43,7 +43,12 @@ class Trial:
 
     @property
     def rows(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(cell.row for cell in self.cells))
+        """ "table03/CF" for every row that it fills."""
+        return tuple(dict.fromkeys(f"{cell.table}/{cell.row}" for cell in self.cells))
+
+    @property
+    def tables(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys(cell.table for cell in self.cells))
 
     @property
     def masks_read_by(self) -> tuple[str, ...]:
@@ -61,6 +66,11 @@ class Count(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
+    """Of the rows of tables, or (without tables) of a search, whose trials become known as it goes."""
+
+    name: str
+    """Of the sweep: that of its table, "tables" for several, or that of the search."""
+    title: str
     tables: tuple[Table, ...]
     preset: str
     overrides: Mapping[str, Any]
@@ -68,6 +78,11 @@ class Plan:
     trials: tuple[Trial, ...]
     cached: frozenset[str]
     """Digests of the stages that are in the store."""
+
+    @property
+    def documents(self) -> dict[str, str]:
+        """File name -> text of what the sweep was started from."""
+        return {f"{table.name}.yaml": table.text for table in self.tables}
 
     @cached_property
     def stages(self) -> dict[str, Count]:
@@ -77,6 +92,11 @@ class Plan:
             requested = sum(len(trial.cells) for trial in self.trials if name in trial.keys)
             counts[name] = Count(requested, len(digests), len(digests & self.cached))
         return counts
+
+    def rows_of(self, trial: Trial) -> str:
+        """For people: with the table only where there are several."""
+        rows = [cell.row for cell in trial.cells] if len(self.tables) == 1 else trial.rows
+        return ", ".join(dict.fromkeys(rows))
 
     def is_cached(self, trial: Trial) -> bool:
         """Whether all its stages are in the store."""
@@ -154,4 +174,5 @@ def make_plan(
                 trials[trial.key] = trial
     keys = {key for trial in trials.values() for key in trial.keys.values()}
     cached = frozenset(key.digest for key in keys if store.find(key, verify=False))
-    return Plan(tuple(tables), preset, dict(overrides), tuple(seeds), tuple(trials.values()), cached)
+    name, title = (tables[0].name, tables[0].title) if len(tables) == 1 else ("tables", f"{len(tables)} tables")
+    return Plan(name, title, tuple(tables), preset, dict(overrides), tuple(seeds), tuple(trials.values()), cached)

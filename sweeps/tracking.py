@@ -47,7 +47,7 @@ Point = tuple[str, int, float]
 
 
 class Tracker:
-    """The runs of one plan (of one table) in one experiment, by default "<table> <preset>".
+    """The runs of one plan in one experiment, by default "<name of the plan> <preset>".
 
     Raises UserError when MLflow cannot be reached. Later failures to write are collected in `errors`; what was lost
     is written when the same sweep is started again.
@@ -55,8 +55,7 @@ class Tracker:
 
     def __init__(self, uri: str, plan: Plan, store: Store, experiment: str | None = None):
         self.plan, self.store, self.uri = plan, store, uri
-        (self.table,) = plan.tables
-        self.experiment = experiment or f"{self.table.name} {plan.preset}"
+        self.experiment = experiment or f"{plan.name} {plan.preset}"
         self.errors: list[str] = []
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="mlflow")
         with _connecting(uri):
@@ -88,7 +87,7 @@ class Tracker:
         """Whether the sweep was recorded to its end before, and its table file is the same still."""
         if self._parent is None or self._parent.info.status != "FINISHED":
             return False
-        unchanged = self._parent.data.tags.get(f"{TAG}table_digest") == _digest(self.table.text)
+        unchanged = self._parent.data.tags.get(f"{TAG}documents_digest") == self._documents_digest()
         return unchanged and all(self.is_recorded(trial) for trial in self.plan.trials)
 
     @property
@@ -99,27 +98,28 @@ class Tracker:
 
     def begin(self) -> None:
         """Open the parent run, and a run for every trial that has none; those of the past are continued."""
-        plan, table = self.plan, self.table
+        plan = self.plan
         tags = {
             f"{TAG}kind": "sweep",
             f"{TAG}sweep_key": self._sweep_key(),
-            f"{TAG}table": table.name,
-            f"{TAG}table_digest": _digest(table.text),
+            f"{TAG}table": ",".join(table.name for table in plan.tables),
+            f"{TAG}documents_digest": self._documents_digest(),
             f"{TAG}preset": plan.preset,
             f"{TAG}plan": json.dumps(plan.summary()),
             f"{TAG}commit": self._commit,
             MLFLOW_GIT_COMMIT: self._commit,
-            MLFLOW_RUN_NOTE: f"{table.title}. {table.source}",
+            MLFLOW_RUN_NOTE: "\n".join(f"{table.title}. {table.source}" for table in plan.tables) or plan.title,
         }
         with _connecting(self.uri):
             if self._parent is None:
-                name = f"{table.name} {plan.preset}"
+                name = f"{plan.name} {plan.preset}"
                 self._parent = self._client.create_run(self._experiment_id, tags=tags, run_name=name)
             else:
                 self._client.update_run(self.parent_run_id, status="RUNNING")
                 self._tag(self.parent_run_id, tags)
         self._later(self._client.log_text, self.parent_run_id, json.dumps(plan.as_json(), indent=1), "plan.json")
-        self._later(self._client.log_text, self.parent_run_id, table.text, "table.yaml")
+        for name, text in plan.documents.items():
+            self._later(self._client.log_text, self.parent_run_id, text, name)
         for trial in plan.trials:
             self._later(self._open, trial)
 
@@ -168,7 +168,7 @@ class Tracker:
             log.warning("could not write to MLflow", exc_info=True)
 
     def _open(self, trial: Trial) -> None:
-        run, name = self._trial_runs.get(trial.key), f"{', '.join(trial.rows)}, seed {trial.config.seed}"
+        run, name = self._trial_runs.get(trial.key), f"{self.plan.rows_of(trial)}, seed {trial.config.seed}"
         tags = self._row_tags(trial) | {MLFLOW_PARENT_RUN_ID: self.parent_run_id}
         if run is None:
             tags |= self._trial_tags(trial) | {f"{TAG}status": "queued"}
@@ -219,7 +219,6 @@ class Tracker:
             f"{TAG}kind": "stage",
             f"{TAG}stage": stage,
             f"{TAG}stage_key": artifact.key.digest,
-            f"{TAG}table": self.table.name,
             f"{TAG}preset": self.plan.preset,
             f"{TAG}commit": self._commit,
             MLFLOW_PARENT_RUN_ID: self.parent_run_id,
@@ -315,15 +314,18 @@ class Tracker:
 
     def _sweep_key(self) -> str:
         """Of what a parent run stands for: a table under a preset and overrides. More seeds extend a sweep."""
-        return _digest(json.dumps([self.table.name, self.plan.preset, sorted(self.plan.overrides.items())]))
+        return _digest(json.dumps([self.plan.name, self.plan.preset, sorted(self.plan.overrides.items())]))
 
     def _row_tags(self, trial: Trial) -> dict[str, str]:
         return {
-            f"{TAG}table": self.table.name,
+            f"{TAG}table": ",".join(trial.tables),
             f"{TAG}rows": ",".join(trial.rows),
             f"{TAG}preset": self.plan.preset,
             f"{TAG}masks_read_by": json.dumps(trial.masks_read_by),
         }
+
+    def _documents_digest(self) -> str:
+        return _digest(json.dumps(self.plan.documents))
 
     def _trial_tags(self, trial: Trial) -> dict[str, str]:
         config = trial.config

@@ -54,7 +54,7 @@ class Sweep:
             "kind": "trial",
             "trial_key": key,
             "table": self.table.name,
-            "rows": rows or row,
+            "rows": ",".join(f"{self.table.name}/{r}" for r in (rows or row).split(",")),
             "seed": str(seed),
             "preset": self.preset,
             "status": "finished",
@@ -566,6 +566,6 @@ def test_a_folder_that_cannot_be_written_is_told(sweep, tmp_path, capsys):
 
 
 def test_runs_of_no_row_of_the_table_are_told(sweep, tmp_path):
-    sweep.trial("CF", 34.8, tags={"rows": "renamed"})
+    sweep.trial("CF", 34.8, tags={"rows": f"{sweep.table.name}/renamed"})
     with pytest.raises(UserError, match="have the rows been renamed"):
         sweep.compiled()

@@ -33,10 +33,10 @@ class Sweep:
     def __init__(self, trials: Sequence[Trial], store: Store, **options):
         self.store, self.heard, self.n = store, [], 0
         options = {"tell": self.tell, **options}
-        self.gate = Gate(trials, store, lambda t: {"row": t.rows[0]}, **options)
+        self.gate = Gate(trials, store, lambda t: {"row": t.cells[0].row}, **options)
 
     def tell(self, trial, report):
-        self.heard.append((trial.rows[0], report["event"], report["reason"]))
+        self.heard.append((trial.cells[0].row, report["event"], report["reason"]))
 
     def suggest(self) -> str | None:
         """The row of the trial that starts, "FINISHED", or None. Tune's ids are "1", "2" ... in this order."""
@@ -176,7 +176,7 @@ def test_a_stage_that_keeps_failing_fails_all_who_need_it_and_nobody_else(store)
     assert sweep.heard == [
         ("a", "retry", reason),
         ("a", "failed", reason),
-        ("b", "failed", f"{reason} (in the trial of row a)"),
+        ("b", "failed", f"{reason} (in the trial of row table/a)"),
     ]
     assert sweep.suggest() is None
     sweep.finishes("2")

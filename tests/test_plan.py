@@ -211,7 +211,7 @@ def test_rows_that_ask_for_the_same_share_a_trial(mine, store):
     plan = plan_of(path, store)
     (trial,) = plan.trials
     assert trial.cells == (Cell("mine", "a", 0), Cell("mine", "b", 0))
-    assert trial.rows == ("a", "b")
+    assert trial.rows == ("mine/a", "mine/b")
     assert plan.stages["segmentor"] == (2, 1, 0)
     assert plan.summary()["rows"] == 2
 

@@ -185,7 +185,10 @@ def test_a_diverging_trial_fails_alone_at_once_and_with_its_reason(place, table0
     assert "3 trials: 1 failed, 2 finished" in out
     assert "tried again" not in out
     assert out.count("failed bad: segmentor: TrainingDiverged") == 1
-    runs = {run.data.tags["semformer.rows"]: run for run in place.runs("diverging micro", "trial")}
+    runs = {
+        run.data.tags["semformer.rows"].removeprefix("diverging/"): run
+        for run in place.runs("diverging micro", "trial")
+    }
     assert {row: run.info.status for row, run in runs.items()} == {
         "bad": "FAILED",
         "good": "FINISHED",

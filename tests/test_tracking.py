@@ -61,7 +61,8 @@ class Recorded:
         client = MlflowClient(self.uri)
         runs = client.search_runs([client.get_experiment_by_name(self.name).experiment_id])
         runs = [run for run in runs if run.data.tags["semformer.kind"] == kind]
-        named = {run.data.tags.get("semformer.rows", run.info.run_name): run for run in runs}
+        rows = [run.data.tags.get("semformer.rows", run.info.run_name) for run in runs]
+        named = {row.removeprefix("mine/"): run for row, run in zip(rows, runs, strict=True)}
         assert len(named) == len(runs)
         return named
 
@@ -116,20 +117,20 @@ def test_a_sweep_is_recorded_in_full(recorded):
     assert parent.data.metrics == {"sweep/finished": 2.0}
     assert json.loads(parent.data.tags["semformer.plan"])["trials"] == 2
     files = recorded.files(parent)
-    assert files["table.yaml"].read_text() == MINE
+    assert files["mine.yaml"].read_text() == MINE
     assert json.loads(files["plan.json"].read_text()) == json.loads(json.dumps(plan.as_json()))
 
     trials = recorded.runs("trial")
     assert sorted(trials) == ["a", "b"]
     for trial in plan.trials:
-        run = trials[trial.rows[0]]
+        run = trials[trial.cells[0].row]
         tags = {name.removeprefix("semformer."): text for name, text in run.data.tags.items()}
         assert run.info.status == "FINISHED"
         assert (tags["status"], tags["rows"], tags["seed"], tags["preset"]) == ("finished", trial.rows[0], "0", "micro")
         assert tags["mlflow.parentRunId"] == parent.info.run_id
         assert tags["trial_key"] == trial.key
         assert json.loads(tags["stage_keys"]) == {name: key.digest for name, key in trial.keys.items()}
-        found = trial.rows[0] == "b"
+        found = trial.rows == ("mine/b",)
         assert json.loads(tags["stages_found"]) == dict.fromkeys(trial.keys, found)
         assert json.loads(tags["masks_read_by"]) == ["evaluate"]
         expected = {
@@ -303,7 +304,7 @@ def test_a_changed_table_file_is_recorded_anew(recorded):
     corrected.begin()
     corrected.end("FINISHED")
     (parent,) = recorded.runs("sweep").values()
-    assert "61" in recorded.files(parent)["table.yaml"].read_text()
+    assert "61" in recorded.files(parent)["mine.yaml"].read_text()
 
 
 def test_what_cannot_be_written_is_told_and_loses_nothing_else(recorded, tmp_path):

@@ -306,7 +306,7 @@ PRESETS["micro"] = PRESETS["tiny"] | {
     "caae.epochs": 2,
     "caae.batch_size": 8,
     "caae.class_dim": 8,
-    "caae.decoder_depth": 1,
+    "caae.decoder_depth": 4,
     "caae.decoder_width": 24,
     "caae.backbone": "vit_wiring_patch8_32",
     "segmentor.backbone": "vit_wiring_patch8_48",
@@ -315,7 +315,6 @@ PRESETS["micro"] = PRESETS["tiny"] | {
     "segmentor.batch_size": 8,
     "segmentor.long_side": (40, 60),
     "cams.scales": (0.5, 1.0),
-    "cams.last_blocks": 2,
     "cams.pictures": 2,
 }
 _FROM_SCRATCH = {

@@ -2,21 +2,27 @@
 
 `sweeps/tables/*.yaml` are the paper's tables; a file of the same form anywhere on disk is as good. A row's config is
 
-    preset  <  the table's `baseline`  <  --set  <  the row's `set`
+    preset  <  the table's `baseline`  <  --set  <  the row's `set`  <  the row's `presets`, of the chosen preset
+
+`set` has the paper's value of an axis; `presets` has what takes its place in a preset with smaller networks.
 """
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from semformer.config import Config, field_names, load_config, unknown_field
+from semformer.config import PRESETS, Config, field_names, load_config, unknown_field
 from semformer.errors import UserError
 
 TABLES = Path(__file__).parent / "tables"
+SEVERAL = "tables"
+"""The name of a sweep of several tables."""
+LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._+-]*$")]
 Location = tuple[str | int, ...]
@@ -35,11 +41,15 @@ class Metric(Spec):
 
 
 class Mark(Spec):
-    """A line (or column) of the table that tells what a row is: a check mark, or a value."""
+    """A line (or column) of the table that tells what a row is: a check mark, or a value.
+
+    With a `field`, what our run had in it is shown too wherever that is not the paper's value.
+    """
 
     name: Name
     header: str
     latex: str = ""
+    field: str = ""
 
 
 class Layout(Spec):
@@ -60,9 +70,13 @@ class PaperRow(Spec):
 
 
 class Row(PaperRow):
-    """A row of ours: `set` holds the fields in which it differs from the baseline."""
+    """A row of ours: `set` holds the fields in which it differs from the baseline.
+
+    `presets` maps the name of a preset to the fields of `set` that have another value there.
+    """
 
     set: Mapping[str, Any] = {}
+    presets: Mapping[str, Mapping[str, Any]] = {}
 
 
 class Table(Spec):
@@ -91,6 +105,19 @@ class Table(Spec):
     @property
     def text(self) -> str:
         return self._text
+
+    @cached_property
+    def positions(self) -> dict[str, int]:
+        """Row id -> its place in `rows`."""
+        return {row.id: i for i, row in enumerate(self.rows)}
+
+    @cached_property
+    def varied(self) -> dict[str, str]:
+        """The fields that rows set, each with the id of the first row that does."""
+        fields: dict[str, str] = {}
+        for row in self.rows:
+            fields |= {name: row.id for name in row.set if name not in fields}
+        return fields
 
     def where(self, *location: str | int) -> str:
         """ "FILE:LINE" of a part, such as ("rows", 2, "set", "segmentor.sigma")."""
@@ -123,22 +150,41 @@ def load_table(name_or_path: str | Path) -> Table:
     return table
 
 
+def load_tables(names: Sequence[str | Path]) -> list[Table]:
+    """Several tables. Raises UserError as `load_table` does, and for a table or a `name` that is there twice."""
+    tables: dict[str, Table] = {}
+    for table in map(load_table, names):
+        if known := tables.get(table.name):
+            if known.path.resolve() == table.path.resolve():
+                raise UserError(f"the table {table.name} is given twice")
+            raise UserError(f"{known.path} and {table.path} are both named {table.name!r}: change the `name` of one")
+        tables[table.name] = table
+    return list(tables.values())
+
+
+def load_all_tables() -> list[Table]:
+    """The built-in tables, in the paper's order."""
+    return load_tables(table_names())
+
+
 def resolve(table: Table, row: Row, preset: str, overrides: Mapping[str, Any], seed: int) -> Config:
     """The config of a row. Raises UserError naming the row's line for a value that does not fit its field,
     and for an override of what the rows themselves vary."""
     if "seed" in overrides:
         raise UserError("--set seed: a sweep's seeds are given by --seeds")
     for name in overrides:
-        if clash := next((r for r in table.rows if _overlap(name, r.set)), None):
-            raise UserError(f"--set {name}: row {clash.id!r} of {table.name} is about this very field")
-    values = {**table.baseline, **overrides, **row.set, "seed": seed}
-    index = table.rows.index(row)
+        if clash := next((row for field, row in table.varied.items() if _overlap(name, field)), None):
+            raise UserError(f"--set {name}: row {clash!r} of {table.name} is about this very field")
+    replaced = row.presets.get(preset, {})
+    values = {**table.baseline, **overrides, **row.set, **replaced, "seed": seed}
+    index = table.positions[row.id]
     try:
         return load_config(preset, values, source=f"{table.where('rows', index)}: row {row.id!r}")
     except UserError:
         for location, name, value in (
             *((("baseline", name), name, value) for name, value in table.baseline.items()),
-            *((("rows", index, "set", name), name, value) for name, value in row.set.items()),
+            *((("rows", index, "set", name), name, value) for name, value in row.set.items() if name not in replaced),
+            *((("rows", index, "presets", preset, name), name, value) for name, value in replaced.items()),
         ):
             inside = "baseline" if location[0] == "baseline" else f"row {row.id!r}"
             load_config(preset, {name: value}, source=f"{table.where(*location)}: {inside}")
@@ -146,8 +192,8 @@ def resolve(table: Table, row: Row, preset: str, overrides: Mapping[str, Any], s
         raise
 
 
-def _overlap(name: str, fields: Mapping[str, Any]) -> bool:
-    return any(name == f or name.startswith(f + ".") or f.startswith(name + ".") for f in fields)
+def _overlap(a: str, b: str) -> bool:
+    return a == b or a.startswith(b + ".") or b.startswith(a + ".")
 
 
 def _find(name: str) -> Path:
@@ -185,7 +231,7 @@ def _parse(text: str, path: Path) -> tuple[Any, dict[Location, int]]:
                 locate(value, inner)
 
     try:
-        loader = yaml.SafeLoader(text)
+        loader = LOADER(text)
         node = loader.get_single_node()
         if not isinstance(node, yaml.MappingNode):
             raise UserError(f"{path}: a table file is a mapping with name, title, metrics and rows")
@@ -227,6 +273,8 @@ def _explain(item: Mapping[str, Any], path: Path, lines: Mapping[Location, int],
 
 def _mistakes(table: Table) -> Iterator[str]:
     """What no single value shows to be wrong."""
+    if table.name == SEVERAL:
+        yield f"{table.where('name')}: {SEVERAL!r} is the name of sweeps of several tables: choose another"
     for name in table.baseline:
         if mistake := _field_mistake(name):
             yield f"{table.where('baseline', name)}: baseline: {mistake}"
@@ -234,6 +282,10 @@ def _mistakes(table: Table) -> Iterator[str]:
     for section, names in (("metrics", metrics), ("layout", marks)):
         if twice := next((name for name in names if names.count(name) > 1), None):
             yield f"{table.where(section)}: {section}: {twice!r} is there twice"
+    for i, mark in enumerate(table.layout.marks):
+        if mark.field and mark.field not in field_names():
+            place = table.where("layout", "marks", i, "field")
+            yield f"{place}: mark {mark.name!r}: {unknown_field(mark.field)}"
     seen: dict[str, str] = {}
     for section, rows in (("rows", table.rows), ("paper_only", table.paper_only)):
         for i, row in enumerate(rows):
@@ -250,9 +302,18 @@ def _mistakes(table: Table) -> Iterator[str]:
                         place = table.where(section, i, part, name)
                         known = "metrics" if part == "paper" else "marks of the layout"
                         yield f"{place}: row {row.id!r}: {name!r} is none of the {known} ({', '.join(valid) or 'none'})"
-            for name in getattr(row, "set", {}):
-                if mistake := _field_mistake(name):
-                    yield f"{table.where(section, i, 'set', name)}: row {row.id!r}: {mistake}"
+    for i, row in enumerate(table.rows):
+        for name in row.set:
+            if mistake := _field_mistake(name):
+                yield f"{table.where('rows', i, 'set', name)}: row {row.id!r}: {mistake}"
+        for preset, fields in row.presets.items():
+            if preset not in PRESETS:
+                place = table.where("rows", i, "presets", preset)
+                yield f"{place}: row {row.id!r}: no preset is named {preset!r}: there are {', '.join(PRESETS)}"
+            for name in fields:
+                if name not in row.set:
+                    place = table.where("rows", i, "presets", preset, name)
+                    yield f"{place}: row {row.id!r}: {name!r} of preset {preset} replaces nothing in `set`"
 
 
 def _field_mistake(name: str) -> str:

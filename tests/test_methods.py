@@ -133,7 +133,16 @@ def test_class_tokens_start_as_copies_of_the_pretrained_one():
     torch.testing.assert_close(model.class_positions, vit.pos_embed[:, :1].expand(1, K, 16))
 
 
-@pytest.mark.parametrize("name", ["vit_shapes_patch8_64", "vit_wiring_patch8_48", "vit_tiny_patch16_224"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "vit_shapes_patch8_64",
+        "vit_shapes_medium_patch8_64",
+        "vit_shapes_small_patch8_64",
+        "vit_wiring_patch8_48",
+        "vit_tiny_patch16_224",
+    ],
+)
 def test_backbone_equals_timm_without_prefix_tokens(name):
     """Ours has no class token: it must equal a timm ViT whose attention cannot see one."""
     size = backbone_shape(name)["patch_size"] * 4

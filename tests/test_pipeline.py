@@ -170,7 +170,7 @@ def test_published_choice_of_the_epoch_reads_masks_and_says_so(shapes, tmp_path)
 @pytest.mark.parametrize(
     ("change", "told"),
     [
-        ({"cams.last_blocks": 3}, r"cams.last_blocks = 3 \(U\), but vit_wiring_patch8_48 has 2 blocks"),
+        ({"cams.last_blocks": 8}, r"cams.last_blocks = 8 \(U\), but vit_wiring_patch8_48 has 7 blocks"),
         ({"caae.image_size": 30}, r"caae.image_size = 30 is no multiple of the patch size 8"),
         ({"caae.decoder_width": 25}, r"caae.decoder_width = 25 is no multiple of the 2 heads"),
         ({"caae.backbone": "vit_smal"}, r"has no model 'vit_smal'"),

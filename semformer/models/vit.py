@@ -27,6 +27,18 @@ def vit_shapes_patch8_64(pretrained: bool = False, **kwargs) -> VisionTransforme
 
 
 @register_model
+def vit_shapes_medium_patch8_64(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """A narrower encoder for presets tiny and micro, in the place of DeiT-B in Table 6."""
+    return _small_vit(pretrained, kwargs, img_size=64, embed_dim=48, depth=4, num_heads=4)
+
+
+@register_model
+def vit_shapes_small_patch8_64(pretrained: bool = False, **kwargs) -> VisionTransformer:
+    """Half the width of `vit_shapes_patch8_64`, as DeiT-S has half of DeiT-B's (Table 6)."""
+    return _small_vit(pretrained, kwargs, img_size=64, embed_dim=32, depth=4, num_heads=2)
+
+
+@register_model
 def vit_wiring_patch8_32(pretrained: bool = False, **kwargs) -> VisionTransformer:
     """Encoder of preset micro."""
     return _small_vit(pretrained, kwargs, img_size=32, embed_dim=24, depth=2, num_heads=2)
@@ -34,8 +46,8 @@ def vit_wiring_patch8_32(pretrained: bool = False, **kwargs) -> VisionTransforme
 
 @register_model
 def vit_wiring_patch8_48(pretrained: bool = False, **kwargs) -> VisionTransformer:
-    """Segmentation backbone of preset micro."""
-    return _small_vit(pretrained, kwargs, img_size=48, embed_dim=24, depth=2, num_heads=2)
+    """Segmentation backbone of preset micro, deep enough for every U of Table 13."""
+    return _small_vit(pretrained, kwargs, img_size=48, embed_dim=24, depth=7, num_heads=2)
 
 
 def _small_vit(pretrained: bool, options: dict[str, Any], **defaults: int) -> VisionTransformer:

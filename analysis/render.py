@@ -1,7 +1,8 @@
 """A compiled table written down: Markdown, LaTeX (booktabs), and a data frame of all cells.
 
 The layout is the paper's: `layout.marks` tell what a row is, then come the measured and the paper's values. One row of
-the table file is one line, or, in a transposed table, one column.
+the table file is one line, or, in a transposed table, one column. A mark whose value was another in our runs than in
+the paper is shown twice, like a metric: ours, then the paper's.
 """
 
 import re
@@ -12,7 +13,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.runs import SHORT, TAG
-from analysis.tables import Cell, CompiledTable, Line
+from analysis.tables import Cell, CompiledTable, Line, mark_text
 from semformer.errors import UserError
 from sweeps.axes import Mark
 
@@ -118,6 +119,7 @@ def to_frame(compiled: CompiledTable) -> pd.DataFrame:
                         "experiment": compiled.experiment,
                         "row": line.id,
                         "label": line.label,
+                        "settings": "; ".join(f"{mark} = {value}" for mark, value in line.settings.items()),
                         "metric": metric.name,
                         "seed": trial.seed if trial else None,
                         "status": trial.status if trial else line.status,
@@ -151,7 +153,8 @@ def _entries(compiled: CompiledTable, footnotes: Footnotes) -> tuple[list[list[E
     """The lines of the table, the heading first, and after which of them a rule belongs."""
     marks, metrics, lines = compiled.table.layout.marks, compiled.table.metrics, compiled.lines
     labelled = not marks or any(not line.ours for line in lines)
-    stub = [Entry("")] * labelled + [Entry(mark.header, mark.latex) for mark in marks]
+    stub = [Entry("")] * labelled + [entry for mark in marks for entry in _mark_headers(mark, lines)]
+    rules = {0, len(stub) - 1} if labelled else {len(stub) - 1}
     stub += [Entry(f"{metric.header} {whose}") for metric in metrics for whose in ("ours", "paper")]
     several = any(cell.n > 1 for line in lines for cell in line.cells.values())
     columns = [stub]
@@ -161,7 +164,8 @@ def _entries(compiled: CompiledTable, footnotes: Footnotes) -> tuple[list[list[E
             for metric in metrics
             for entry in (_measured(line, line.cells[metric.name], several, footnotes), _paper(line.cells[metric.name]))
         ]
-        columns.append([Entry(line.label)] * labelled + [_mark(line, mark) for mark in marks] + values)
+        told = [entry for mark in marks for entry in _mark_entries(line, mark, lines)]
+        columns.append([Entry(line.label)] * labelled + told + values)
     if not compiled.table.layout.transposed:
         return columns, {0}
     entries = [list(line) for line in zip(*columns, strict=True)]
@@ -169,14 +173,28 @@ def _entries(compiled: CompiledTable, footnotes: Footnotes) -> tuple[list[list[E
         ours = [i for i, line in enumerate(lines, start=1) if line.ours]
         for i in ours:
             entries[0][i] = Entry(OURS if i == ours[0] else "")
-    return entries, {0, labelled + len(marks) - 1}
+    return entries, rules
 
 
-def _mark(line: Line, mark: Mark) -> Entry:
-    value = line.marks.get(mark.name, "" if line.ours else NO_VALUE)
-    if isinstance(value, bool):
-        return Entry("✓" if value else "✗")
-    return Entry(str(value))
+def _has_two_values(mark: Mark, lines: Sequence[Line]) -> bool:
+    """Whether our runs had another value than the paper's in some row."""
+    return any(line.settings[mark.name] != _told(line, mark) for line in lines if mark.name in line.settings)
+
+
+def _mark_headers(mark: Mark, lines: Sequence[Line]) -> list[Entry]:
+    if not _has_two_values(mark, lines):
+        return [Entry(mark.header, mark.latex)]
+    return [Entry(f"{mark.header} {whose}", mark.latex and f"{mark.latex} {whose}") for whose in ("ours", "paper")]
+
+
+def _mark_entries(line: Line, mark: Mark, lines: Sequence[Line]) -> list[Entry]:
+    ours = [Entry(line.settings.get(mark.name, NO_VALUE))] * _has_two_values(mark, lines)
+    return [*ours, Entry(_told(line, mark))]
+
+
+def _told(line: Line, mark: Mark) -> str:
+    """What the table file says of a row."""
+    return mark_text(line.marks.get(mark.name, "" if line.ours else NO_VALUE))
 
 
 def _measured(line: Line, cell: Cell, several: bool, footnotes: Footnotes) -> Entry:
@@ -201,10 +219,13 @@ def _paper(cell: Cell) -> Entry:
 def _run_lines(compiled: CompiledTable, length: int | None) -> list[list[str]]:
     """A heading and one line per trial; ids cut to `length`. Empty if there is no trial."""
     metrics = compiled.table.metrics
-    heads = ["row", "seed", "status", *(metric.header for metric in metrics), "threshold", "MLflow run", "trial key"]
+    marks = [mark for mark in compiled.table.layout.marks if _has_two_values(mark, compiled.lines)]
+    heads = ["row", *(f"{mark.header} ours" for mark in marks), "seed", "status"]
+    heads += [*(metric.header for metric in metrics), "threshold", "MLflow run", "trial key"]
     lines = [
         [
             line.label,
+            *(line.settings[mark.name] for mark in marks),
             str(trial.seed),
             trial.status,
             *(_number(trial.values.get(metric.name), 2) for metric in metrics),

@@ -4,6 +4,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,33 +26,46 @@ SHORT = 8
 ENDED = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "failed"}
 
 
-def read_trials(tracking_uri: str, experiment: str, *, table: str, preset: str) -> pd.DataFrame:
-    """The trials of `table` with `preset` in an experiment: one line per MLflow run and row of the table.
+@dataclass(frozen=True)
+class Trials:
+    """The trial runs of one experiment, read once."""
 
-    Columns: row, seed, rows (all of this table that the run fills, comma-separated), run_id, trial_key, status
-    (queued, running, finished, failed), reason, started (UTC), commit, masks_read_by, and what MLflow holds by name:
-    `metrics.<name>` floats, `params.<field>` and `protocol.<name>` text; empty where a run has none.
-    Raises UserError when MLflow cannot be read, has no such experiment, or holds no such trial in it.
-    """
+    experiment: str
+    runs: Sequence[Run]
+
+    def of_table(self, table: str, preset: str) -> pd.DataFrame:
+        """One line per run of `preset` and row of `table` that it fills; empty if there is none.
+
+        Columns: row, seed, rows (all of this table that the run fills, comma-separated), run_id, parent_run_id,
+        trial_key, status (queued, running, finished, failed), reason, started (UTC), commit, masks_read_by, and what
+        MLflow holds by name: `metrics.<name>` floats, `params.<field>` and `protocol.<name>` text; empty where a run
+        has none.
+        """
+        runs = [run for run in self.runs if _tag(run, "preset") == preset]
+        return pd.DataFrame([_record(run, row, _rows(run, table)) for run in runs for row in _rows(run, table)])
+
+    def contents(self) -> str:
+        """Of which tables and presets it has trials, for people."""
+        there = {(table, _tag(run, "preset")) for run in self.runs for table in _tag(run, "table").split(",")}
+        told = ", ".join(f"{table} {preset}" for table, preset in sorted(there))
+        return f"it has {told}" if told else "it has no trial at all"
+
+
+def read_trials(tracking_uri: str, experiments: Sequence[str]) -> Trials:
+    """The trials of the first of `experiments` that is there. Raises UserError if none is, or MLflow cannot be read."""
     client = _client(tracking_uri)
-    runs = _trial_runs(client, _experiment(client, experiment))
-    wanted = [run for run in runs if _belongs(run, table, preset)]
-    if not wanted:
-        there = sorted({f"{_tag(run, 'table').replace(',', ', ')} {_tag(run, 'preset')}" for run in runs})
-        raise UserError(
-            f"experiment {experiment!r} has no trial of {table} with preset {preset}"
-            + (f"; it has {', '.join(there)}" if there else ": it has no trial at all")
-        )
-    return pd.DataFrame([_record(run, row, _rows(run, table)) for run in wanted for row in _rows(run, table)])
+    experiment = _experiment(client, experiments)
+    query = f"tags.`{TAG}kind` = 'trial'"
+    runs = _pages(client.search_runs, experiment_ids=[experiment.experiment_id], filter_string=query)
+    return Trials(experiment.name, runs)
 
 
-def log_with_parents(tracking_uri: str, run_ids: Iterable[str], texts: Mapping[str, str]) -> None:
-    """Keep text files, by name, with the parent runs (the sweeps) of some trials. Raises UserError if MLflow cannot."""
+def log_texts(tracking_uri: str, run_ids: Iterable[str], texts: Mapping[str, str]) -> None:
+    """Keep text files, by name, with some runs. Raises UserError if MLflow cannot be used."""
     client = _client(tracking_uri)
-    tags = [client.get_run(run_id).data.tags for run_id in run_ids]
-    for parent in {tag[MLFLOW_PARENT_RUN_ID] for tag in tags if MLFLOW_PARENT_RUN_ID in tag}:
+    for run_id in run_ids:
         for name, text in texts.items():
-            client.log_text(parent, text, name)
+            client.log_text(run_id, text, name)
 
 
 def _client(tracking_uri: str) -> MlflowClient:
@@ -73,18 +87,15 @@ def _client(tracking_uri: str) -> MlflowClient:
     return client
 
 
-def _experiment(client: MlflowClient, name: str) -> Experiment:
-    experiment = client.get_experiment_by_name(name)
-    if experiment and experiment.lifecycle_stage == "active":
-        return experiment
-    names = sorted(e.name for e in _pages(client.search_experiments) if e.name != "Default")
-    there = f"there are {', '.join(map(repr, names))}" if names else "there is none yet; run a sweep first"
-    raise UserError(f"MLflow has no experiment {name!r}: {there} (choose one with --preset or --experiment)")
-
-
-def _trial_runs(client: MlflowClient, experiment: Experiment) -> list[Run]:
-    query = f"tags.`{TAG}kind` = 'trial'"
-    return _pages(client.search_runs, experiment_ids=[experiment.experiment_id], filter_string=query)
+def _experiment(client: MlflowClient, names: Sequence[str]) -> Experiment:
+    for name in names:
+        experiment = client.get_experiment_by_name(name)
+        if experiment and experiment.lifecycle_stage == "active":
+            return experiment
+    known = sorted(e.name for e in _pages(client.search_experiments) if e.name != "Default")
+    there = f"there are {', '.join(map(repr, known))}" if known else "there is none yet; run a sweep first"
+    wanted = " or ".join(map(repr, names))
+    raise UserError(f"MLflow has no experiment {wanted}: {there} (choose one with --preset or --experiment)")
 
 
 def _pages(search: Any, **query: Any) -> list[Any]:
@@ -93,10 +104,6 @@ def _pages(search: Any, **query: Any) -> list[Any]:
         page = search(**query, page_token=page.token)
         found = [*found, *page]
     return list(found)
-
-
-def _belongs(run: Run, table: str, preset: str) -> bool:
-    return bool(_rows(run, table)) and _tag(run, "preset") == preset
 
 
 def _rows(run: Run, table: str) -> list[str]:
@@ -115,6 +122,7 @@ def _record(run: Run, row: str, rows: Sequence[str]) -> dict[str, Any]:
         "seed": int(_tag(run, "seed")),
         "rows": ",".join(rows),
         "run_id": run.info.run_id,
+        "parent_run_id": run.data.tags.get(MLFLOW_PARENT_RUN_ID, ""),
         "trial_key": _tag(run, "trial_key"),
         "status": status,
         "reason": _tag(run, "reason"),

@@ -10,14 +10,14 @@ import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from analysis.runs import choose_runs, parameter_text, read_trials
+from analysis.runs import choose_runs, parameter_text, plain_text, read_trials
+from semformer.config import flatten
 from semformer.errors import UserError
-from sweeps.axes import Metric, PaperRow, Table, load_table
+from sweeps.axes import SEVERAL, Metric, PaperRow, Row, Table, resolve
 
 MASKS = "pixel masks read by"
 FINAL_MAPS = {
@@ -31,11 +31,14 @@ FINAL_MAPS = {
 class Trial:
     """One run of one row. `values` has the finite values by metric name; `threshold` is what they were scored at.
 
+    `parent_run_id` is the sweep's, "" where there is none.
+
     `deviations` tells what its protocol or settings have other than most cells.
     """
 
     seed: int
     run_id: str
+    parent_run_id: str
     trial_key: str
     status: str
     reason: str
@@ -63,12 +66,17 @@ class Cell:
 
 @dataclass(frozen=True)
 class Line:
-    """A row of the table file, or (`ours` false) one that only the paper has."""
+    """A row of the table file, or (`ours` false) one that only the paper has.
+
+    `settings` maps each mark that names a field to what our trials had in it (without any: would have), as text;
+    to the mark's own text where that is the paper's value.
+    """
 
     id: str
     label: str
     ours: bool
     marks: Mapping[str, Any]
+    settings: Mapping[str, str]
     trials: tuple[Trial, ...]
     cells: Mapping[str, Cell]
 
@@ -79,6 +87,11 @@ class Line:
             return "paper only"
         found = {trial.status for trial in self.trials}
         return next((s for s in ("finished", "failed", "running", "queued") if s in found), "not run")
+
+    @property
+    def is_filled(self) -> bool:
+        """Whether every metric has a measured value."""
+        return all(cell.mean is not None for cell in self.cells.values())
 
 
 @dataclass(frozen=True)
@@ -93,28 +106,39 @@ class CompiledTable:
 
 
 def compile_from_mlflow(
-    name_or_path: str | Path,
+    tables: Sequence[Table],
     *,
     preset: str,
     tracking_uri: str,
     experiment: str | None = None,
     seed: int | None = None,
     overrides: Mapping[str, Any] | None = None,
-) -> CompiledTable:
-    """Reads an experiment (by default "<table> <preset>") and compiles the table, of one seed or of all.
+) -> list[CompiledTable]:
+    """Reads an experiment once and compiles those of the tables that it has trials of, of one seed or of all.
 
-    `overrides` are the `--set` of the sweep. Raises UserError as `load_table` and `read_trials` do, and for a seed
-    that no trial has.
+    The experiment is by default that of a sweep of several tables, "tables <preset>"; for one table its own, "<table>
+    <preset>", if there is one. `overrides` are the `--set` of the sweep. Raises UserError as `read_trials` does, and
+    if there is no trial of any table, with `preset` and `seed`.
     """
-    table = load_table(name_or_path)
-    experiment = experiment or f"{table.name} {preset}"
-    trials = read_trials(tracking_uri, experiment, table=table.name, preset=preset)
+    own = [f"{table.name} {preset}" for table in tables if len(tables) == 1]
+    trials = read_trials(tracking_uri, [experiment] if experiment else [*own, f"{SEVERAL} {preset}"])
+    frames = {table.name: trials.of_table(table.name, preset) for table in tables}
+    if all(frame.empty for frame in frames.values()):
+        raise UserError(
+            f"experiment {trials.experiment!r} has no trial of {', '.join(frames)} with preset {preset}"
+            f"{'; ' if trials.runs else ': '}{trials.contents()}"
+        )
     if seed is not None:
-        seeds = ", ".join(map(str, sorted(trials["seed"].unique())))
-        trials = trials[trials["seed"] == seed]
-        if trials.empty:
-            raise UserError(f"no trial of experiment {experiment!r} has seed {seed}: there are {seeds}")
-    return compile_table(table, trials, preset=preset, experiment=experiment, overrides=overrides)
+        seeds = sorted({int(n) for frame in frames.values() if not frame.empty for n in frame["seed"]})
+        if seed not in seeds:
+            told = ", ".join(map(str, seeds))
+            raise UserError(f"no trial of experiment {trials.experiment!r} has seed {seed}: there are {told}")
+        frames = {name: frame if frame.empty else frame[frame["seed"] == seed] for name, frame in frames.items()}
+    return [
+        compile_table(table, frames[table.name], preset=preset, experiment=trials.experiment, overrides=overrides)
+        for table in tables
+        if not frames[table.name].empty
+    ]
 
 
 def compile_table(
@@ -125,19 +149,42 @@ def compile_table(
     experiment: str,
     overrides: Mapping[str, Any] | None = None,
 ) -> CompiledTable:
-    """The table's cells from trials as `read_trials` gives them. Raises UserError as `choose_runs` does."""
+    """The table's cells from trials as `Trials.of_table` gives them. Raises UserError as `choose_runs` does."""
+    overrides = overrides or {}
     chosen, left_out = choose_runs(trials, table, preset, overrides)
     records = chosen.sort_values("seed").to_dict("records")
-    records.sort(key=lambda record: [row.id for row in table.rows].index(record["row"]))
+    records.sort(key=lambda record: table.positions[record["row"]])
     protocol = Protocol([record for record in records if record["status"] == "finished"])
     seeds = sorted({record["seed"] for record in records})
-    lines = [Line(row.id, row.label, False, row.marks, (), _cells(table, row, (), [])) for row in table.paper_only]
+    lines = [Line(row.id, row.label, False, row.marks, {}, (), _cells(table, row, (), [])) for row in table.paper_only]
     for row in table.rows:
-        runs = tuple(_trial(record, table, protocol) for record in records if record["row"] == row.id)
-        lines.append(Line(row.id, row.label, True, row.marks, runs, _cells(table, row, runs, seeds)))
+        own = [record for record in records if record["row"] == row.id]
+        settings = _settings(table, row, own, preset, overrides)
+        runs = tuple(_trial(record, table, protocol) for record in own)
+        lines.append(Line(row.id, row.label, True, row.marks, settings, runs, _cells(table, row, runs, seeds)))
     lines = _with_best(table.metrics, lines)
-    notes = [*_notes(table, lines, protocol, preset, overrides or {}, seeds), *(("Runs", text) for text in left_out)]
+    notes = [*_notes(table, lines, protocol, preset, overrides, seeds), *(("Runs", text) for text in left_out)]
     return CompiledTable(table, preset, experiment, tuple(lines), tuple(notes))
+
+
+def _settings(
+    table: Table, row: Row, records: Sequence[Mapping[str, Any]], preset: str, overrides: Mapping[str, Any]
+) -> dict[str, str]:
+    """What the row's trials had in the fields that marks name; preset paper has the paper's values."""
+    paper, planned = flatten(resolve(table, row, "paper", {}, 0)), flatten(resolve(table, row, preset, overrides, 0))
+    settings = {}
+    for mark in (mark for mark in table.layout.marks if mark.field):
+        recorded = [value for record in records if isinstance(value := record.get(f"params.{mark.field}"), str)]
+        had = [parameter_text(value) for value in recorded] or [plain_text(planned[mark.field])]
+        told = row.marks.get(mark.name)
+        as_paper = told is not None and set(had) == {plain_text(paper[mark.field])}
+        settings[mark.name] = mark_text(told) if as_paper else " and ".join(dict.fromkeys(had))
+    return settings
+
+
+def mark_text(value: bool | int | float | str) -> str:
+    """What stands in the table for a row's mark."""
+    return ("✓" if value else "✗") if isinstance(value, bool) else str(value)
 
 
 class Protocol:
@@ -199,6 +246,7 @@ def _trial(record: Mapping[str, Any], table: Table, protocol: Protocol) -> Trial
     return Trial(
         seed=record["seed"],
         run_id=record["run_id"],
+        parent_run_id=record["parent_run_id"],
         trial_key=record["trial_key"],
         status=record["status"],
         reason=textwrap.shorten(reason, 200, placeholder=" ..."),

@@ -80,7 +80,8 @@ class Sweep:
 
     def compiled(self, **options):
         options = {"preset": self.preset, "tracking_uri": self.uri} | options
-        return compile_from_mlflow(self.table.path, **options)
+        (compiled,) = compile_from_mlflow([load_table(self.table.path)], **options)
+        return compiled
 
 
 @pytest.fixture(scope="module")
@@ -168,7 +169,7 @@ def test_paper_values_come_from_the_table_file(sweep):
     edited["paper_only"][0]["paper"]["miou"] = 98.7
     path = Path(sweep.uri.removeprefix("sqlite:///")).parent / "edited.yaml"
     path.write_text(yaml.safe_dump(edited))
-    compiled = compile_from_mlflow(path, preset="tiny", tracking_uri=sweep.uri)
+    (compiled,) = compile_from_mlflow([load_table(path)], preset="tiny", tracking_uri=sweep.uri)
     paper = grid(to_markdown(compiled))["mIoU (%) paper"]
     assert (paper[0], paper[2], paper[8]) == ("**98.7**", "12.3", "55.8")
     assert cells(compiled)["CF-CB"].mean == OURS[1]
@@ -323,7 +324,7 @@ def test_a_row_whose_definition_changed_since_the_run_deviates(sweep, tmp_path):
     edited["rows"][0]["set"]["segmentor.losses"] = "CF"
     path = tmp_path / "edited.yaml"
     path.write_text(yaml.safe_dump(edited))
-    compiled = compile_from_mlflow(path, preset="tiny", tracking_uri=sweep.uri)
+    (compiled,) = compile_from_mlflow([load_table(path)], preset="tiny", tracking_uri=sweep.uri)
     assert cells(compiled)["CF"].deviations == ("segmentor.losses = CF, SS (otherwise CF)",)
 
 
@@ -370,7 +371,8 @@ def test_rows_down_with_two_metrics(cra):
 def test_rows_are_labelled_where_marks_do_not_tell_them(cra, tmp_path):
     path = tmp_path / "labelled.yaml"
     path.write_text(CRA + "paper_only: [{id: TS-CAM, label: TS-CAM, paper: {miou: 40.3, fp: null}}]\n")
-    lines = grid(to_markdown(compile_from_mlflow(path, preset="tiny", tracking_uri=cra.uri)))
+    (compiled,) = compile_from_mlflow([load_table(path)], preset="tiny", tracking_uri=cra.uri)
+    lines = grid(to_markdown(compiled))
     assert lines["TS-CAM"] == ["–", "–", "–", "40.3", "–", "–"]  # noqa: RUF001
     assert lines[r"[with] \| both"][:3] == ["✓", "4", "**70.0**"]
 
@@ -513,7 +515,10 @@ def test_a_sweep_of_more_than_a_page_of_runs_is_read_whole(sweep, monkeypatch):
     ("arguments", "says"),
     [
         (["tabel03"], "did you mean table03"),
-        (["table03", "--preset", "micro"], "no experiment 'table03 micro': there are 'another sweep', 'table03 tiny'"),
+        (
+            ["table03", "--preset", "micro"],
+            "no experiment 'table03 micro' or 'tables micro': there are 'another sweep', 'table03 tiny'",
+        ),
         (["table03", "--preset", "micro", "--experiment", "table03 tiny"], "it has table03 tiny"),
         (["table03", "--experiment", "another sweep"], "it has no trial at all"),
         (["table03", "--seed", "5"], "no trial of experiment 'table03 tiny' has seed 5: there are 0"),
@@ -549,7 +554,7 @@ def test_a_deleted_experiment_is_no_experiment(sweep, capsys):
     sweep.full()
     sweep.client.delete_experiment(sweep.id)
     assert main(["tables", "table03", "--tracking-uri", sweep.uri]) == 2
-    assert "no experiment 'table03 tiny': there are 'another sweep'" in capsys.readouterr().err
+    assert "no experiment 'table03 tiny' or 'tables tiny': there are 'another sweep'" in capsys.readouterr().err
 
 
 def test_a_file_that_is_no_database_is_told(tmp_path, capsys):

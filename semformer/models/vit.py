@@ -81,7 +81,7 @@ class Backbone(nn.Module):
         position = vit.pos_embed.detach()[:, prefix:]
         if image_size:
             position = _resize_positions(position, (image_size // self.patch_size,) * 2)
-        self.pos_embed = nn.Parameter(position.clone())
+        self.pos_embed = nn.Parameter(position.clone(memory_format=torch.contiguous_format))
         zeros = torch.zeros(1, 1, self.dim)
         self.class_token = zeros if vit.cls_token is None else vit.cls_token.detach().clone()
         self.class_position = vit.pos_embed.detach()[:, :1].clone() if prefix else zeros

@@ -30,13 +30,15 @@ OURS = [34.8, 44.0, 41.2, 43.3, 50.1, 52.4, 66.0, 71.6]
 class Sweep:
     """An MLflow experiment with trial runs as sweeps/tracking.py leaves them."""
 
-    def __init__(self, folder, table="table03", preset="tiny"):
+    def __init__(self, folder, table="table03", preset="tiny", experiment=""):
         self.uri = f"sqlite:///{folder}/mlflow.db"
         self.client = MlflowClient(self.uri)
         self.table, self.preset = load_table(table), preset
         self.rows = {row.id: row for row in self.table.rows}
-        self.experiment = f"{self.table.name} {preset}"
-        self.id = self.client.create_experiment(self.experiment, artifact_location=str(folder / "artifacts"))
+        self.experiment = experiment or f"{self.table.name} {preset}"
+        known = self.client.get_experiment_by_name(self.experiment)
+        location = str(folder / "artifacts")
+        self.id = known.experiment_id if known else self.client.create_experiment(self.experiment, location)
 
     def trial(self, row, miou=None, *, seed=0, rows="", overrides=None, tags=None, protocol=None, **metrics):
         """Logs one run and returns its id; `tags`, `protocol` and `metrics` replace or add to the usual."""
@@ -377,6 +379,125 @@ def test_rows_are_labelled_where_marks_do_not_tell_them(cra, tmp_path):
     assert lines[r"[with] \| both"][:3] == ["✓", "4", "**70.0**"]
 
 
+# ---- axes whose values are scaled ----
+
+
+def heading_and_lines(markdown):
+    table = re.search(r"(?m)(^\|.*\n)+", markdown)[0]
+    heading, _, *lines = [[entry.strip() for entry in line.split("|")[1:-1]] for line in table.splitlines()]
+    return heading, lines
+
+
+def test_a_scaled_axis_shows_our_values_beside_the_papers(database):
+    sweep = Sweep(database, "table08")
+    sweep.full([40.0, 45.0, 50.0])  # of the last row nothing is measured: it shows what it would have
+    compiled = sweep.compiled()
+    heading, lines = heading_and_lines(to_markdown(compiled))
+    assert heading == ["D ours", "D paper", "mIoU (%) ours", "mIoU (%) paper"]
+    assert [line[:2] for line in lines] == [["4", "32"], ["16", "128"], ["32", "256"], ["64", "512"]]
+    assert [line[2] for line in lines] == ["40.0", "45.0", "**50.0**", "— [1]"]
+    source = to_latex(compiled)
+    check_latex(source)
+    assert "$D$ ours & $D$ paper & mIoU" in source
+    assert "D = 32, 4, 0, finished, 40.00" in source
+    frame = to_frame(compiled)
+    assert frame["settings"].tolist() == ["D = 4", "D = 16", "D = 32", "D = 64"]
+
+
+def test_a_scaled_axis_of_a_transposed_table(database):
+    sweep = Sweep(database, "table13")
+    sweep.full([50.0, 51.0, 52.0, 53.0, 53.0, 53.0, 53.0], fp=20.0, fn=30.0)
+    lines = grid(to_markdown(sweep.compiled()))
+    assert lines["U ours"] == ["1", "2", "3", "4", "4", "4", "4"]
+    assert lines["U paper"] == ["1", "2", "3", "4", "5", "6", "7"]
+    assert lines["FN (%) ours"] == ["30.0"] * 7
+    assert lines["FN (%) paper"][5:] == ["**15.7**", "16.5"]
+    check_latex(to_latex(sweep.compiled()))
+
+
+def test_the_papers_own_values_are_shown_once(database):
+    sweep = Sweep(database, "table06", preset="paper")
+    sweep.full([59.0, 61.0, 63.0])
+    heading, lines = heading_and_lines(to_markdown(sweep.compiled()))
+    assert heading == ["Backbone", "mIoU (%) ours", "mIoU (%) paper"]
+    assert [line[0] for line in lines] == ["DeiT-S", "DeiT-B", "DeiT-B↑"]
+
+
+def test_a_scaled_axis_shows_what_the_run_had_not_what_the_file_says_now(database, tmp_path):
+    sweep = Sweep(database, "table08")
+    sweep.full([40.0, 45.0, 50.0, 48.0])
+    path = tmp_path / "edited.yaml"
+    path.write_text(sweep.table.text.replace("{caae.class_dim: 64}", "{caae.class_dim: 128}"))
+    (compiled,) = compile_from_mlflow([load_table(path)], preset="tiny", tracking_uri=sweep.uri)
+    _, lines = heading_and_lines(to_markdown(compiled))
+    assert lines[3][:3] == ["64", "512", "48.0†"]
+    assert compiled.lines[3].cells["miou"].deviations == ("caae.class_dim = 64 (otherwise 128)",)
+
+
+# ---- several tables ----
+
+
+@pytest.fixture
+def tables(database):
+    """Sweeps of table08 and table11 in one experiment, under one parent run, with a trial that fills rows of both."""
+    sweeps = [Sweep(database, name, experiment="tables tiny") for name in ("table08", "table11")]
+    client, experiment = sweeps[0].client, sweeps[0].id
+    parent = client.create_run(experiment, tags={"semformer.kind": "sweep"}).info.run_id
+    sweeps[0].trial("D-32", 40.0)
+    both = {"table": "table08,table11", "rows": "table08/D-256,table11/with"}
+    runs = [sweeps[0].trial("D-256", 50.0, tags=both), sweeps[1].trial("without", 45.0)]
+    for run in runs:
+        client.set_tag(run, "mlflow.parentRunId", parent)
+    return sweeps[0], parent
+
+
+def test_a_trial_fills_rows_of_several_tables(tables):
+    sweep, _ = tables
+    names = ["table08", "table11", "table05"]
+    compiled = compile_from_mlflow([load_table(name) for name in names], preset="tiny", tracking_uri=sweep.uri)
+    assert [table.table.name for table in compiled] == ["table08", "table11"]
+    assert [cell.mean for cell in cells(compiled[0]).values()] == [40.0, None, 50.0, None]
+    assert [cell.mean for cell in cells(compiled[1]).values()] == [45.0, 50.0]
+    assert {table.experiment for table in compiled} == {"tables tiny"}
+    assert "†" not in to_markdown(compiled[1])
+
+
+def test_all_tables_are_read_once_counted_written_and_kept(tables, tmp_path, capsys, monkeypatch):
+    sweep, parent = tables
+    search, searched = MlflowClient.search_runs, []
+    monkeypatch.setattr(
+        MlflowClient, "search_runs", lambda *args, **query: searched.append(query) or search(*args, **query)
+    )
+    assert main(["tables", "--all", "--tracking-uri", sweep.uri, "--out", str(tmp_path / "out"), "--log"]) == 0
+    assert len(searched) == 1
+    printed = capsys.readouterr().out
+    assert re.findall(r"(?m)^### (\w+):", printed) == ["table08", "table11"]
+    last = printed.splitlines()[-1]
+    assert last.startswith("4 of 51 cells filled; no trial of table03, table04, ")
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.md")) == ["table08.md", "table11.md"]
+    kept = {file.path for file in sweep.client.list_artifacts(parent)}
+    assert kept == {"table08.md", "table08.tex", "table11.md", "table11.tex"}
+
+
+def test_one_table_is_found_in_its_own_experiment_or_in_that_of_several(tables, database):
+    sweep, _ = tables
+    options = {"preset": "tiny", "tracking_uri": sweep.uri}
+    (compiled,) = compile_from_mlflow([load_table("table11")], **options)
+    assert compiled.experiment == "tables tiny"
+    Sweep(database, "table11").trial("with", 60.0)
+    (compiled,) = compile_from_mlflow([load_table("table11")], **options)
+    assert compiled.experiment == "table11 tiny"
+    assert cells(compiled)["with"].mean == 60.0
+
+
+def test_latex_of_several_tables_ends_with_a_comment(tables, capsys):
+    sweep, _ = tables
+    assert main(["tables", "table08", "table11", "--format", "latex", "--tracking-uri", sweep.uri]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count(r"\begin{table}") == 2
+    assert printed.splitlines()[-1] == "% 4 of 6 cells filled"
+
+
 # ---- LaTeX ----
 
 
@@ -515,6 +636,14 @@ def test_a_sweep_of_more_than_a_page_of_runs_is_read_whole(sweep, monkeypatch):
     ("arguments", "says"),
     [
         (["tabel03"], "did you mean table03"),
+        (["table03", "table08", "table03"], "the table table03 is given twice"),
+        (["table03", "table08"], "no experiment 'tables tiny': there are 'another sweep', 'table03 tiny'"),
+        (
+            ["table05", "table08", "--experiment", "table03 tiny"],
+            "has no trial of table05, table08 with preset tiny; it",
+        ),
+        (["table03", "--all"], "give --all alone"),
+        ([], "which tables?"),
         (
             ["table03", "--preset", "micro"],
             "no experiment 'table03 micro' or 'tables micro': there are 'another sweep', 'table03 tiny'",

@@ -50,16 +50,18 @@ class StageKey:
 
 def plain(value: Any, where: str) -> Any:
     """A copy of `value` in JSON types; raises TypeError or ValueError naming where it cannot be one."""
+    if value is None or isinstance(value, str | int):
+        return value
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{where}: {value} is not a number that JSON can hold")
+        return value
     if isinstance(value, Mapping):
         if bad := [name for name in value if not isinstance(name, str)]:
             raise TypeError(f"{where}: {bad[0]!r} is no JSON field name")
         return {name: plain(item, f"{where}, {name}") for name, item in value.items()}
     if isinstance(value, list | tuple):
         return [plain(item, f"{where}, item {i}") for i, item in enumerate(value)]
-    if isinstance(value, float) and not math.isfinite(value):
-        raise ValueError(f"{where}: {value} is not a number that JSON can hold")
-    if value is None or isinstance(value, str | int | float):
-        return value
     raise TypeError(f"{where}: {value!r} ({type(value).__name__}) is no JSON value")
 
 

@@ -4,16 +4,18 @@ images, labels ──> caae ──> segmentor ──> cams ──> evaluate <─
 """
 
 import importlib.metadata
+import json
 import platform
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from semformer.config import Config
+from semformer.config import Config, Settings
 from semformer.data.shapes import cached_shapes
 from semformer.data.voc import Devkit, Split, open_devkit
 from semformer.errors import UserError
@@ -121,18 +123,26 @@ def stage_keys(config: Config, data: Data, until: str = "evaluate") -> dict[str,
     keys: dict[str, StageKey] = {}
     for stage in needed_stages(config, until):
         options = getattr(config, stage.name)
-        spec = {"stage": stage.name, "version": stage.version, "params": options.key_parameters()}
         if _is_imported(stage, config):
-            spec["data"] = {"classes": list(data.devkit.classes)}
+            rest: dict[str, Any] = {"data": {"classes": list(data.devkit.classes)}}
         else:
             split = data[getattr(config.data, stage.split)]
-            spec["data"] = {"images": split.digest}
+            rest = {"data": {"images": split.digest}}
             if stage.reads_masks(config):
-                spec["data"]["masks"] = split.mask_digest
-            spec["inputs"] = {name: keys[name].digest for name in stage.inputs}
-            spec |= {"seed": config.seed, "precision": config.precision}
-        keys[stage.name] = StageKey(stage.name, spec)
+                rest["data"]["masks"] = split.mask_digest
+            rest["inputs"] = {name: keys[name].digest for name in stage.inputs}
+            rest |= {"seed": config.seed, "precision": config.precision}
+        reads_files = getattr(options, "weights", "") or getattr(options, "checkpoint", "")
+        make = _stage_key.__wrapped__ if reads_files else _stage_key  # a file may have changed since
+        keys[stage.name] = make(stage.name, stage.version, options, json.dumps(rest))
     return keys
+
+
+@lru_cache(maxsize=100_000)
+def _stage_key(name: str, version: int, options: Settings, rest: str) -> StageKey:
+    """Many trials of a large plan share a stage, and its key is made once."""
+    params = options.key_parameters()
+    return StageKey(name, {"stage": name, "version": version, "params": params, **json.loads(rest)})
 
 
 def run(

@@ -31,7 +31,8 @@ class Trial:
     """One distinct config. `key`, the digest of its last stage, is its identity in Tune, MLflow and the store."""
 
     config: Config
-    data: Path
+    data: Path | None
+    """The devkit's folder, the same on every node; None for the embedded data set."""
     data_name: str
     """What its scores are measured on."""
     keys: Mapping[str, StageKey]
@@ -156,10 +157,13 @@ def make_plan(
     """
     opened: dict[Any, pipeline.Data] = {}  # by the one field that decides which data set is meant
     trials: dict[str, Trial] = {}
+    configs = {
+        (table.name, row.id): resolve(table, row, preset, overrides, seeds[0]) for table in tables for row in table.rows
+    }
     for seed in seeds:
         for table in tables:
             for index, row in enumerate(table.rows):
-                config = resolve(table, row, preset, overrides, seed)
+                config = configs[table.name, row.id].model_copy(update={"seed": seed})
                 if config.data.shapes not in opened:
                     opened[config.data.shapes] = pipeline.open_data(config, data, progress)
                 source = opened[config.data.shapes]
@@ -168,7 +172,7 @@ def make_plan(
                 except UserError as error:
                     raise UserError(f"{table.where('rows', index)}: row {row.id!r}: {error}") from error
                 name = source.describe(config.data.eval_split)
-                trial = Trial(config, source.devkit.folder, name, keys, (Cell(table.name, row.id, seed),))
+                trial = Trial(config, data, name, keys, (Cell(table.name, row.id, seed),))
                 if known := trials.get(trial.key):
                     trial = replace(known, cells=(*known.cells, *trial.cells))
                 trials[trial.key] = trial

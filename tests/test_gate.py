@@ -36,7 +36,7 @@ class Sweep:
         self.gate = Gate(trials, store, lambda t: {"row": t.cells[0].row}, **options)
 
     def tell(self, trial, report):
-        self.heard.append((trial.cells[0].row, report["event"], report["reason"]))
+        self.heard.append((trial.cells[0].row, report["event"], report.get("reason", "")))
 
     def suggest(self) -> str | None:
         """The row of the trial that starts, "FINISHED", or None. Tune's ids are "1", "2" ... in this order."""
@@ -138,6 +138,58 @@ def test_claims_of_a_trial_that_tune_has_lost_do_not_block_for_ever(store):
     assert sweep.suggest() == "b"
 
 
+def test_builders_of_the_most_wanted_stages_go_first_then_the_longest(store):
+    base = {"caae": "base"}
+    trials = [
+        trial("short", caae="short"),
+        trial("leaf", **base, segmentor="leaf"),
+        trial("base", **base, segmentor="base"),
+        trial("long", caae="long"),
+        trial("inference", **base, segmentor="base"),
+    ]
+    hours = {trials[3].keys["caae"].digest: 9.0}
+    sweep = Sweep(trials, store, seconds=lambda key: hours.get(key.digest, 1.0))
+    assert [sweep.suggest() for _ in range(4)] == ["base", "long", "short", None]
+    waits = sweep.gate.waiting()
+    assert waits == {trials[1].key: ("caae", trials[2].key), trials[4].key: ("caae", trials[2].key)}
+    sweep.makes("1", "caae")
+    assert [sweep.suggest(), sweep.suggest()] == ["leaf", None]
+    assert sweep.gate.waiting() == {trials[4].key: ("segmentor", trials[2].key)}
+
+
+def test_a_trial_whose_stages_are_all_there_by_now_is_not_started(store):
+    sweep = Sweep([trial("a"), trial("b")], store, max_concurrent=1)
+    assert sweep.suggest() == "a"
+    assert sweep.gate.waiting() == {trial("b").key: ("", "")}
+    for stage in STAGES:
+        publish(store, trial("b").keys[stage])
+    sweep.finishes("1")
+    assert sweep.suggest() == Searcher.FINISHED
+    assert sweep.heard == [("b", "found", "")]
+
+
+def test_a_search_is_asked_for_more_only_while_nothing_known_may_start(store):
+    asked = []
+
+    def more():
+        if len(asked) == 5:
+            return None
+        name = f"trial-{len(asked)}"
+        asked.append(trial(name, caae="shared") if len(asked) < 3 else trial(name))
+        return asked[-1]
+
+    sweep = Sweep([], store, more=more, ahead=3)
+    assert sweep.suggest() == "trial-0"
+    assert sweep.suggest() == "trial-3"  # 1 and 2 are held back for the shared stage
+    assert len(asked) == 4
+    sweep.makes("1", "caae")
+    assert [sweep.suggest() for _ in range(3)] == ["trial-1", "trial-2", "trial-4"]
+    assert sweep.suggest() is None
+    for n in range(1, 6):
+        sweep.finishes(str(n))
+    assert sweep.suggest() == Searcher.FINISHED
+
+
 # Failures
 
 
@@ -151,6 +203,19 @@ def test_a_dead_worker_is_tried_again_before_its_dependents(store):
     sweep.finishes("2")
     assert sweep.suggest() == "b"
     assert sweep.heard == [("a", "retry", "caae: WorkerDied: 1 was killed")]
+
+
+def test_a_worker_that_dies_after_it_got_further_costs_no_try(store):
+    sweep = Sweep([trial("a")], store)
+    for n, epoch in enumerate([3, 5, 6], start=1):
+        assert sweep.suggest() == "a"
+        sweep.gate.on_trial_result(str(n), {"event": "epoch", "stage": "caae", "epoch": epoch})
+        sweep.dies(str(n))
+    for n in (4, 5):
+        assert sweep.suggest() == "a"
+        sweep.gate.on_trial_result(str(n), {"event": "epoch", "stage": "caae", "epoch": 6})
+        sweep.dies(str(n))
+    assert [event for _, event, _ in sweep.heard] == ["retry"] * 4 + ["failed"]
 
 
 def test_retries_are_counted_by_stage(store):

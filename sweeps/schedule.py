@@ -1,0 +1,93 @@
+"""In which order trials start: the rule of the gate, and how long a sweep takes under it."""
+
+import heapq
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+
+from semformer.keys import StageKey
+from sweeps.plan import Trial
+
+Seconds = Callable[[StageKey], float]
+"""How long a stage takes on one GPU."""
+
+
+class Queue:
+    """Trials that wait to be started.
+
+    First come the builders of the stages that most other trials wait for, then the trials with most work left
+    (longest processing time first), then those that were added first.
+    """
+
+    def __init__(self, trials: Iterable[Trial] = (), seconds: Seconds = lambda key: 1.0):
+        self._seconds = seconds
+        self._trials: dict[str, Trial] = {}
+        self._wanted: Counter[str] = Counter()  # queued trials by stage digest
+        for trial in trials:
+            self.add(trial)
+
+    def __len__(self) -> int:
+        return len(self._trials)
+
+    def __iter__(self) -> Iterator[Trial]:
+        return iter(list(self._trials.values()))
+
+    def add(self, trial: Trial, *, first: bool = False) -> None:
+        """`first`: before all others that are wanted as much and have as much work left."""
+        self._trials[trial.key] = trial
+        if first:
+            self._trials = {trial.key: trial, **self._trials}
+        self._wanted.update(key.digest for key in trial.keys.values())
+
+    def remove(self, trial: Trial) -> None:
+        del self._trials[trial.key]
+        self._wanted.subtract(key.digest for key in trial.keys.values())
+
+    def next(
+        self, ready: Collection[str], claimed: Collection[str], held: Callable[[Trial], bool] = lambda trial: False
+    ) -> Trial | None:
+        """The first trial none of whose stages is being made by another, or None. It stays in the queue.
+
+        `ready` and `claimed` hold digests of stages: those in the store, and those that running trials make.
+        `held(trial)` may hold more trials back; it is asked only for those that would be next.
+        """
+        ranked = []
+        for index, trial in enumerate(self._trials.values()):
+            missing = [key for key in trial.keys.values() if key.digest not in ready]
+            if not any(key.digest in claimed for key in missing):
+                others = sum(self._wanted[key.digest] - 1 for key in missing)
+                ranked.append((-others, -sum(map(self._seconds, missing)), index, trial))
+        heapq.heapify(ranked)
+        while ranked:
+            trial = heapq.heappop(ranked)[-1]
+            if not held(trial):
+                return trial
+        return None
+
+
+def simulate(trials: Sequence[Trial], seconds: Seconds, *, ready: Collection[str] = (), gpus: int = 1) -> float:
+    """Seconds until the gate has run all trials on `gpus` GPUs, one trial on each.
+
+    `ready` holds the digests of stages that are in the store. A trial makes its missing stages one after another;
+    the next trial starts as soon as a GPU is free and the gate lets it.
+    """
+    queue, done, claimed, now = Queue(trials, seconds), set(ready), set(), 0.0
+    events: list[tuple[float, int, str]] = []  # when, order, the stage that is made then; "" where a GPU gets free
+    free, order = gpus, 0
+    while len(queue) or events:
+        while free and (trial := queue.next(done, claimed)):
+            queue.remove(trial)
+            free, end = free - 1, now
+            for key in trial.keys.values():
+                if key.digest not in done:
+                    claimed.add(key.digest)
+                    end, order = end + seconds(key), order + 1
+                    heapq.heappush(events, (end, order, key.digest))
+            order += 1
+            heapq.heappush(events, (end, order, ""))
+        now, _, digest = heapq.heappop(events)
+        if digest:
+            done.add(digest)
+            claimed.discard(digest)
+        else:
+            free += 1
+    return now

@@ -7,13 +7,14 @@ import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from semformer.config import Config, Settings
 from semformer.data.shapes import cached_shapes
@@ -155,16 +156,18 @@ def run(
     waiting: Callable[[StageKey, LeaseHolder], None] = lambda key, holder: None,
     workers: int = 0,
     until: str = "evaluate",
+    probe: Callable[[nn.Module], Mapping[str, float]] | None = None,
 ) -> Iterator[StageRun]:
     """Find or make every stage that leads to `until`, in order; yields each as it is done.
 
+    `probe`, such as `segmentor.map_probe`, adds what it measures to the report of each segmentation epoch.
     Two processes never make the same stage at once: the second waits (`waiting` is told for whom), then finds it.
     """
     keys = stage_keys(config, data, until)
     done: dict[str, Artifact] = {}
 
     def make(stage: Stage, workspace: Path, check_lease: Callable[[], None]) -> dict[str, Any]:
-        ctx = Context(device, progress, workspace, store.checkpoints(keys[stage.name]), workers, check_lease)
+        ctx = Context(device, progress, workspace, store.checkpoints(keys[stage.name]), workers, check_lease, probe)
         inputs = [done.get(name) for name in stage.inputs]
         return stage.run(config, data[getattr(config.data, stage.split)], *inputs, ctx)
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import nn
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Progress:
 class Context:
     """device, progress callback, and folders: `out` for what the stage makes, `checkpoints` to resume from.
 
+    `probe` measures a segmentation network after each of its epochs; its values are reported, and kept nowhere.
     `check` raises when the stage must stop (its lease was taken over); it is called once an epoch.
     """
 
@@ -35,3 +37,4 @@ class Context:
     checkpoints: Path
     workers: int = 0
     check: Callable[[], None] = lambda: None
+    probe: Callable[[nn.Module], Mapping[str, float]] | None = None

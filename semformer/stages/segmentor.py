@@ -3,6 +3,8 @@
 Legend: B images, K classes (0 is background), P pairs of (image, present class), s side of the CAAE's image.
 """
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,7 +24,7 @@ from semformer.models.caae import CAAE
 from semformer.models.segmentor import Segmentor
 from semformer.models.vit import build_backbone
 from semformer.stages import caae as caae_stage
-from semformer.stages.context import Context
+from semformer.stages.context import Context, Progress
 from semformer.stages.training import train
 from semformer.store import Artifact
 from semformer.weights import load_published, load_state
@@ -46,6 +48,12 @@ def run(config: Config, data: Split, caae: Artifact, ctx: Context) -> dict[str, 
             crop, region = segmentor_crop(data.image(i), options, rng)
             return crop, torch.tensor(region), torch.from_numpy(data.labels[i])
 
+        def progress(told: Progress) -> None:
+            """Probes beside the training: neither the weights nor the history depend on it."""
+            if told.end_of_epoch and ctx.probe:
+                told = replace(told, values={**told.values, **ctx.probe(model)})
+            ctx.progress(told)
+
         best = BestEpoch(model, data, config, ctx) if reads_masks(config) else None
         history = train(
             model,
@@ -59,7 +67,7 @@ def run(config: Config, data: Split, caae: Artifact, ctx: Context) -> dict[str, 
             pretrained=model.backbone if options.pretrained or options.weights else None,
             precision=config.precision,
             seed=config.seed,
-            ctx=ctx,
+            ctx=replace(ctx, progress=progress),
             after_epoch=best,
         )
         if best:
@@ -74,27 +82,15 @@ def reads_masks(config: Config) -> bool:
 
 
 class BestEpoch:
-    """Keeps the weights of the epoch with the best activation maps on the training split's *pixel masks*.
-
-    The published rule (99 thresholds); the maps are single-scale, without flip or attention.
-    """
-
-    THRESHOLDS = tuple(t / 100 for t in range(1, 100))
+    """Keeps the weights of the epoch with the best `map_miou` on the training split's *pixel masks*, as published."""
 
     def __init__(self, model: Segmentor, data: Split, config: Config, ctx: Context):
         self.model, self.data, self.precision = model, data, config.precision
-        self.options = CamsConfig(scales=(1.0,), flip=False, final_map="activation")
         self.path = ctx.checkpoints / "best.safetensors"
 
     def __call__(self, epoch: int) -> dict[str, float]:
         self.model.eval()
-        curve = ThresholdCurve(len(self.data.classes), self.THRESHOLDS)
-        for i, image_id in enumerate(self.data.ids):
-            maps = multi_scale_maps(
-                self.model, self.data.image(i), self.data.objects(i), self.options, precision=self.precision
-            )
-            curve.add(maps.full.cpu().numpy(), maps.classes, self.data.mask(i), name=image_id)
-        miou = float(curve.scores().miou.max())
+        miou = map_miou(self.model, self.data, range(len(self.data)), self.precision)
         if epoch == 0 or miou > self._best():
             save_file(self.model.state_dict(), self.path, metadata={"miou": repr(miou)})
         return {"train_miou": miou}
@@ -105,6 +101,32 @@ class BestEpoch:
 
     def restore(self) -> None:
         load_state(self.model, load_file(self.path), str(self.path))
+
+
+def map_probe(data: Split, precision: str, *, n_images: int = 64) -> Callable[[Segmentor], dict[str, float]]:
+    """Measures "probe_miou", the `map_miou` of images spread over a split, which configs of other losses have too.
+
+    Reads pixel masks. Draws no random number, and leaves the network in the mode it was in.
+    """
+    indices = [i * len(data) // n_images for i in range(n_images)] if n_images < len(data) else range(len(data))
+
+    def probe(model: Segmentor) -> dict[str, float]:
+        was_training = model.training
+        miou = map_miou(model.eval(), data, indices, precision)
+        model.train(was_training)
+        return {"probe_miou": miou}
+
+    return probe
+
+
+def map_miou(model: Segmentor, data: Split, indices: Sequence[int], precision: str) -> float:
+    """Best mIoU in percent over 99 thresholds, of activation maps at one scale, without flip or attention."""
+    options = CamsConfig(scales=(1.0,), flip=False, final_map="activation")
+    curve = ThresholdCurve(len(data.classes), [t / 100 for t in range(1, 100)])
+    for i in indices:
+        maps = multi_scale_maps(model, data.image(i), data.objects(i), options, precision=precision)
+        curve.add(maps.full.cpu().numpy(), maps.classes, data.mask(i), name=data.ids[i])
+    return float(curve.scores().miou.max())
 
 
 def loss_terms(

@@ -1,0 +1,257 @@
+"""What a search varies and what it wants: axes of the paper's ablations as Optuna distributions, and objectives.
+
+An axis is scaled to the preset: its range lies around the config that the search starts from, in the proportions of
+the paper's table. So `D` is 32..512 in preset paper (D = 256) and 4..64 in tiny (D = 32).
+"""
+
+import argparse
+import difflib
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import create_trial
+
+from semformer.config import Config, FinalMap, LossName, field_names, flatten, load_config, unknown_field
+from semformer.errors import UserError
+
+STORAGE = "sqlite:///runs/studies.db"
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A config field, and its values. `fixed`: fields that every trial of a search with this axis sets."""
+
+    field: str
+    distribution: BaseDistribution
+    fixed: Mapping[str, Any]
+
+    def __str__(self) -> str:
+        match self.distribution:
+            case CategoricalDistribution(choices=choices):
+                values = "|".join(map(str, choices))
+            case (
+                IntDistribution(low=low, high=high, step=step, log=log)
+                | FloatDistribution(low=low, high=high, step=step, log=log)
+            ):
+                values = f"{low:g}:{high:g}" + (":log" if log else f" by {step:g}" if step else "")
+        return f"{self.field} {values}"
+
+
+def losses(own: Config) -> CategoricalDistribution:
+    """The rows of Table 3: L_CF and L_SS always, with any of L_CB, L_AS, L_AC; the longest first."""
+    optional = ("CB", "AS", "AC")
+    subsets = [c for n in (3, 2, 1, 0) for c in itertools.combinations(optional, n)]
+    ordered = (",".join(name for name in get_args(LossName) if name in {"CF", "SS", *chosen}) for chosen in subsets)
+    return _choices(*ordered, own_value(own, "segmentor.losses"))
+
+
+def sigma(own: Config) -> FloatDistribution:
+    """A factor of 3 around the preset's value; Table 17 goes from 1/3 to 4/3 of it."""
+    return FloatDistribution(own.segmentor.sigma / 3, own.segmentor.sigma * 3, log=True)
+
+
+def U(own: Config) -> IntDistribution:
+    """Every number of last blocks that the backbone has (Table 13)."""
+    from semformer.models.vit import backbone_shape  # torch takes seconds to import
+
+    return IntDistribution(1, backbone_shape(own.segmentor.backbone)["depth"])
+
+
+def decoder_depth(own: Config) -> IntDistribution:
+    """From 1/4 to 5/4 of the preset's (Table 7)."""
+    depth = own.caae.decoder_depth
+    return IntDistribution(max(1, depth // 4), max(depth + 1, depth * 5 // 4))
+
+
+def decoder_width(own: Config) -> IntDistribution:
+    """1/2, 3/4, 1, 5/4 and 3/2 of the preset's (Table 10), in multiples of the heads."""
+    from semformer.models.vit import backbone_shape
+
+    heads, width = backbone_shape(own.caae.backbone)["num_heads"], own.caae.decoder_width
+    step = heads * max(1, width // (4 * heads))
+    return IntDistribution(max(heads, width - 2 * step), width + 2 * step, step=step)
+
+
+def D(own: Config) -> CategoricalDistribution:
+    """1/8, 1/4, 1/2, 1 and 2 times the preset's (Table 8)."""
+    scaled = (own.caae.class_dim * eighths // 8 for eighths in (1, 2, 4, 8, 16))
+    return _choices(*(value for value in scaled if value), own.caae.class_dim)
+
+
+def merge(own: Config) -> CategoricalDistribution:
+    return CategoricalDistribution(("sum", "mean", "max"))
+
+
+def final_map(own: Config) -> CategoricalDistribution:
+    return CategoricalDistribution(get_args(FinalMap))
+
+
+def thresholds(own: Config) -> FloatDistribution:
+    """The background threshold, one of those that the preset tries: fixed beforehand, not chosen on the masks."""
+    first, last, step = own.evaluate.thresholds
+    return FloatDistribution(first, last, step=step)
+
+
+def erosion(own: Config) -> CategoricalDistribution:
+    return _choices(0, 3, 5, 7, 9, own.evaluate.erosion)
+
+
+def caae_lr(own: Config) -> CategoricalDistribution:
+    """1/4, 1/2, 1, 2 and 4 times the preset's. Like all axes of the CAAE a list of values: one network serves many
+    trials."""
+    return CategoricalDistribution(tuple(own.caae.optimizer.lr * factor for factor in (0.25, 0.5, 1, 2, 4)))
+
+
+def segmentor_lr(own: Config) -> FloatDistribution:
+    """A factor of 4 around the preset's."""
+    return FloatDistribution(own.segmentor.optimizer.lr / 4, own.segmentor.optimizer.lr * 4, log=True)
+
+
+AXES: dict[str, tuple[str, Callable[[Config], BaseDistribution]]] = {
+    "losses": ("segmentor.losses", losses),
+    "sigma": ("segmentor.sigma", sigma),
+    "U": ("cams.last_blocks", U),
+    "decoder_depth": ("caae.decoder_depth", decoder_depth),
+    "decoder_width": ("caae.decoder_width", decoder_width),
+    "D": ("caae.class_dim", D),
+    "merge": ("caae.merge", merge),
+    "caae_lr": ("caae.optimizer.lr", caae_lr),
+    "segmentor_lr": ("segmentor.optimizer.lr", segmentor_lr),
+    "final_map": ("cams.final_map", final_map),
+    "thresholds": ("evaluate.fixed_threshold", thresholds),
+    "erosion": ("evaluate.erosion", erosion),
+}
+DEFAULT_AXES = (
+    *("losses", "sigma", "U", "decoder_depth", "decoder_width", "D", "merge"),
+    *("caae_lr", "segmentor_lr"),
+)
+FIXED = {"evaluate.fixed_threshold": {"evaluate.rule": "fixed"}}
+"""By field: without it, the field would change no score."""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `make_search`; --preset, --set, --data and --store are those of every sweep."""
+
+    def names(text: str) -> tuple[str, ...]:
+        return tuple(part.strip() for part in text.split(",") if part.strip())
+
+    parser.add_argument("--trials", type=int, default=30, metavar="N", help="in total; default: %(default)s")
+    parser.add_argument(
+        "--axes",
+        type=names,
+        default=DEFAULT_AXES,
+        metavar="AXIS,AXIS...",
+        help=f"of {', '.join(AXES)} (default: the first {len(DEFAULT_AXES)}), or any field; with values of your own as "
+        "AXIS=LOW:HIGH, AXIS=LOW:HIGH:log or AXIS=A|B|C",
+    )
+    parser.add_argument(
+        "--objectives",
+        type=names,
+        default=(),
+        metavar="NAME,NAME...",
+        help="cam/SPLIT/miou (default) or any other score, gpu_hours; several give a Pareto front",
+    )
+    parser.add_argument("--storage", default=STORAGE, metavar="URL", help="of the Optuna study (default: %(default)s)")
+    parser.add_argument("--study", metavar="NAME", help="default: search-PRESET; an existing one goes on")
+    parser.add_argument("--sampler-seed", type=int, default=0, metavar="N", help="default: %(default)s")
+
+
+def read_axes(axes: Sequence[str], preset: str, overrides: Mapping[str, Any]) -> tuple[Config, dict[str, Axis]]:
+    """The config that the search starts from, the preset's own with `overrides`, and the axes by their names.
+
+    axes: names of AXES, or config fields; "NAME=LOW:HIGH", "NAME=LOW:HIGH:log" (whole numbers for a field that holds
+    one) or "NAME=A|B|C". Raises UserError for an unknown name, for values that do not fit the field, and for a range
+    that the starting config is outside of.
+    """
+    if not axes:
+        raise UserError(f"--axes names no axis: there are {', '.join(AXES)}")
+    own = load_config(preset, overrides)
+    chosen: dict[str, Axis] = {}
+    for item in axes:
+        name, _, values = item.partition("=")
+        field, scaled = AXES.get(name, (name, None))
+        _check_field(name, field)
+        if clash := next((other for other, axis in chosen.items() if axis.field == field), None):
+            raise UserError(f"--axes: {clash} and {name} are the same field, {field}")
+        if values:
+            distribution = _read_values(item, values, field, preset, overrides)
+        elif scaled:
+            distribution = _scaled(name, scaled, own)
+        else:
+            raise UserError(f"--axes {name}: say which values, as {name}=LOW:HIGH or {name}=A|B|C")
+        _check_start(item, field, distribution, own_value(own, field))
+        chosen[name] = Axis(field, distribution, FIXED.get(field, {}))
+    fixed = {name: value for axis in chosen.values() for name, value in axis.fixed.items()}
+    return load_config(preset, {**overrides, **fixed}), chosen
+
+
+def read_objectives(names: Sequence[str], own: Config) -> dict[str, Literal["maximize", "minimize"]]:
+    """Directions by name; without names, the mIoU of the maps. Raises UserError for an unknown name, or one twice."""
+    prefix = f"cam/{own.data.eval_split}/"
+    maximised = [prefix + name for name in ("miou", "miou_oracle", "miou_fixed")]
+    minimised = [prefix + "fp", prefix + "fn", "gpu_hours"]
+    for name in names:
+        if name not in (*maximised, *minimised):
+            raise UserError(f"--objectives: {name!r} is none of {', '.join((*maximised, *minimised))}")
+        if names.count(name) > 1:
+            raise UserError(f"--objectives: {name} twice")
+    return {name: "maximize" if name in maximised else "minimize" for name in names or maximised[:1]}
+
+
+def own_value(config: Config, field: str) -> Any:
+    """The value of a field, as Optuna can hold it: lists as text with commas, which `load_config` reads."""
+    value = flatten(config).get(field)
+    return ",".join(map(str, value)) if isinstance(value, list) else value
+
+
+def _choices(*values: Any) -> CategoricalDistribution:
+    return CategoricalDistribution(tuple(dict.fromkeys(values)))
+
+
+def _check_field(name: str, field: str) -> None:
+    if field not in field_names():
+        near = [] if "." in name else difflib.get_close_matches(name, AXES, n=1)
+        hint = f"did you mean {near[0]}? There are {', '.join(AXES)}" if near else unknown_field(name)
+        raise UserError(f"--axes: no axis is named {name!r}: {hint}")
+    if field == "seed" or field.startswith("data."):
+        raise UserError(f"--axes {name}: scores of different seeds or data cannot be compared; use --set {name}=...")
+
+
+def _scaled(name: str, distribution: Callable[[Config], BaseDistribution], own: Config) -> BaseDistribution:
+    try:
+        return distribution(own)
+    except ValueError as error:
+        raise UserError(f"--axes {name}: no range fits the config ({error}); give one as {name}=LOW:HIGH") from error
+
+
+def _read_values(item: str, text: str, field: str, preset: str, overrides: Mapping[str, Any]) -> BaseDistribution:
+    def read(value: str) -> Any:
+        return own_value(load_config(preset, {**overrides, field: value}, source=f"--axes {item}"), field)
+
+    if "|" in text:
+        return _choices(*(read(part.strip()) for part in text.split("|")))
+    low, _, rest = text.partition(":")
+    high, _, scale = rest.partition(":")
+    if not high or scale not in ("", "log"):
+        raise UserError(f"--axes {item}: write LOW:HIGH, LOW:HIGH:log or A|B|C")
+    low, high = read(low), read(high)
+    if isinstance(low, bool) or not isinstance(low, int | float):
+        raise UserError(f"--axes {item}: the field holds no number: write A|B|C")
+    distribution = IntDistribution if isinstance(low, int) else FloatDistribution
+    try:
+        return distribution(low, high, log=bool(scale))
+    except ValueError as error:
+        raise UserError(f"--axes {item}: {error}") from error
+
+
+def _check_start(item: str, field: str, distribution: BaseDistribution, value: Any) -> None:
+    try:
+        create_trial(value=0, params={field: value}, distributions={field: distribution})
+    except ValueError:
+        raise UserError(
+            f"--axes {item}: the search starts from {field} = {value}, which is none of these values: include it, or "
+            f"start elsewhere with --set {field}=..."
+        ) from None

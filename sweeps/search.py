@@ -127,8 +127,9 @@ class Search:
         """The final metrics of stage evaluate, or None and the reason why there are none. `run_id` is MLflow's."""
         state = TrialState.PRUNED if pruned else TrialState.FAIL if metrics is None else TrialState.COMPLETE
         artifacts = self._artifacts(trial)
-        for asked in self._live.pop(trial.key):
+        for asked in self._live[trial.key]:
             self._tell(asked, artifacts, metrics, reason, state, run_id)
+        del self._live[trial.key]  # not before: where the database was away, the caller may tell again
 
     def report(self, trial: Trial, epoch: int, values: Mapping[str, float]) -> None:
         """The values of a segmentation epoch, of which the probe's is kept. Several objectives have no such series."""
@@ -358,8 +359,8 @@ def _open_database(url: str) -> optuna.storages.RDBStorage:
 def _check_same(name: str, old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> None:
     if old is None:
         raise UserError(f"--study {name}: this study is none of this program's: give another name")
-    count, told = differences("search", old, new, lambda digest: None)
-    if count:
+    parts = (differences("search", {part: old[part]}, {part: new[part]}, lambda digest: None) for part in new)
+    if told := ", ".join(text for count, text in parts if count):
         raise UserError(
             f"--study {name}: it was begun with something else ({told}): search with the same options, or give "
             "another name"

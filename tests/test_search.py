@@ -1,0 +1,454 @@
+"""A search: its axes, what it asks and tells, drivers that die or share a study, and what it leaves behind."""
+
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import optuna
+import pytest
+import torch
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
+from optuna.trial import TrialState
+from PIL import Image
+from safetensors.torch import load_file
+
+from semformer import pipeline
+from semformer.config import load_config
+from semformer.data.shapes import make_shapes
+from semformer.errors import UserError
+from semformer.stages import segmentor
+from semformer.store import Store
+from sweeps.axes import load_table, resolve
+from sweeps.search import Search
+from sweeps.search_space import AXES, DEFAULT_AXES, own_value, read_axes, read_objectives
+
+ROOT = Path(__file__).parents[1]
+SECONDS = {"caae": 100.0, "segmentor": 200.0, "cams": 10.0, "evaluate": 5.0}
+INFERENCE = ("U", "final_map", "thresholds")
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory) -> Path:
+    return make_shapes(tmp_path_factory.mktemp("data") / "shapes", train=16, val=6, size=48)
+
+
+@pytest.fixture
+def search(shapes, store, tmp_path):
+    """search(axes...) on a study in an sqlite file of this test."""
+    opened = []
+
+    def search(*axes: str, **options) -> Search:
+        opened.append(open_search(shapes, store, tmp_path / "studies.db", *axes, **options))
+        return opened[-1]
+
+    yield search
+    for one in opened:
+        one.close()
+
+
+def open_search(shapes: Path, store: Store, database: Path, *axes: str, trials=8, objectives=(), **options) -> Search:
+    config = {"name": "study", "preset": "micro", "overrides": {}, "storage": f"sqlite:///{database}"} | options
+    name, preset, overrides = (config.pop(part) for part in ("name", "preset", "overrides"))
+    data = pipeline.open_data(load_config(preset, overrides), shapes)
+    axes = axes or DEFAULT_AXES
+    return Search(name, preset, overrides, data, store, axes=axes, objectives=objectives, trials=trials, **config)
+
+
+def scores(config) -> dict[str, float]:
+    """A made-up landscape: best at sigma 0.1 with all of U and a deep decoder, which takes longer."""
+    miou = 60 - 100 * (config.segmentor.sigma - 0.1) ** 2 + config.cams.last_blocks + config.caae.decoder_depth
+    return {f"cam/val/{name}": value for name, value in (("miou", miou), ("fp", 50 - miou / 2), ("fn", 20.0))}
+
+
+def finish(one: Search, trial) -> None:
+    """What a run of the trial would leave in the store and tell the study."""
+    for stage, key in trial.keys.items():
+        if one.store.find(key) is None:
+            seconds = SECONDS[stage] * (trial.config.caae.decoder_depth if stage == "caae" else 1)
+            metrics = {"metrics": scores(trial.config)} if stage == "evaluate" else {}
+            one.store.publish(key, one.store.workspace(key), {"seconds": seconds, **metrics})
+    one.tell(trial, scores(trial.config))
+
+
+def run_all(one: Search) -> list:
+    """Runs every trial that has to be run, one after the other."""
+    ran = []
+    while (trial := one.ask()) is not None:
+        finish(one, trial)
+        ran.append(trial)
+    return ran
+
+
+def states(study: optuna.Study) -> Counter:
+    return Counter(trial.state.name for trial in study.trials)
+
+
+# The space
+
+
+@pytest.mark.parametrize(
+    ("axis", "values"),
+    [
+        ("losses", ["CF,SS", "CF,CB,SS", "CF,AS,SS", "CF,AC,SS", "CF,CB,AS,SS", "CF,CB,AC,SS", "CF,CB,AS,AC,SS"]),
+        ("merge", ["sum", "mean", "max"]),
+        ("decoder_depth", [2, 4, 8, 10]),
+        ("D", [32, 128, 256, 512]),
+        ("decoder_width", [384, 576, 768, 1152]),
+        ("U", [1, 2, 3, 4, 5, 6, 7]),
+        ("final_map", ["activation", "attention", "both"]),
+        ("sigma", [0.025, 0.05, 0.075, 0.1]),
+    ],
+)
+def test_in_preset_paper_an_axis_holds_the_values_of_the_papers_table(axis, values):
+    _, axes = read_axes([axis], "paper", {})
+    for value in values:
+        optuna.create_trial(value=0, params={axis: value}, distributions={axis: axes[axis].distribution})
+
+
+@pytest.mark.parametrize("preset", ["micro", "tiny", "paper"])
+def test_both_ends_of_every_axis_make_a_sound_config_in_every_preset(preset):
+    start, axes = read_axes(tuple(AXES), preset, {})
+    for name, axis in axes.items():
+        ends = getattr(axis.distribution, "choices", None) or (axis.distribution.low, axis.distribution.high)
+        assert len(set(ends)) > 1
+        for value in (*ends, own_value(start, axis.field)):
+            config = load_config(preset, {axis.field: value})
+            pipeline.check(config)
+            assert own_value(config, axis.field) == value, name
+
+
+def test_any_field_can_be_an_axis_with_values_of_its_type():
+    axes = ["segmentor.token_dropout=0:0.8", "sigma=0.1:0.4:log", "caae.decoder_depth=1:3", "caae.reconstruction=1|0"]
+    _, read = read_axes(axes, "tiny", {})
+    assert {name: axis.distribution for name, axis in read.items()} == {
+        "segmentor.token_dropout": FloatDistribution(0.0, 0.8),
+        "sigma": FloatDistribution(0.1, 0.4, log=True),
+        "caae.decoder_depth": IntDistribution(1, 3),
+        "caae.reconstruction": CategoricalDistribution((True, False)),
+    }
+
+
+def test_the_ranges_move_with_the_config_that_the_search_starts_from():
+    _, axes = read_axes(["D"], "tiny", {"caae.class_dim": "80"})
+    assert axes["D"].distribution.choices == (10, 20, 40, 80, 160)
+
+
+@pytest.mark.parametrize(
+    ("axes", "told"),
+    [
+        (["sgma"], "did you mean sigma?"),
+        (["segmentor.sigm"], "did you mean segmentor.sigma"),
+        (["sigma", "segmentor.sigma=0.1:0.3"], "are the same field, segmentor.sigma"),
+        (["segmentor.token_dropout"], "say which values"),
+        (["U=1:2.5"], "valid integer"),
+        (["U=1:9:lag"], "write LOW:HIGH"),
+        (["sigma=0.3:0.1"], "low <= high"),
+        (["sigma=0:1:log"], "low > 0"),
+        (["sigma=1:2"], "starts from segmentor.sigma = 0.2"),
+        (["merge=sum|men"], "caae.merge = 'men'"),
+        (["merge=1:2"], "caae.merge = '1'"),
+        (["precision=float32:bfloat16"], "holds no number"),
+        (["seed=0:9"], "cannot be compared"),
+        ([], "names no axis"),
+    ],
+)
+def test_axes_that_make_no_sense_are_refused(axes, told):
+    with pytest.raises(UserError, match=told):
+        read_axes(axes, "tiny", {})
+
+
+def test_objectives_have_the_direction_of_their_nature():
+    config = load_config("tiny")
+    names = ["cam/val/miou", "cam/val/fp", "gpu_hours"]
+    assert list(read_objectives(names, config).values()) == ["maximize", "minimize", "minimize"]
+    assert list(read_objectives([], config)) == ["cam/val/miou"]
+    for wrong in (["miou"], ["cam/train/miou"], ["gpu_hours", "gpu_hours"]):
+        with pytest.raises(UserError, match="objectives"):
+            read_objectives(wrong, config)
+
+
+# Asking and telling
+
+
+def test_the_first_trial_is_the_preset_and_the_search_gets_better(search):
+    one = search("sigma", "U", "decoder_depth", trials=30)
+    first = one.ask()
+    assert first.config == load_config("micro")
+    assert first.rows == ("study/trial-0",)
+    finish(one, first)
+    run_all(one)
+    assert states(one.study) == {"COMPLETE": 30}
+    best = one.best()[0]
+    assert best.params["U"] == 2
+    assert best.params["decoder_depth"] == 2
+    assert abs(best.params["sigma"] - 0.1) < 0.03
+    assert {"trial_key", "stage_keys", "missing", "stage_seconds", "metrics", "driver"} <= best.user_attrs.keys()
+
+
+def test_twenty_trials_of_inference_axes_need_one_network_of_each_kind(search):
+    one = search(*INFERENCE, trials=20)
+    trials = run_all(one)
+    assert len({trial.keys["caae"] for trial in trials}) == 1
+    assert len({trial.keys["segmentor"] for trial in trials}) == 1
+    assert len({trial.key for trial in trials}) == len(trials) > 10
+    assert all(trial.config.evaluate.rule == "fixed" for trial in trials)
+    assert one.saving()["trials_inference_only"] == 19
+
+
+def test_what_the_store_has_is_told_without_a_run_and_the_saving_is_exact(search):
+    heard = []
+    one = search("U=1:2", trials=6, found=heard.append)
+    ran = run_all(one)
+    assert [trial.config.cams.last_blocks for trial in ran] == [2, 1]
+    assert states(one.study) == {"COMPLETE": 6}
+    assert len(heard) == 4
+    assert {trial.key for trial in heard} == {trial.key for trial in ran}
+    assert one.saving() == {
+        "spent_seconds": 100 + 200 + 2 * (10 + 5),
+        "unshared_seconds": 6 * (100 + 200 + 10 + 5),
+        "trials_inference_only": 5,
+    }
+    assert one.reached() == {key.digest for trial in ran for key in trial.keys.values()}
+
+
+def test_a_suggestion_that_is_being_run_waits_for_that_run(search):
+    one = search("U=1:2", trials=6)
+    running = [one.ask(), one.ask()]
+    while one.ask() is not None:
+        pytest.fail("there are only two configs")
+    assert states(one.study) == {"RUNNING": 6}
+    for trial in running:
+        finish(one, trial)
+    assert states(one.study) == {"COMPLETE": 6}
+
+
+def test_failed_and_stopped_trials_count_and_keep_their_reason(search):
+    one = search("sigma", trials=3)
+    failed, stopped, done = one.ask(), one.ask(), one.ask()
+    one.tell(failed, None, "segmentor: TrainingDiverged: the loss diverged", run_id="abc")
+    one.report(stopped, 1, {"probe_miou": 12.5, "total": 1.0})
+    one.report(stopped, 2, {"total": 0.9})
+    one.tell(stopped, None, "stopped by the scheduler", pruned=True)
+    finish(one, done)
+    assert one.ask() is None
+    first, second, _ = one.study.trials
+    assert states(one.study) == {"FAIL": 1, "PRUNED": 1, "COMPLETE": 1}
+    assert first.user_attrs["reason"].startswith("segmentor: TrainingDiverged")
+    assert first.user_attrs["mlflow_run_id"] == "abc"
+    assert second.intermediate_values == {1: 12.5}
+
+
+def test_values_that_make_no_config_together_fail_at_once_with_the_reason(search):
+    one = search("caae.decoder_width=24:27", trials=10)
+    for trial in run_all(one):
+        assert trial.config.caae.decoder_width % 2 == 0
+    failed = [trial for trial in one.study.trials if trial.state == TrialState.FAIL]
+    assert failed
+    assert all("no multiple of the 2 heads" in trial.user_attrs["reason"] for trial in failed)
+
+
+# Several drivers, one after the other or at once
+
+
+def test_a_study_goes_on_where_it_was_with_other_suggestions(search):
+    first = search("sigma", trials=3)
+    run_all(first)
+    first.close()
+    again = search("sigma", trials=3)
+    assert again.ask() is None
+    again.close()
+    more = search("sigma", trials=7)
+    assert len(run_all(more)) == 4
+    assert len({trial.params["sigma"] for trial in more.study.trials}) == 7
+
+
+@pytest.mark.parametrize(
+    ("axes", "changes", "told"),
+    [
+        (["sigma", "U"], {}, "axes.U"),
+        (["sigma=0.1:0.3"], {}, "axes.sigma segmentor.sigma 0.0666667:0.6:log -> segmentor.sigma 0.1:0.3"),
+        (["sigma"], {"objectives": ["gpu_hours"]}, "objectives"),
+        (["sigma"], {"overrides": {"caae.epochs": 3}}, "config.caae.epochs 2 -> 3"),
+        (["sigma"], {"preset": "tiny"}, "preset micro -> tiny"),
+    ],
+)
+def test_a_study_that_was_begun_with_something_else_says_what_differs(search, axes, changes, told):
+    search("sigma").close()
+    with pytest.raises(UserError, match="--study study") as error:
+        search(*axes, **changes)
+    assert told in str(error.value)
+
+
+def test_a_study_of_another_data_set_is_refused(search, store, tmp_path):
+    search("sigma").close()
+    other = make_shapes(tmp_path / "other", train=16, val=6, size=48, seed=1)
+    with pytest.raises(UserError, match=r"images\.train"):
+        open_search(other, store, tmp_path / "studies.db", "sigma")
+
+
+@pytest.fixture
+def driver(shapes, store, tmp_path):
+    """Start a process that runs the given code with `one`, a search over sigma on the study of `search`."""
+    head = f"""
+from pathlib import Path
+from semformer.store import Store
+from tests.test_search import finish, open_search, run_all
+store = Store(Path({str(store.root)!r}), heartbeat=0.05, expiry=20)
+one = open_search(Path({str(shapes)!r}), store, Path({str(tmp_path)!r}) / "studies.db", "sigma", trials=6)
+"""
+    processes = []
+
+    def driver(code: str) -> subprocess.Popen:
+        command = [sys.executable, "-c", head + code]
+        processes.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True))
+        return processes[-1]
+
+    yield driver
+    for process in processes:
+        process.kill()
+        process.communicate()
+
+
+def test_trials_of_a_killed_driver_are_closed_and_run_again(search, driver, tmp_path):
+    alive = search("sigma", trials=6)
+    ours = alive.ask()
+    code = "finish(one, one.ask()); one.ask(); one.ask(); print('ready', flush=True); import time; time.sleep(60)"
+    killed = driver(code)
+    assert killed.stdout.readline() == "ready\n"
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate()
+
+    resumed = search("sigma", trials=6)
+    assert states(resumed.study) == {"RUNNING": 1, "COMPLETE": 1, "FAIL": 2, "WAITING": 2}
+    lost = [trial.params for trial in resumed.study.trials if trial.state == TrialState.FAIL]
+    ran = run_all(resumed)
+    assert [trial.config.segmentor.sigma for trial in ran[:2]] == [params["sigma"] for params in lost]
+    finish(alive, ours)
+    study = optuna.load_study(study_name="study", storage=f"sqlite:///{tmp_path}/studies.db")
+    assert states(study) == {"COMPLETE": 6, "FAIL": 2}
+    assert study.best_value == resumed.best()[0].value
+
+
+def test_a_stopped_search_puts_its_running_trials_back(search):
+    one = search("sigma", trials=3)
+    asked = one.ask()
+    one.close()
+    again = search("sigma", trials=3)
+    assert again.ask().config == asked.config
+    assert states(again.study) == {"FAIL": 1, "RUNNING": 1}
+
+
+def test_drivers_that_share_a_study_run_each_trial_once_and_none_too_many(driver, tmp_path):
+    code = "print(*(trial.cells[0].row for trial in run_all(one))); one.close()"
+    drivers = [driver(code) for _ in range(2)]
+    rows = [row for process in drivers for row in process.communicate(timeout=60)[0].split()]
+    assert sorted(rows) == [f"trial-{number}" for number in range(6)]
+    study = optuna.load_study(study_name="study", storage=f"sqlite:///{tmp_path}/studies.db")
+    assert states(study) == {"COMPLETE": 6}
+    assert len({trial.params["sigma"] for trial in study.trials}) == 6
+
+
+# What is left behind
+
+
+def test_the_best_config_is_a_table_that_resolves_to_its_trial(search, tmp_path):
+    one = search("losses", "sigma", "caae_lr", "thresholds", trials=8, overrides={"caae.epochs": "3"})
+    run_all(one)
+    table = load_table(one.write_report(tmp_path / "report")[0])
+    best = one.best()[0]
+    assert [row.id for row in table.rows] == ["start", f"trial-{best.number}"]
+    keys = [pipeline.stage_keys(resolve(table, row, "micro", {}, 0), one.data)["evaluate"].digest for row in table.rows]
+    assert keys == [one.start_key, best.user_attrs["trial_key"]]
+
+
+def test_several_objectives_end_with_the_pareto_front(search, tmp_path):
+    one = search("U=1:2", "decoder_depth=1:2", trials=12, objectives=["cam/val/miou", "gpu_hours"])
+    run_all(one)
+    assert isinstance(one.study.sampler, optuna.samplers.NSGAIISampler)
+    front = {(trial.params["U"], trial.params["decoder_depth"]): trial.values for trial in one.best()}
+    assert front[2, 1] == [pytest.approx(scores(one.own)["cam/val/miou"]), pytest.approx(315 / 3600)]
+    assert front.keys() <= {(2, 1), (2, 2)}
+    files = one.write_report(tmp_path / "report")
+    assert [file.name for file in files] == ["best.yaml", "history.png", "importances.png", "pareto_front.png"]
+    for file in files[1:]:
+        with Image.open(file) as picture:
+            assert len(picture.convert("RGB").getcolors(2**24)) > 10
+
+
+def test_a_report_holds_what_there_is_enough_for(search, tmp_path):
+    one = search("sigma", trials=1)
+    assert one.write_report(tmp_path / "report") == []
+    run_all(one)
+    assert [file.name for file in one.write_report(tmp_path / "report")] == ["best.yaml", "history.png"]
+    assert [row.id for row in load_table(tmp_path / "report" / "best.yaml").rows] == ["start"]
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("storage", "told"),
+    [
+        ("nonsense", "nonsense: no study can be kept there"),
+        ("oracle9://x/y", "no study can be kept there"),
+        ("sqlite:////proc/studies.db", "no study can be kept there"),
+        ("postgresql+psycopg2://me:hidden@127.0.0.1:1/db", r"me:\*\*\*@127"),
+    ],
+)
+def test_a_database_that_cannot_be_used_is_named_without_its_password(search, store, storage, told):
+    with pytest.raises(UserError, match=told) as error:
+        search("sigma", storage=storage)
+    assert "hidden" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"trials": 0}, "--trials 0"),
+        ({"name": "my study"}, "--study 'my study'"),
+        ({"overrides": {"cams.last_blocks": 99}}, "last_blocks = 99"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused(search, changes, told):
+    with pytest.raises(UserError, match=told):
+        search("sigma", **changes)
+
+
+def test_a_study_of_somebody_else_is_left_alone(search, tmp_path):
+    optuna.create_study(study_name="study", storage=f"sqlite:///{tmp_path}/studies.db", direction="maximize")
+    with pytest.raises(UserError, match="none of this program's"):
+        search("sigma")
+
+
+# With real networks
+
+
+def test_a_search_over_inference_trains_one_network_of_each_kind(search):
+    one = search(*INFERENCE, trials=5)
+    made = Counter()
+    while (trial := one.ask()) is not None:
+        for run in pipeline.run(trial.config, one.data, one.store, device=torch.device("cpu"), progress=lambda _: None):
+            made[run.stage] += not run.found
+        one.tell(trial, run.artifact.info["metrics"])
+    assert states(one.study) == {"COMPLETE": 5}
+    assert made["caae"] == made["segmentor"] == 1
+    saving = one.saving()
+    assert saving["trials_inference_only"] == 4
+    assert saving["spent_seconds"] < saving["unshared_seconds"]
+
+
+def test_the_probe_scores_every_epoch_and_leaves_the_network_as_it_is(shapes, tmp_path):
+    config = load_config("micro")
+    data = pipeline.open_data(config, shapes)
+    runs, told = [], []
+    for name, probe in (("plain", None), ("probed", segmentor.map_probe(data["val"], config.precision, n_images=4))):
+        options = {"device": torch.device("cpu"), "until": "segmentor", "probe": probe}
+        runs.append(list(pipeline.run(config, data, Store(tmp_path / name), progress=told.append, **options))[-1])
+    plain, probed = (load_file(run.artifact.file("segmentor.safetensors")) for run in runs)
+    assert runs[0].key == runs[1].key
+    assert all(torch.equal(plain[name], probed[name]) for name in plain)
+    assert runs[0].artifact.info["history"].keys() == runs[1].artifact.info["history"].keys()
+    scored = [(report.stage, report.epoch) for report in told if "probe_miou" in report.values]
+    assert scored == [("segmentor", 1), ("segmentor", 2)]

@@ -8,6 +8,7 @@ trials are closed and put back into the queue.
 """
 
 import argparse
+import itertools
 import json
 import logging
 import re
@@ -80,6 +81,7 @@ class Search:
         self.plan = Plan(study_name, title, (), preset, {**overrides, **fixed}, (self.own.seed,), (), frozenset())
         self.driver = secrets.token_hex(8)
         self._live: dict[str, list[optuna.Trial]] = {}  # by trial key: asked and not told yet
+        self._unplaced: optuna.Trial | None = None  # asked, and an error came between
         self.start_key = pipeline.stage_keys(self.own, data)["evaluate"].digest
         self._lease = store.lease(self._driver_key(self.driver))
         try:
@@ -96,23 +98,15 @@ class Search:
     def ask(self) -> Trial | None:
         """The next suggestion that has to be run; None when all were asked.
 
-        A config that makes no sense fails at once. One that is being run waits for that run's result.
+        A config that makes no sense fails at once. One that is being run waits for that run's result. May raise what
+        the store and the database raise; the next call goes on with the same suggestion.
         """
-        while (asked := self._ask()) is not None:
-            try:
-                trial = self._trial(asked)
-            except UserError as error:
-                self._tell(asked, {}, None, str(error), TrialState.FAIL)
-                continue
-            artifacts = self._artifacts(trial)
-            asked.set_user_attr("missing", [stage for stage, artifact in artifacts.items() if artifact is None])
-            if all(artifacts.values()):
-                self._tell(asked, artifacts, artifacts["evaluate"].info["metrics"], "", TrialState.COMPLETE)
-                self.found(trial)
-            elif trial.key in self._live:
-                self._live[trial.key].append(asked)
-            else:
-                self._live[trial.key] = [asked]
+        while (asked := self._unplaced or self._ask()) is not None:
+            self._unplaced, trial = asked, None
+            with _closed_by_others(asked):
+                trial = self._place(asked)
+            self._unplaced = None
+            if trial:
                 return trial
         return None
 
@@ -141,7 +135,7 @@ class Search:
     def close(self) -> None:
         """Put what is still running back into the queue, for when the study goes on."""
         try:
-            for asked in (asked for group in self._live.values() for asked in group):
+            for asked in (*itertools.chain(*self._live.values()), *filter(None, [self._unplaced])):
                 self._requeue(asked.number, asked.params)
             self._live.clear()
         finally:
@@ -209,6 +203,23 @@ class Search:
                 asked = self.study.ask({name: axis.distribution for name, axis in self.axes.items()})
             asked.set_user_attr("driver", self.driver)
         return asked
+
+    def _place(self, asked: optuna.Trial) -> Trial | None:
+        """The trial, where it has to be run."""
+        try:
+            trial = self._trial(asked)
+        except UserError as error:
+            self._tell(asked, {}, None, str(error), TrialState.FAIL)
+            return None
+        artifacts = self._artifacts(trial)
+        asked.set_user_attr("missing", [stage for stage, artifact in artifacts.items() if artifact is None])
+        if all(artifacts.values()):
+            self._tell(asked, artifacts, artifacts["evaluate"].info["metrics"], "", TrialState.COMPLETE)
+            self.found(trial)
+            return None
+        same = self._live.setdefault(trial.key, [])
+        same.append(asked)
+        return trial if len(same) == 1 else None
 
     def _trial(self, asked: optuna.Trial) -> Trial:
         """Raises UserError for values that make no sound config together."""

@@ -308,7 +308,8 @@ one = open_search(Path({str(shapes)!r}), store, Path({str(tmp_path)!r}) / "studi
     yield driver
     for process in processes:
         process.kill()
-        process.communicate()
+        process.wait()
+        process.stdout.close()
 
 
 def test_trials_of_a_killed_driver_are_closed_and_run_again(search, driver, tmp_path):
@@ -318,7 +319,7 @@ def test_trials_of_a_killed_driver_are_closed_and_run_again(search, driver, tmp_
     killed = driver(code)
     assert killed.stdout.readline() == "ready\n"
     killed.send_signal(signal.SIGKILL)
-    killed.communicate()
+    killed.wait()
 
     resumed = search("sigma", trials=6)
     assert states(resumed.study) == {"RUNNING": 1, "COMPLETE": 1, "FAIL": 2, "WAITING": 2}

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-RESERVED = {"tmp", "leases", "damaged", "checkpoints"}  # the store's own folders, beside those of the stages
+RESERVED = {"tmp", "leases", "damaged", "checkpoints", "roots", "manifests"}
+"""The store's own folders, beside those of the stages."""
 
 
 @dataclass(frozen=True, eq=False)

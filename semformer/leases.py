@@ -1,10 +1,9 @@
 """Leases: of the processes that want one key, one builds it.
 
-    <folder>/<digest>.<generation>   who builds the key (JSON); its modification time is the last heartbeat
-    <folder>/clock                   touched to read the file system's clock
+    leases/<digest>.<generation>   who builds the key (JSON); its age is the time since the last heartbeat
 
-Generations count up; the highest is the current one and is never removed, so a number is never given twice and
-a stale holder can only ever touch its own file. Release sets the heartbeat to 0.
+Generations count up; the highest is the current one and is not removed, so a number is never given twice and a stale
+holder can only ever touch its own file.
 """
 
 import hashlib
@@ -20,7 +19,9 @@ from functools import cache
 from pathlib import Path
 from typing import Self
 
+from semformer.errors import UserError
 from semformer.keys import StageKey
+from semformer.storage import Storage
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +31,8 @@ class LeaseHolder:
     host: str
     pid: int
     since: float  # seconds since the epoch, by the holder's clock
-    age: float  # seconds since its last heartbeat, by the file system's clock
+    age: float  # seconds since its last heartbeat, by the storage's clock
+    inputs: tuple[str, ...] = ()  # digests of what it reads
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host} (last heartbeat {self.age:.0f} s ago)"
@@ -49,36 +51,33 @@ class LeaseLost(Exception):
 
 
 class Leases:
-    """The leases in a folder, which must exist.
+    """The leases in a storage.
 
     `heartbeat` and `expiry` are seconds: a lease not renewed for `expiry` may be taken over. Raises ValueError
     unless expiry is at least twice the heartbeat.
     """
 
-    def __init__(self, folder: Path, heartbeat: float, expiry: float):
+    def __init__(self, storage: Storage, heartbeat: float, expiry: float):
         if not 0 < 2 * heartbeat <= expiry:
             raise ValueError(f"expiry ({expiry} s) must be at least twice the heartbeat ({heartbeat} s)")
-        self.folder, self.heartbeat, self.expiry = folder, heartbeat, expiry
+        self.storage, self.heartbeat, self.expiry = storage, heartbeat, expiry
 
     def take(self, key: StageKey) -> "Lease | None":
         """The lease on `key`, or None if it is held or another process was faster; raises OSError."""
         generation = self.latest(key) + 1
         if self.holder(key) is not None:
             return None
-        path = self.path(key, generation)
-        note = {"host": socket.gethostname(), "pid": os.getpid(), "machine": machine(), "since": time.time()}
-        try:
-            descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        except FileExistsError:
+        note = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "machine": machine(),
+            "since": time.time(),
+            "inputs": list(key.spec.get("inputs", {}).values()),
+        }
+        if not self.storage.create(self.name(key, generation), json.dumps(note).encode()):
             return None
-        try:
-            with open(descriptor, "w", encoding="utf-8") as file:
-                json.dump(note, file)
-        except OSError:
-            os.utime(path, (0, 0))
-            raise
         if self.latest(key) > generation:  # we looked too long ago: an old number
-            path.unlink(missing_ok=True)
+            self.storage.remove(self.name(key, generation))
             return None
         self.remove_before(key, generation)
         return Lease(self, key, generation)
@@ -86,24 +85,27 @@ class Leases:
     def holder(self, key: StageKey) -> LeaseHolder | None:
         """Who is building `key` now; None if nobody, or their lease has expired or their process is gone."""
         while generation := self.latest(key):
-            path = self.path(key, generation)
             try:
-                renewed, text = path.stat().st_mtime, path.read_text(encoding="utf-8")
+                content, age = self.storage.read(self.name(key, generation))
             except FileNotFoundError:  # taken over and cleaned up between the two looks
                 continue
-            age = max(0.0, self.now() - renewed)
-            try:
-                note = json.loads(text)
-            except ValueError:  # created, not yet written
-                note = {"host": "an unknown host", "pid": 0, "machine": "", "since": renewed}
-            gone = note["machine"] == machine() and not is_alive(note["pid"])
-            if gone or age > self.expiry:
-                return None
-            return LeaseHolder(note["host"], note["pid"], note["since"], age)
+            return self._holder(content, age)
         return None
 
-    def path(self, key: StageKey, generation: int) -> Path:
-        return self.folder / f"{key.digest}.{generation}"
+    def live(self) -> dict[str, list[str]]:
+        """Digest -> digests of its inputs, for every key that is being built now."""
+        found = {}
+        for name, entry in self.storage.entries("leases/").items():
+            if entry.age > self.expiry:
+                continue
+            with suppress(FileNotFoundError):
+                content, age = self.storage.read(name)
+                if holder := self._holder(content, age):
+                    found[Path(name).stem] = list(holder.inputs)
+        return found
+
+    def name(self, key: StageKey, generation: int) -> str:
+        return f"leases/{key.digest}.{generation}"
 
     def latest(self, key: StageKey) -> int:
         """The current generation, 0 if `key` never had a lease."""
@@ -112,16 +114,20 @@ class Leases:
     def remove_before(self, key: StageKey, generation: int) -> None:
         for older in self._generations(key):
             if older < generation:
-                self.path(key, older).unlink(missing_ok=True)
+                self.storage.remove(self.name(key, older))
 
-    def now(self) -> float:
-        """The time by the file system's clock, which also stamps the heartbeats: hosts' clocks may differ."""
-        clock = self.folder / "clock"
-        clock.touch()
-        return clock.stat().st_mtime
+    def _holder(self, content: bytes, age: float) -> LeaseHolder | None:
+        try:
+            note = json.loads(content)
+        except ValueError:  # created, not yet written
+            note = {"host": "an unknown host", "pid": 0, "machine": "", "since": time.time() - age}
+        gone = note["machine"] == machine() and not is_alive(note["pid"])
+        if gone or age > self.expiry:
+            return None
+        return LeaseHolder(note["host"], note["pid"], note["since"], age, tuple(note.get("inputs", ())))
 
     def _generations(self, key: StageKey) -> list[int]:
-        return [int(p.name.rpartition(".")[2]) for p in self.folder.glob(f"{key.digest}.*")]
+        return [int(name.rpartition(".")[2]) for name in self.storage.entries(f"leases/{key.digest}.")]
 
 
 class Lease:
@@ -129,7 +135,7 @@ class Lease:
 
     def __init__(self, leases: Leases, key: StageKey, generation: int):
         self.key, self.generation = key, generation
-        self._leases, self._path = leases, leases.path(key, generation)
+        self._leases, self._name = leases, leases.name(key, generation)
         self._lost, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._beat, name=f"lease {key}", daemon=True)
         self._thread.start()
@@ -146,25 +152,30 @@ class Lease:
     def release(self) -> None:
         self._stop.set()
         self._thread.join()
+        leases = self._with_patience(self._leases.expiry)  # after which it has expired anyway
         try:
-            os.utime(self._path, (0, 0))
-            self._leases.remove_before(self.key, self.generation)
-        except OSError as error:
+            leases.storage.expire(self._name)
+            leases.remove_before(self.key, self.generation)
+        except (OSError, UserError) as error:
             if not self.lost:
                 log.warning("could not release the lease on %s (%s); it will expire", self.key, error)
 
     def _beat(self) -> None:
-        while not self._stop.wait(self._leases.heartbeat):
+        leases = self._with_patience(0.0)  # the next beat is the next try
+        while not self._stop.wait(leases.heartbeat):
             try:
-                if self._leases.latest(self.key) > self.generation:
+                if leases.latest(self.key) != self.generation:
                     self._lost.set()
                     return
-                os.utime(self._path)
+                leases.storage.touch(self._name)
             except FileNotFoundError:
                 self._lost.set()
                 return
-            except OSError as error:
+            except (OSError, UserError) as error:
                 log.warning("heartbeat of %s failed, trying again: %s", self.key, error)
+
+    def _with_patience(self, seconds: float) -> Leases:
+        return Leases(self._leases.storage.patient(seconds), self._leases.heartbeat, self._leases.expiry)
 
     def __enter__(self) -> Self:
         return self

@@ -166,8 +166,8 @@ def run(
     keys = stage_keys(config, data, until)
     done: dict[str, Artifact] = {}
 
-    def make(stage: Stage, workspace: Path, check_lease: Callable[[], None]) -> dict[str, Any]:
-        ctx = Context(device, progress, workspace, store.checkpoints(keys[stage.name]), workers, check_lease, probe)
+    def make(stage: Stage, workspace: Path, check: Callable[[], None]) -> dict[str, Any]:
+        ctx = Context(device, progress, workspace, store.checkpoints(keys[stage.name]), workers, check, probe)
         inputs = [done.get(name) for name in stage.inputs]
         return stage.run(config, data[getattr(config.data, stage.split)], *inputs, ctx)
 
@@ -191,8 +191,13 @@ def _find_or_make(
             return StageRun(stage.name, key.digest, True, 0.0, artifact)
         started = time.monotonic()
         workspace = store.workspace(key)
+
+        def check() -> None:
+            lease.check()
+            store.save_checkpoints(key)
+
         with store.writing(key, workspace):
-            made = make(stage, workspace, lease.check)
+            made = make(stage, workspace, check)
         seconds = time.monotonic() - started
         artifact = store.publish(key, workspace, {**made, "seconds": seconds, "versions": versions()})
         return StageRun(stage.name, key.digest, False, seconds, artifact)

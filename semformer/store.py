@@ -3,83 +3,119 @@
     root/<stage>/<digest>/               a published artifact: its files, and manifest.json written last
     root/checkpoints/<stage>/<digest>/   resumable state of an unfinished stage
     root/leases/<digest>.<generation>    who is building it now (`semformer.leases`)
+    root/roots/<name>.json               what a sweep or study reaches (`semformer.collection`)
     root/tmp/   root/damaged/            workspaces; artifacts that failed verification (nothing is thrown away)
 
 A published artifact never changes, so readers need no lock. The lease only saves work: should two processes ever
-build the same key, the first to publish wins and both end up with the same artifact.
+build the same key, the first to publish wins and both end up with the same artifact. `semformer.s3` keeps a store in
+a bucket.
 """
 
 import errno
-import hashlib
-import json
 import logging
 import os
 import re
 import secrets
 import shutil
-import socket
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import UTC, datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
+from semformer import collection
+from semformer.artifact import (
+    MANIFEST,
+    Artifact,
+    DamagedArtifact,
+    check_contents,
+    check_size,
+    make_manifest,
+    read_manifest,
+    sync,
+    write_manifest,
+)
+from semformer.collection import Collected, Root
 from semformer.errors import UserError
-from semformer.keys import RESERVED, StageKey, canonical_sha256, differences, plain
+from semformer.keys import RESERVED, StageKey, differences
 from semformer.leases import Lease, LeaseHeld, LeaseHolder, Leases, is_alive, machine
+from semformer.storage import Folder, Storage
 
-MANIFEST = "manifest.json"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
+NEAREST = 50
+"""So many of a stage's newest artifacts does `why` compare with."""
 log = logging.getLogger(__name__)
 
 
-class DamagedArtifact(Exception):
-    """A published artifact is not what its manifest says."""
+def open_store(
+    location: str | Path,
+    *,
+    cache: Path | None = None,
+    cache_bytes: float = 50e9,
+    heartbeat: float = 5.0,
+    expiry: float = 60.0,
+    patience: float = 300.0,
+    patience_at_opening: float = 10.0,
+) -> "Store":
+    """The store in a folder, or in a bucket ("s3://bucket/prefix").
 
+    `cache` and `cache_bytes` are about buckets alone, see `semformer.s3.S3Store`. `patience` is for how many seconds a
+    storage that is away is tried again. Raises UserError if it cannot be used, and StorageUnreachable (which is one)
+    if a bucket cannot be reached within `patience_at_opening`.
+    """
+    if str(location).startswith("s3://"):
+        from semformer.s3 import S3Store
 
-@dataclass(frozen=True)
-class Artifact:
-    """A published result; `info` is what its maker noted (seconds, metrics...), with `created` and `host`."""
-
-    key: StageKey
-    path: Path
-    info: Mapping[str, Any]
-    files: Mapping[str, Mapping[str, Any]]  # name -> {"size": bytes, "sha256": hex}
-
-    def file(self, name: str) -> Path:
-        """Path of one file; raises DamagedArtifact if the manifest does not list it."""
-        if name not in self.files:
-            raise DamagedArtifact(f"{self.key} in {self.path} has no file {name}, only {sorted(self.files)}")
-        return self.path / name
+        return S3Store(
+            str(location),
+            cache,
+            cache_bytes=cache_bytes,
+            heartbeat=heartbeat,
+            expiry=expiry,
+            patience=patience,
+            patience_at_opening=patience_at_opening,
+        )
+    if "://" in str(location):
+        raise UserError(f"cannot use {location} as the store: give a folder, or s3://BUCKET/PREFIX")
+    return Store(Path(location), heartbeat=heartbeat, expiry=expiry, patience=patience)
 
 
 class Store:
     """Artifacts in a local (or network) folder.
 
-    `heartbeat` and `expiry` are seconds: a lease not renewed for `expiry` may be taken over. Opening a store removes
-    the workspaces of processes that died on this host. Raises UserError if the folder cannot be made or written.
+    `heartbeat` and `expiry` are seconds: a lease not renewed for `expiry` may be taken over. A folder that is away (of
+    a file server, say) is tried again for `patience` seconds before StorageUnreachable is raised. Opening a store
+    removes the workspaces of processes that died on this host. Raises UserError if the folder cannot be made or
+    written.
     """
 
-    def __init__(self, root: Path, *, heartbeat: float = 5.0, expiry: float = 60.0):
+    storage: Storage
+    leases: Leases
+    DEPTH = 2  # parts of the name of an artifact's folder in the storage
+
+    def __init__(self, root: Path, *, heartbeat: float = 5.0, expiry: float = 60.0, patience: float = 300.0):
         self.root = Path(root).absolute()
-        self.leases = Leases(self.root / "leases", heartbeat, expiry)
+        self.storage = Folder(self.root, patience)
+        self.leases = Leases(self.storage, heartbeat, expiry)
         self._specs: dict[str, Mapping[str, Any]] = {}  # of every key seen, by digest, for `why`
         try:
-            for name in RESERVED:
+            for name in ("tmp", "leases", "damaged", "checkpoints", "roots"):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
-            probe = self.root / "tmp" / f"probe-{secrets.token_hex(4)}"
-            probe.write_bytes(b"probe")
-            probe.unlink()
-            self.leases.now()
+            self.storage.write("clock", b"")
         except OSError as error:
             raise UserError(
                 f"cannot use {self.root} as the store: {error.strerror or error}. "
                 "Make it a writable folder with free space, or choose another folder."
             ) from error
         self._remove_orphaned_workspaces()
+
+    @property
+    def location(self) -> str:
+        """What `open_store` takes to open the same store in another process."""
+        return self.storage.location
 
     # Reading
 
@@ -90,29 +126,29 @@ class Store:
         to `damaged/` with a warning. Raises UserError if the files may not be read or moved.
         """
         self._specs[key.digest] = key.spec
-        folder = self._folder(key)
         try:
-            seen = folder.stat().st_ino
-            artifact = _read(folder)
-            _check_files(artifact, contents=verify)
-            return artifact
-        except FileNotFoundError:
-            return None
-        except DamagedArtifact as error:
-            with self._storage_errors(f"reading {key}"):
-                self._quarantine(key, folder, seen, str(error))
-            return None
+            return self.storage.retry(lambda: self._find(key, verify))
         except OSError as error:
-            raise UserError(f"cannot read {key} in {folder}: {error.strerror or error}") from error
+            raise UserError(f"cannot read {key} in {self._folder(key)}: {error.strerror or error}") from error
+
+    def published(self, stages: Iterable[str] | None = None) -> set[str]:
+        """The digests of all published artifacts (of some stages), by their names alone: nothing is read or checked."""
+        return {digest for stage in stages or self._stages() for digest in self._ages(stage)}
 
     def artifacts(self) -> Iterator[Artifact]:
         """Everything published, by stage; contents unverified, bad manifests skipped with a warning."""
-        for stage in sorted(p.name for p in self.root.iterdir() if p.is_dir() and p.name not in RESERVED):
-            for folder in sorted((self.root / stage).iterdir()):
+        for stage in self._stages():
+            for digest in sorted(self._ages(stage)):
                 try:
-                    yield _read(folder)
+                    yield self.read(stage, digest)
                 except DamagedArtifact as error:
-                    log.warning("skipping damaged artifact %s: %s", folder, error)
+                    log.warning("skipping damaged artifact %s %s: %s", stage, digest, error)
+
+    def read(self, stage: str, digest: str) -> Artifact:
+        """A published artifact by its manifest alone; raises FileNotFoundError or DamagedArtifact."""
+        folder = self.root / stage / digest
+        artifact, _ = read_manifest((folder / MANIFEST).read_bytes(), digest)
+        return replace(artifact, path=folder)
 
     def why(self, key: StageKey) -> str:
         """Why `key` must be computed, beside the published artifact of the same stage that differs least.
@@ -122,32 +158,35 @@ class Store:
         """
         if self.find(key, verify=False):
             return "already published"
-        damaged = sorted((self.root / "damaged").glob(f"{key.stage}-{key.short}-*"))
+        damaged = sorted(self.storage.entries(f"damaged/{key.stage}-{key.short}-"))
         if damaged:
-            return f"the published artifact was damaged (moved to {damaged[-1]})"
-        published = [p for p in (self.root / key.stage).glob("*") if self._spec(p.name)]
-        if not published:
+            aside = "/".join(damaged[-1].split("/")[:2])
+            return f"the published artifact was damaged (moved to {self.location}/{aside})"
+        ages = self._ages(key.stage)
+        specs = [self._spec(digest) for digest in sorted(ages, key=ages.__getitem__)[:NEAREST]]
+        if not any(specs):
             return "nothing published for this stage yet"
-        published.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-        specs = [self._specs[path.name] for path in published]
-        found = [differences(key.stage, spec, key.spec, self._spec, prefix=f"{key.stage}.") for spec in specs]
+        found = [differences(key.stage, spec, key.spec, self._spec, prefix=f"{key.stage}.") for spec in specs if spec]
         return min(found, key=lambda counted: counted[0])[1]
 
     # Building
 
     def workspace(self, key: StageKey) -> Path:
         """A fresh folder on the store's file system to build `key` in; `publish` makes it the artifact."""
-        name = f"{key.stage}-{key.short}.{machine()}.{os.getpid()}.{secrets.token_hex(4)}"
+        folder = self.root / "tmp" / f"{key.stage}-{key.short}.{machine()}.{os.getpid()}.{secrets.token_hex(4)}"
         with self._storage_errors(f"writing {key}"):
-            (self.root / "tmp" / name).mkdir()
-        return self.root / "tmp" / name
+            self.storage.retry(folder.mkdir)
+        return folder
 
     def checkpoints(self, key: StageKey) -> Path:
         """The folder for resumable state of an unfinished `key`: survives failure, removed by `publish`."""
         folder = self.root / "checkpoints" / key.stage / key.digest
         with self._storage_errors(f"writing {key}"):
-            folder.mkdir(parents=True, exist_ok=True)
+            self.storage.retry(lambda: folder.mkdir(parents=True, exist_ok=True))
         return folder
+
+    def save_checkpoints(self, key: StageKey) -> None:
+        """Make the present `checkpoints` of `key` last beyond this host: nothing to do where they are in the store."""
 
     @contextmanager
     def writing(self, key: StageKey, workspace: Path) -> Iterator[None]:
@@ -171,47 +210,11 @@ class Store:
         if folder.parent != self.root / "tmp":
             raise ValueError(f"{folder} is not a workspace of this store")
         with self.writing(key, folder):
-            created = datetime.now(UTC).isoformat(timespec="seconds")
-            info = plain({"created": created, "host": socket.gethostname(), **info}, "info")
-            files = {}
-            for path in sorted(folder.rglob("*")):
-                if path.is_dir() and not path.is_symlink():
-                    continue
-                if path.is_symlink() or not path.is_file():
-                    raise ValueError(f"{path} is not a regular file, and cannot be published")
-                _sync(path)
-                name = path.relative_to(folder).as_posix()
-                files[name] = {"size": path.stat().st_size, "sha256": _sha256(path)}
-            if MANIFEST in files:
-                raise ValueError(f"a stage may not write {MANIFEST}: the store does")
-            body = {"stage": key.stage, "spec": key.spec, "info": info, "files": files}
-            manifest = {**body, "sha256": canonical_sha256(body)}
-            (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-            _sync(folder / MANIFEST)
-            for path in [folder, *(p for p in folder.rglob("*") if p.is_dir())]:
-                _sync(path)
-            artifact = self._install(key, folder)
-        shutil.rmtree(self.root / "checkpoints" / key.stage / key.digest, ignore_errors=True)
+            manifest = self.storage.retry(lambda: make_manifest(key, folder, info))
+            self.storage.retry(lambda: write_manifest(folder, manifest))
+            artifact = self._install(key, folder, manifest)
+        self._remove_checkpoints(key)
         return artifact
-
-    def _install(self, key: StageKey, folder: Path) -> Artifact:
-        target = self._folder(key)
-        if not target.parent.exists():
-            target.parent.mkdir(exist_ok=True)
-            _sync(self.root)
-        while True:
-            try:
-                os.rename(folder, target)
-            except OSError as error:
-                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                    raise
-                if theirs := self.find(key):
-                    log.info("another process has published %s first; keeping theirs", key)
-                    shutil.rmtree(folder, ignore_errors=True)
-                    return theirs
-            else:
-                _sync(target.parent)
-                return _read(target)
 
     # Single flight
 
@@ -236,7 +239,97 @@ class Store:
         """Who is building `key` now; None if nobody, or their lease has expired or their process is gone."""
         return self.leases.holder(key)
 
+    # What is needed (`semformer.collection`)
+
+    def keep(self, name: str, digests: Iterable[str], about: Mapping[str, Any] | None = None) -> None:
+        """Record that the sweep or study `name` needs these stages and all that they were made from.
+
+        Replaces what was recorded under the name. Raises ValueError for what is no digest.
+        """
+        collection.keep(self.storage, name, digests, about or {})
+
+    def roots(self) -> dict[str, Root]:
+        """Everything recorded by `keep`, by name. Raises UserError for a record that cannot be read."""
+        return collection.roots(self.storage)
+
+    def drop(self, name: str) -> None:
+        """Forget what `keep` recorded. Raises UserError if nothing is recorded under this name."""
+        collection.drop(self.storage, name)
+
+    def collect(self, *, apply: bool = False, grace: float = 24 * 3600.0) -> list[Collected]:
+        """What no root reaches and nobody has touched for `grace` seconds; removed only with `apply`.
+
+        Raises UserError if there are no roots, for then nothing says what is needed.
+        """
+        return collection.collect(self, apply=apply, grace=grace)
+
     # Helpers
+
+    def _find(self, key: StageKey, verify: bool) -> Artifact | None:
+        folder = self._folder(key)
+        try:
+            seen = folder.stat().st_ino
+        except FileNotFoundError:
+            if not self.root.exists():
+                raise  # it is away, which does not mean that nothing is published
+            return None
+        try:
+            try:
+                artifact = self.read(key.stage, key.digest)
+            except (FileNotFoundError, NotADirectoryError) as error:
+                raise DamagedArtifact(f"no {MANIFEST}: it is half-written") from error
+            for name, told in artifact.files.items():
+                path = folder / name
+                check_size(name, path.stat().st_size if path.is_file() else None, told)
+                if verify:
+                    check_contents(name, path, told)
+            return artifact
+        except DamagedArtifact as error:
+            with self._storage_errors(f"reading {key}"):
+                self._quarantine(key, folder, seen, str(error))
+            return None
+
+    def _install(self, key: StageKey, folder: Path, manifest: bytes) -> Artifact:
+        target = self._folder(key)
+        if not target.parent.exists():
+            target.parent.mkdir(exist_ok=True)
+            sync(self.root)
+        while True:
+            try:
+                self.storage.retry(lambda: os.rename(folder, target))
+            except OSError as error:
+                if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+                if theirs := self.find(key):
+                    log.info("another process has published %s first; keeping theirs", key)
+                    shutil.rmtree(folder, ignore_errors=True)
+                    return theirs
+            else:
+                sync(target.parent)
+                return self.read(key.stage, key.digest)
+
+    def _remove_checkpoints(self, key: StageKey) -> None:
+        shutil.rmtree(self.root / "checkpoints" / key.stage / key.digest, ignore_errors=True)
+
+    def _stages(self) -> list[str]:
+        """Those of which something is published, in order."""
+        return sorted(path.name for path in self.root.iterdir() if path.name not in RESERVED and path.is_dir())
+
+    def _ages(self, stage: str) -> dict[str, float]:
+        """Digest -> age (which orders them; by which clock does not matter) of what is published of a stage."""
+        found = {}
+        with suppress(FileNotFoundError):
+            for folder in os.scandir(self.root / stage):
+                with suppress(FileNotFoundError, NotADirectoryError):
+                    found[folder.name] = -os.stat(f"{folder.path}/{MANIFEST}").st_mtime
+        return found
+
+    def _spec(self, digest: str) -> Mapping[str, Any] | None:
+        """The spec of a key that has been seen or is published, else None."""
+        for stage in self._stages() if digest not in self._specs else ():
+            with suppress(DamagedArtifact, OSError):
+                self._specs[digest] = self.read(stage, digest).key.spec
+        return self._specs.get(digest)
 
     def _folder(self, key: StageKey) -> Path:
         return self.root / key.stage / key.digest
@@ -256,14 +349,6 @@ class Store:
             _, *owner = folder.name.split(".")
             if len(owner) == 3 and owner[0] == machine() and not is_alive(int(owner[1])):
                 shutil.rmtree(folder, ignore_errors=True)
-
-    def _spec(self, digest: str) -> Mapping[str, Any] | None:
-        """The spec of a key that has been seen or is published, else None."""
-        if digest not in self._specs:
-            for folder in self.root.glob(f"*/{digest}"):
-                with suppress(DamagedArtifact, OSError):
-                    self._specs[digest] = _read(folder).key.spec
-        return self._specs.get(digest)
 
     @contextmanager
     def _storage_errors(self, doing: str) -> Iterator[None]:
@@ -299,47 +384,3 @@ class Store:
             f"{doing}{size} failed in the store {self.root}: {cause.strerror}. {advice}, or choose another "
             "store; then run again. Published stages stay, an unfinished one resumes from its checkpoints."
         )
-
-
-def _read(folder: Path) -> Artifact:
-    """The artifact in `folder` by its manifest alone; raises DamagedArtifact if missing or altered."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        told = manifest.pop("sha256")
-        if canonical_sha256(manifest) != told:
-            raise DamagedArtifact(f"{MANIFEST} was altered")
-        key = StageKey(manifest["stage"], manifest["spec"])
-        if folder.name != key.digest:
-            raise DamagedArtifact(f"{MANIFEST} belongs to {key}")
-        for name in manifest["files"]:
-            if PurePosixPath(name).is_absolute() or ".." in PurePosixPath(name).parts:
-                raise DamagedArtifact(f"{MANIFEST} lists {name}, which is outside the artifact")
-        return Artifact(key, folder, manifest["info"], manifest["files"])
-    except (FileNotFoundError, NotADirectoryError) as error:
-        raise DamagedArtifact(f"no {MANIFEST}: it is half-written") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise DamagedArtifact(f"{MANIFEST} is unreadable: {error!r}") from error
-
-
-def _check_files(artifact: Artifact, *, contents: bool) -> None:
-    for name, told in artifact.files.items():
-        path = artifact.path / name
-        if not path.is_file():
-            raise DamagedArtifact(f"{name} is missing")
-        if path.stat().st_size != told["size"]:
-            raise DamagedArtifact(f"{name} has {path.stat().st_size} bytes instead of {told['size']}")
-        if contents and _sha256(path) != told["sha256"]:
-            raise DamagedArtifact(f"{name} was altered: its sha256 is not the published one")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -1,11 +1,13 @@
 """Small keys, and artifacts that are built at once, for the tests of the store."""
 
+import shutil
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from semformer.keys import StageKey
-from semformer.store import Store
+from semformer.store import Artifact, Store
 
 SPEC = {
     "stage": "caae",
@@ -63,6 +65,26 @@ def eventually(condition, seconds: float = 10.0):
 
 def visible(store: Store) -> list[str]:
     return [str(artifact.key) for artifact in store.artifacts()]
+
+
+def damage(artifact: Artifact, change: Callable[[Path], None], scratch: Path) -> None:
+    """Change the files of a published artifact where the store keeps them, by change(folder)."""
+    store = artifact.fetch.__self__ if artifact.fetch else None
+    if store is None:
+        change(artifact.path)
+        return
+    place = artifact.path.relative_to(store.root).as_posix()
+    manifest = f"manifests/{artifact.key.stage}/{artifact.key.digest}.json"
+    names = {"manifest.json": manifest} | {name: f"{place}/{name}" for name in artifact.files}
+    for name, object_name in names.items():
+        (scratch / name).parent.mkdir(parents=True, exist_ok=True)
+        store.storage.download(object_name, scratch / name)
+    change(scratch)
+    for name, object_name in names.items():
+        store.storage.remove(object_name)
+        if (scratch / name).exists():
+            store.storage.upload(scratch / name, object_name)
+    shutil.rmtree(artifact.path, ignore_errors=True)
 
 
 def flip_a_bit(folder: Path) -> None:

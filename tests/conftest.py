@@ -1,6 +1,8 @@
 """What all tests share."""
 
+import logging
 import os
+import secrets
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from semformer.store import Store
+from semformer.store import Store, open_store
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)
@@ -27,6 +29,58 @@ def store(tmp_path) -> Store:
     return Store(tmp_path / "store", heartbeat=0.05, expiry=20)
 
 
+class S3Server:
+    """moto's server, which enforces conditional puts, on a port of its own; its buckets survive `stop`."""
+
+    def __init__(self):
+        from moto.server import ThreadedMotoServer
+
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        self._moto = ThreadedMotoServer
+        self._server, self.port = None, 0
+        self.start()
+
+    def start(self) -> None:
+        self._server = self._moto(ip_address="127.0.0.1", port=self.port, verbose=False)
+        self._server.start()
+        self.port = self._server.get_host_and_port()[1]
+
+    def stop(self) -> None:
+        self._server.stop()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    server = S3Server()
+    yield server
+    server.stop()
+
+
+@pytest.fixture
+def bucket(s3_server, monkeypatch, tmp_path) -> str:
+    """The location of an empty place for a store in a bucket, reached by the environment as a user would set it."""
+    import boto3
+
+    monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.url)
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+        monkeypatch.setenv(name, "test")
+    monkeypatch.setenv("SEMFORMER_CACHE", str(tmp_path / "cache"))
+    name = f"test-{secrets.token_hex(4)}"
+    boto3.client("s3").create_bucket(Bucket=name)
+    return f"s3://{name}/some/prefix"
+
+
+@pytest.fixture(params=["folder", "bucket"])
+def either(request, tmp_path) -> Store:
+    """A store in a folder, and the same test again with one in a bucket."""
+    location = tmp_path / "store" if request.param == "folder" else request.getfixturevalue("bucket")
+    return open_store(location, heartbeat=0.5, expiry=20)
+
+
 @pytest.fixture
 def start():
     """Start a Python process that runs the given code with the names below and `root`, `key` at hand."""
@@ -36,7 +90,7 @@ import time
 from pathlib import Path
 from semformer.errors import UserError
 from semformer.leases import LeaseLost
-from semformer.store import Store
+from semformer.store import Store, open_store
 from tests.artifacts import build, caae, eventually, make_weights
 key = caae()
 """

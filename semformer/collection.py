@@ -1,0 +1,193 @@
+"""What a store still needs, and the removal of the rest.
+
+A root records what a sweep or study needs: the digests of its stages. What a root reaches, directly or as the input of
+something reached, is never removed.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+from urllib.parse import quote, unquote
+
+from semformer.artifact import Artifact, DamagedArtifact
+from semformer.errors import UserError
+from semformer.leases import is_alive, machine
+from semformer.storage import Entry, Storage
+
+if TYPE_CHECKING:
+    from semformer.store import Store
+
+
+@dataclass(frozen=True)
+class Root:
+    """What was recorded: the digests, when (ISO 8601), and what for."""
+
+    digests: frozenset[str]
+    kept: str
+    about: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Collected:
+    """Something that nothing needs: `names` are those of its files' folders, or its file, in the storage."""
+
+    stage: str
+    digest: str
+    bytes: int
+    why: str
+    names: tuple[str, ...]
+
+
+def keep(storage: Storage, name: str, digests: Iterable[str], about: Mapping[str, Any]) -> None:
+    """See `Store.keep`."""
+    digests = sorted(set(digests))
+    if bad := [digest for digest in digests if not re.fullmatch(r"[0-9a-f]{64}", digest)]:
+        raise ValueError(f"{bad[0]!r} is no digest of a stage")
+    kept = datetime.now(UTC).isoformat(timespec="seconds")
+    content = json.dumps({"kept": kept, "about": about, "digests": digests}, indent=1, allow_nan=False)
+    storage.write(_file(name), content.encode())
+
+
+def roots(storage: Storage) -> dict[str, Root]:
+    """See `Store.roots`."""
+    found = {}
+    for file in sorted(storage.entries("roots/")):
+        try:
+            content = json.loads(storage.read(file)[0])
+            root = Root(frozenset(content["digests"]), content["kept"], content["about"])
+        except FileNotFoundError:  # dropped meanwhile
+            continue
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(
+                f"{file} in the store {storage.location} cannot be read ({error!r}): start its sweep again, which "
+                "writes it anew, or remove it if nothing needs what it names"
+            ) from error
+        found[unquote(file.removeprefix("roots/").removesuffix(".json"))] = root
+    return found
+
+
+def drop(storage: Storage, name: str) -> None:
+    """See `Store.drop`."""
+    if _file(name) not in storage.entries(_file(name)):
+        raise UserError(f"the store {storage.location} has no root {name!r}, only {sorted(roots(storage))}")
+    storage.remove(_file(name))
+
+
+def _file(name: str) -> str:
+    return f"roots/{quote(name, safe='')}.json"
+
+
+def collect(store: "Store", *, apply: bool, grace: float) -> list[Collected]:
+    """See `Store.collect`.
+
+    What is there is listed before the roots are read, so that a sweep that begins meanwhile keeps what it has found.
+    """
+    groups = _groups(store)
+    live = store.leases.live()
+    known = roots(store.storage)
+    if not known:
+        raise UserError(
+            f"the store {store.location} has no roots, so nothing says what is needed and nothing is removed: "
+            "start (or plan again) the sweeps whose results are to stay"
+        )
+    wanted = set().union(live, *live.values(), *(root.digests for root in known.values()))
+    reached, places = _reach(store, groups, wanted)
+    reasons: dict[tuple[str, str, str], dict[str, Entry]] = defaultdict(dict)
+    for (kind, stage, digest), things in groups.items():
+        if min(entry.age for entry in things.values()) <= grace or any(key.startswith(digest) for key in live):
+            continue
+        for name, entry in things.items():
+            if why := _why(name, kind, digest, reached, places):
+                reasons[stage, digest, why][name] = entry
+    collected = [
+        Collected(stage, digest, sum(entry.size for entry in things.values()), why, tuple(sorted(things)))
+        for (stage, digest, why), things in reasons.items()
+    ]
+    if apply:
+        for name in [name for item in collected for name in item.names]:
+            store.storage.remove(name)
+            store.storage.remove_folder(name)
+    return collected
+
+
+def _groups(store: "Store") -> dict[tuple[str, str, str], dict[str, Entry]]:
+    """(kind, stage, digest or its start) -> name, size and age of the files and folders kept or removed as a whole."""
+    groups: dict[tuple[str, str, str], dict[str, Entry]] = defaultdict(dict)
+    depths = {"roots": 0, "clock": 0, "leases": 2, "tmp": 2, "damaged": 2, "checkpoints": 3, "manifests": 3}
+    for file, entry in store.storage.entries("").items():
+        parts = file.split("/")[: depths.get(file.split("/")[0], store.DEPTH)]
+        match parts:
+            case []:
+                continue
+            case ["leases", lease]:
+                owner = "leases", "", lease.partition(".")[0]
+            case ["tmp" | "damaged" as kind, name]:
+                owner = kind, name.partition("-")[0], name.partition("-")[2].partition(".")[0].partition("-")[0]
+            case ["checkpoints", stage, digest]:
+                owner = "checkpoints", stage, digest
+            case ["manifests", stage, manifest]:
+                owner = "artifacts", stage, manifest.partition(".")[0]
+            case [stage, digest, *_]:
+                owner = "artifacts", stage, digest
+            case _:
+                continue  # no file of the store
+        name = "/".join(parts)
+        before = groups[owner].get(name, Entry(0, entry.age))
+        groups[owner][name] = Entry(before.size + entry.size, min(before.age, entry.age))
+    return groups
+
+
+def _reach(
+    store: "Store", groups: Mapping[tuple[str, str, str], object], wanted: set[str]
+) -> tuple[set[str], dict[str, str | None]]:
+    """`wanted` with all inputs; and of what of it is published, the name of its files' folder (None: unreadable)."""
+    stages = {digest: stage for kind, stage, digest in groups if kind == "artifacts"}
+
+    def read(digest: str) -> Artifact | DamagedArtifact | None:
+        try:
+            return store.read(stages[digest], digest)
+        except DamagedArtifact as error:
+            return error
+        except FileNotFoundError:
+            return None
+
+    reached: set[str] = set()
+    places: dict[str, str | None] = {}
+    with ThreadPoolExecutor(16) as pool:
+        while wanted:
+            reached |= wanted
+            here = [digest for digest in wanted if digest in stages]
+            wanted = set()
+            for digest, artifact in zip(here, pool.map(read, here), strict=True):
+                if isinstance(artifact, Artifact):
+                    places[digest] = artifact.path.relative_to(store.root).as_posix()
+                    wanted |= set(artifact.key.spec.get("inputs", {}).values()) - reached
+                elif artifact:
+                    places[digest] = None
+    return reached, places
+
+
+def _why(name: str, kind: str, digest: str, reached: set[str], places: Mapping[str, str | None]) -> str | None:
+    """Why something old that nobody is building can go, or None if it must stay."""
+    if kind == "leases":
+        return "a lease that has ended"
+    if kind == "damaged":
+        return "was damaged"
+    if kind == "tmp":
+        _, *owner = name.split(".")
+        alive = len(owner) == 3 and owner[0] == machine() and is_alive(int(owner[1]))
+        return None if alive else "left by a process that has ended"
+    if digest not in reached:
+        return "no root reaches it"
+    if kind == "checkpoints":
+        return "checkpoints of what is published" if digest in places else None
+    if digest not in places:
+        return "left by a publisher that did not finish"
+    if places[digest] in (None, name) or name.startswith("manifests/"):
+        return None
+    return "left by a publisher that was not the first"

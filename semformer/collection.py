@@ -99,7 +99,7 @@ def collect(store: "Store", *, apply: bool, grace: float) -> list[Collected]:
     reached, places = _reach(store, groups, wanted)
     reasons: dict[tuple[str, str, str], dict[str, Entry]] = defaultdict(dict)
     for (kind, stage, digest), things in groups.items():
-        if min(entry.age for entry in things.values()) <= grace or any(key.startswith(digest) for key in live):
+        if min(entry.age for entry in things.values()) < grace or any(key.startswith(digest) for key in live):
             continue
         for name, entry in things.items():
             if why := _why(name, kind, digest, reached, places):

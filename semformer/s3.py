@@ -65,7 +65,7 @@ class Bucket(Storage):
         self.bucket, self.prefix = match[1], f"{match[2][1:]}/" if match[2] else ""
         options = Config(connect_timeout=5, read_timeout=30, retries={"total_max_attempts": 1}, max_pool_connections=32)
         try:
-            self._client = boto3.client("s3", config=options)
+            self._client = boto3.session.Session().client("s3", config=options)
         except (BotoCoreError, ValueError) as error:
             raise self._explain(error) from error
 

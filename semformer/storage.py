@@ -33,7 +33,7 @@ class StorageUnreachable(UserError):
 @dataclass(frozen=True)
 class Entry:
     size: int  # bytes
-    age: float  # seconds since it was written or touched
+    age: float  # seconds since it was written, touched or expired
 
 
 class Storage(ABC):
@@ -143,7 +143,8 @@ class Folder(Storage):
                     paths += _children(path)
                 else:
                     state = path.stat()
-                    found[path.relative_to(self.root).as_posix()] = Entry(state.st_size, now - state.st_mtime)
+                    changed = state.st_mtime or state.st_ctime  # 0: `expire` has set it
+                    found[path.relative_to(self.root).as_posix()] = Entry(state.st_size, now - changed)
         return found
 
     @patiently

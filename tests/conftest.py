@@ -3,8 +3,10 @@
 import logging
 import os
 import secrets
+import socket
 import subprocess
 import sys
+import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +50,12 @@ class S3Server:
     def stop(self) -> None:
         self._server.stop()
 
+    def require_permission(self, required: bool) -> None:
+        """Whether to refuse credentials that the server has not given out itself."""
+        body = b"0" if required else b"1000000000"
+        request = urllib.request.Request(f"{self.url}/moto-api/reset-auth", body, {"Content-Type": "text/plain"})
+        urllib.request.urlopen(request).close()
+
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
@@ -72,6 +80,13 @@ def bucket(s3_server, monkeypatch, tmp_path) -> str:
     name = f"test-{secrets.token_hex(4)}"
     boto3.client("s3").create_bucket(Bucket=name)
     return f"s3://{name}/some/prefix"
+
+
+@pytest.fixture
+def unused_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 @pytest.fixture(params=["folder", "bucket"])

@@ -1,0 +1,146 @@
+"""What a store no longer needs is found and removed; what any root reaches never is."""
+
+import json
+import os
+import time
+
+import pytest
+
+from semformer.errors import UserError
+from semformer.store import open_store
+from tests.artifacts import build, caae, damage, flip_a_bit, make_weights, segmentor, visible
+
+KEPT, DROPPED = caae(), caae(decoder_depth=4)
+
+
+@pytest.fixture
+def store(either):
+    """Two networks, each with the encoder it was made from; a root reaches the first network."""
+    for source in (KEPT, DROPPED):
+        build(either, source, make_weights)
+        build(either, segmentor(source), make_weights)
+    either.keep("table 3/tiny", [segmentor(KEPT).digest], {"preset": "tiny"})
+    return either
+
+
+def told(collected) -> set[tuple[str, str, str]]:
+    return {(item.stage, item.digest, item.why) for item in collected if item.stage}
+
+
+UNREACHED = {(key.stage, key.digest, "no root reaches it") for key in (DROPPED, segmentor(DROPPED))}
+
+
+def test_what_no_root_reaches_goes_and_the_inputs_of_the_rest_stay(store):
+    assert told(store.collect(grace=0)) == UNREACHED
+    assert len(visible(store)) == 4, "that was a dry run"
+    collected = store.collect(apply=True, grace=0)
+    assert told(collected) == UNREACHED
+    assert all(item.bytes > 17_000 for item in collected if item.stage)
+    assert visible(store) == [str(KEPT), str(segmentor(KEPT))]
+    assert store.collect(grace=0) == []
+    fresh = open_store(store.location)
+    assert fresh.find(KEPT)
+    assert fresh.find(segmentor(KEPT))
+    assert fresh.find(DROPPED) is None
+    assert build(fresh, DROPPED, make_weights)
+
+
+def test_what_is_young_stays(store):
+    assert store.collect(apply=True) == []
+    assert len(visible(store)) == 4
+
+
+def test_what_is_being_built_stays_with_its_inputs(store):
+    wanted = segmentor(DROPPED, sigma=0.2)
+    with store.lease(wanted):
+        (store.checkpoints(wanted) / "epoch").write_text("1")
+        store.save_checkpoints(wanted)
+        collected = store.collect(apply=True, grace=0)
+        assert told(collected) == {("segmentor", segmentor(DROPPED).digest, "no root reaches it")}
+        assert store.holder(wanted)
+    assert (store.checkpoints(wanted) / "epoch").read_text() == "1"
+    assert told(store.collect(grace=0)) == {
+        ("segmentor", wanted.digest, "no root reaches it"),
+        ("caae", DROPPED.digest, "no root reaches it"),
+    }
+
+
+def test_unfinished_stages_keep_their_checkpoints_while_a_root_reaches_them(store):
+    wanted = caae(decoder_depth=2)
+    (store.checkpoints(wanted) / "epoch").write_text("1")
+    store.save_checkpoints(wanted)
+    store.keep("search", [wanted.digest])
+    store.collect(apply=True, grace=0)
+    assert (store.checkpoints(wanted) / "epoch").read_text() == "1"
+    store.drop("search")
+    assert told(store.collect(apply=True, grace=0)) == {("caae", wanted.digest, "no root reaches it")}
+    assert store.storage.entries("checkpoints/") == {}
+
+
+def test_damaged_artifacts_and_what_dead_processes_left_are_removed(store, start, tmp_path):
+    damage(store.find(KEPT), flip_a_bit, tmp_path / "scratch")
+    assert store.find(KEPT) is None
+    build(store, KEPT, lambda *made: {**make_weights(*made), "seconds": 2.0})
+    code = f"""
+store = open_store({store.location!r})
+workspace = store.workspace(key)
+info = make_weights(workspace, None, None)
+store.storage.create = lambda *of_the_manifest: os.kill(os.getpid(), 9)
+os.rename = lambda *of_the_folder: os.kill(os.getpid(), 9)
+store.publish(caae(decoder_depth=8.0), workspace, info)
+"""
+    assert start(tmp_path, code).wait(30) == -9
+    reasons = {item.why for item in store.collect(apply=True, grace=0)}
+    assert {"was damaged", "no root reaches it", "a lease that has ended"} <= reasons
+    assert store.find(KEPT)
+    assert store.find(segmentor(KEPT))
+    assert store.collect(grace=0) == []
+    left = {name.split("/")[0] for name in store.storage.entries("")}
+    assert left <= {"caae", "segmentor", "manifests", "roots", "clock"}
+    assert len({name.split("/")[1] for name in store.storage.entries("caae/")}) == 1
+
+
+def test_a_store_without_roots_is_not_collected(either):
+    build(either, KEPT, make_weights)
+    with pytest.raises(UserError, match=f"{either.location} has no roots, so nothing says what is needed"):
+        either.collect(apply=True, grace=0)
+    assert visible(either) == [str(KEPT)]
+
+
+def test_roots_are_kept_under_any_name_and_dropped(store):
+    store.keep("search", {KEPT.digest: 1}, {"trials": 3})
+    roots = open_store(store.location).roots()
+    assert list(roots) == ["search", "table 3/tiny"]
+    assert roots["search"].digests == {KEPT.digest}
+    assert roots["search"].about == {"trials": 3}
+    store.keep("search", [DROPPED.digest])
+    assert store.roots()["search"].digests == {DROPPED.digest}
+    store.drop("search")
+    with pytest.raises(UserError, match=r"no root 'search', only \['table 3/tiny'\]"):
+        store.drop("search")
+    with pytest.raises(ValueError, match="'caae' is no digest"):
+        store.keep("search", ["caae"])
+
+
+@pytest.mark.parametrize("content", ["{", "[]", json.dumps({"digests": None, "kept": "", "about": {}})])
+def test_an_unreadable_root_stops_the_collection(store, content):
+    store.storage.write("roots/search.json", content.encode())
+    with pytest.raises(UserError, match=r"roots/search\.json in the store .* cannot be read"):
+        store.collect(apply=True, grace=0)
+    assert len(visible(store)) == 4
+
+
+def test_workspaces_of_other_hosts_are_removed_when_old(tmp_path):
+    store = open_store(tmp_path)
+    build(store, KEPT, make_weights)
+    store.keep("sweep", [KEPT.digest])
+    mine = store.workspace(caae(decoder_depth=2))
+    theirs = store.root / "tmp" / "caae-0123456789ab.elsewhere.1.cafe"
+    theirs.mkdir()
+    for folder in (mine, theirs):
+        (folder / "weights.bin").write_bytes(b"half")
+        then = time.time() - 2 * 24 * 3600
+        os.utime(folder / "weights.bin", (then, then))
+    (collected,) = store.collect(apply=True)
+    assert collected.why == "left by a process that has ended"
+    assert (mine.exists(), theirs.exists()) == (True, False)

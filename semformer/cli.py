@@ -293,7 +293,7 @@ class _Display:
         losses = " ".join(f"{name} {report.values[name]:.3f}" for name in LOSSES if name in report.values)
         epoch = f"epoch {report.epoch}/{report.epochs}" if report.epochs else ""
         speed = f"{report.images_per_second:.0f} img/s, {report.seconds_left:.0f} s left"
-        told = " ".join(filter(None, (epoch, losses, speed)))
+        told = " ".join(filter(None, (epoch, losses, speed, report.note)))
         self._update(report.stage, report.done, report.total, told)
         if not self.live and (report.end_of_epoch or (not report.epochs and report.done == report.total)):
             console.print(f"{report.stage}: {told}", highlight=False, soft_wrap=True)

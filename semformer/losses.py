@@ -7,7 +7,7 @@ Similarities are cosine similarities in (-1, 1); ReLU before them makes them non
 differs from the paper, the default is the code and the paper's reading is an argument.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -26,7 +26,7 @@ def similarity(E: Tensor, S: Tensor) -> Tensor:
 
 def semantic_similarity(sim: Tensor, Y: Tensor) -> Tensor:
     """L_SS of Eq. 2 and Eq. 12. sim, Y: (B, K) -> scalar, mean over images and classes."""
-    with torch.autocast(sim.device.type, enabled=False):  # on GPUs, torch refuses this loss under autocast
+    with torch.autocast("cuda", enabled=False):  # there, torch refuses this loss under autocast
         loss = F.binary_cross_entropy(sim.float().nan_to_num().clamp(min=0), Y.float())
     return loss + 0 * sim.sum()  # a NaN must reach the training loop's guard, not torch's assertion
 
@@ -38,18 +38,22 @@ def reconstruction(images: Tensor, images_recon: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Pairs:
-    """The P pairs of (image, present class) of a batch.
+    """The P pairs of (image, present class) of a batch, or of a part of its images.
 
     image, own: (P,) indices; others: (P, K), true where a class is present in the pair's image and is not its own.
+    batch: all pairs of the batch where these are only a part: the losses' means run over all of them.
     """
 
     image: Tensor
     own: Tensor
     others: Tensor
+    batch: "Pairs | None" = None
 
     @classmethod
-    def of(cls, Y: Tensor) -> "Pairs":
-        """Y: (B, K) image-level labels, 1 where present (background always is)."""
+    def of(cls, Y: Tensor, part: slice = slice(None)) -> "Pairs":
+        """Y: (B, K) image-level labels, 1 where present (background always is). `part`: the images that count."""
+        if len(Y[part]) < len(Y):
+            return replace(cls.of(Y[part]), batch=cls.of(Y))
         image, own = torch.nonzero(Y, as_tuple=True)
         others = Y[image].bool()
         others[torch.arange(len(own), device=own.device), own] = False
@@ -60,21 +64,22 @@ def class_foreground(sim: Tensor, pairs: Pairs, reduction: Literal["batch", "ima
     """L_CF of Eq. 7: the foreground image of a class shows that class and none of the image's others.
 
     sim: (P, K), similarities of the class-foreground images. "batch" is ((1 - mean own) + (1 + mean others)) / 2,
-    means over all pairs of the batch; "image" is the paper's normalisation per image, averaged over images.
+    means over all pairs of the batch; "image" is the paper's normalisation per image, averaged over images. Of a part
+    of a batch it is the part's share: the shares of all parts add up to the batch's loss.
     """
     own, others = _weights(pairs, reduction)
     loss = (own * (1 - sim) + others * sim).sum()
-    return (loss + 1) / 2 if reduction == "batch" else loss
+    return (loss + _share(pairs)) / 2 if reduction == "batch" else loss
 
 
 def class_background(sim: Tensor, pairs: Pairs, reduction: Literal["batch", "image"] = "batch") -> Tensor:
     """L_CB of Eq. 8: the background image of a class shows nothing of it and all the image's others.
 
-    sim: (P, K), similarities of the class-background images. Reductions as in `class_foreground`.
+    sim: (P, K), similarities of the class-background images. Reductions and parts as in `class_foreground`.
     """
     own, others = _weights(pairs, reduction)
     loss = (own * sim + others * (1 - sim)).sum()
-    return (loss + 1) / 2 if reduction == "batch" else loss
+    return (loss + _share(pairs)) / 2 if reduction == "batch" else loss
 
 
 def activation_suppression(M: Tensor, sigma: float, channels: Literal["objects", "all"] = "objects") -> Tensor:
@@ -103,16 +108,21 @@ def activation_complementation(
     is_strongest = torch.arange(M.shape[1], device=M.device)[:, None, None] == argmax
     N = torch.where(is_strongest, second, first)
     counted = valid * present
-    return ((M + N - 1).square() * counted).sum() / counted.sum()
+    return ((M + N - 1).square() * counted).sum() / counted.sum().clamp(min=1)
 
 
 def _weights(pairs: Pairs, reduction: str) -> tuple[Tensor, Tensor]:
     """Weights (P, K) of each pair's own and other similarities: means over the batch, or per image, then images."""
+    batch = pairs.batch or pairs
     own = F.one_hot(pairs.own, pairs.others.shape[1]).float()
     others = pairs.others.float()
     if reduction == "batch":
-        return own / len(own), others / others.sum().clamp(min=1)
-    C = torch.bincount(pairs.image)
-    n_images = (C > 0).sum()
-    C = C[pairs.image][:, None]
+        return own / len(batch.own), others / batch.others.float().sum().clamp(min=1)
+    n_images = (torch.bincount(batch.image) > 0).sum()
+    C = torch.bincount(pairs.image)[pairs.image][:, None]
     return own / (C * n_images), others / (C * (C - 1) * n_images).clamp(min=1)
+
+
+def _share(pairs: Pairs) -> float:
+    """How much of the batch's pairs these are, 1 where they are all."""
+    return len(pairs.own) / len((pairs.batch or pairs).own)

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from semformer import memory
 from semformer.config import Config, Settings
 from semformer.data.shapes import cached_shapes
 from semformer.data.voc import Devkit, Split, open_devkit
@@ -162,6 +163,8 @@ def run(
 
     `probe`, such as `segmentor.map_probe`, adds what it measures to the report of each segmentation epoch.
     Two processes never make the same stage at once: the second waits (`waiting` is told for whom), then finds it.
+    An artifact's info has what its stage returned, and "seconds", "memory" (see `memory.peak`) and "versions".
+    Raises UserError where a stage does not fit into memory, beside what the stages raise.
     """
     keys = stage_keys(config, data, until)
     done: dict[str, Artifact] = {}
@@ -169,7 +172,10 @@ def run(
     def make(stage: Stage, workspace: Path, check: Callable[[], None]) -> dict[str, Any]:
         ctx = Context(device, progress, workspace, store.checkpoints(keys[stage.name]), workers, check, probe)
         inputs = [done.get(name) for name in stage.inputs]
-        return stage.run(config, data[getattr(config.data, stage.split)], *inputs, ctx)
+        memory.reset_peak(device)
+        with memory.explained(stage.name, device):
+            made = stage.run(config, data[getattr(config.data, stage.split)], *inputs, ctx)
+        return {**made, "memory": memory.peak(device)}
 
     for stage in needed_stages(config, until):
         stage_run = _find_or_make(stage, keys[stage.name], store, make, waiting)

@@ -19,6 +19,8 @@ LINE_EVERY = 30.0
 """Seconds after which a trial gets a line without having ended an epoch."""
 SHOWN = 30
 """Trials in the live table: the running ones first, then those that ended last."""
+NO_LOSSES = ("lr", "images_per_second", "micro_batch", "gpu_memory")
+"""Of what an epoch measures; not in its line."""
 STYLES = {"running": "bold", "finished": "green", "found": "green", "failed": "red", "queued": "dim"}
 
 
@@ -74,8 +76,9 @@ class Display:
         elif event in ("progress", "epoch"):
             state.stage, state.left = report["stage"], report["seconds_left"]
             state.epoch = f"{report['epoch']}/{report['epochs']}" if report["epochs"] else ""
-            losses = [f"{n} {v:.3f}" for n, v in report["values"].items() if n not in ("lr", "images_per_second")]
-            state.told = " ".join([*losses, f"{report['images_per_second']:.0f} img/s"])
+            losses = [f"{n} {v:.3f}" for n, v in report["values"].items() if n not in NO_LOSSES]
+            speed = f"{report['images_per_second']:.0f} img/s"
+            state.told = " ".join(filter(None, [*losses, speed, report["note"]]))
             if event == "epoch" or self.seconds - state.since > LINE_EVERY:
                 epoch = f"epoch {state.epoch}, " if state.epoch else ""
                 line = f"{state.stage} {epoch}{state.told}, {_duration(state.left)} left"

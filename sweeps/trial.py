@@ -3,7 +3,7 @@
 A report is a flat dict whose "event" tells its kind:
 
     start                                                        the process is at work
-    progress  stage step steps epoch epochs images_per_second seconds_left values    about one a second
+    progress  stage step steps epoch epochs images_per_second seconds_left note values    about one a second
     epoch     the same, at the end of an epoch                   values: the means of the epoch
     waiting   stage, holder                                      another sweep is making the stage
     stage     stage key found seconds                            a stage is in the store
@@ -124,6 +124,7 @@ class _Reports:
                 "epochs": told.epochs,
                 "images_per_second": told.images_per_second,
                 "seconds_left": told.seconds_left,
+                "note": told.note,
                 "values": dict(told.values),
             }
         )

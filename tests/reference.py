@@ -57,7 +57,8 @@ def segmentor_losses(
 ) -> dict[str, Tensor]:
     """Eq. 7 to 13, all five losses."""
     B, K = Y.shape
-    logits, E, _ = model(images, last_blocks=len(model.backbone.blocks), generator=generator)
+    kept = model.draw_kept(images, generator)
+    logits, E, _ = model(images, last_blocks=len(model.backbone.blocks), kept=kept)
     small = F.interpolate(images, size=caae_size, mode="bilinear", align_corners=True)
     M = F.interpolate(logits, size=caae_size, mode="bilinear", align_corners=True).sigmoid()
     valid = torch.zeros(B, caae_size, caae_size)

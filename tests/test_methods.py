@@ -58,6 +58,60 @@ def test_segmentor_losses_and_gradients_equal_the_plain_ones(batch, pair_reducti
     torch.testing.assert_close(our_gradients, plain_gradients, atol=1e-5, rtol=1e-3)
 
 
+def in_parts(compute, model, n_images: int, size: int):
+    """Terms and gradients of a batch whose images are passed `size` at a time: compute(part) -> terms."""
+    model.zero_grad()
+    total: dict[str, float] = {}
+    for first in range(0, n_images, size):
+        terms = compute(slice(first, first + size))
+        terms["total"].backward()
+        total = {name: total.get(name, 0.0) + term.item() for name, term in terms.items()}
+    return total, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("pair_reduction", ["batch", "image"])
+@pytest.mark.parametrize("losses", ["CF", "CB", "AS", "AC", "SS", "CF,CB,AS,AC,SS"])
+@pytest.mark.parametrize(("suppress", "complement", "dropout"), [("objects", "present", 0.5), ("all", "all", 0.0)])
+def test_parts_of_a_batch_add_up_to_it(batch, size, pair_reduction, losses, suppress, complement, dropout):
+    """Images of 3, 2, 1, 2 and 1 classes, of which one has no valid pixel at the CAAE's size."""
+    torch.manual_seed(0)
+    images, regions, Y = batch
+    nothing = torch.tensor([[0, 0, 1, 64]])
+    images = torch.cat([images, images[:2].flip(-1)])
+    regions, Y = torch.cat([regions, regions[:1], nothing]), torch.cat([Y, Y[1:]])
+    guide = small_caae().eval().requires_grad_(False)
+    model = Segmentor(small_backbone(64), n_classes=K, class_dim=D, token_dropout=dropout).train()
+    choice = {"pair_reduction": pair_reduction, "suppress": suppress, "complement": complement}
+    options = SegmentorConfig(losses=losses, **choice)
+
+    def compute(part):
+        generator = torch.Generator().manual_seed(5)
+        arguments = {"caae_size": 32, "generator": generator, "part": part}
+        return segmentor_stage.loss_terms(model, guide, options, images, regions, Y, **arguments)
+
+    whole, whole_gradients = in_parts(compute, model, 5, 5)
+    parts, gradients = in_parts(compute, model, 5, size)
+    assert parts == pytest.approx(whole, abs=1e-5)
+    torch.testing.assert_close(gradients, whole_gradients, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("reconstruction", [True, False])
+@pytest.mark.parametrize("size", [1, 2])
+def test_parts_of_a_batch_add_up_to_it_for_the_caae(batch, reconstruction, size):
+    torch.manual_seed(0)
+    model = small_caae(reconstruction=reconstruction)
+    images, _, Y = batch
+
+    def compute(part):
+        return caae_stage.loss_terms(model, images[..., :32, :32], Y, part=part)
+
+    whole, whole_gradients = in_parts(compute, model, 3, 3)
+    parts, gradients = in_parts(compute, model, 3, size)
+    assert parts == pytest.approx(whole, abs=1e-5)
+    torch.testing.assert_close(gradients, whole_gradients, atol=1e-6, rtol=1e-4)
+
+
 @pytest.mark.parametrize("reconstruction", [True, False])
 def test_caae_loss_equals_the_plain_one(batch, reconstruction):
     torch.manual_seed(0)
@@ -118,12 +172,15 @@ def test_class_attention_equals_the_full_matrix():
 
 def test_dropout_drops_whole_tokens_and_only_in_training():
     model = Segmentor(small_backbone(64), n_classes=K, class_dim=D, token_dropout=0.5).train()
-    patches = torch.ones(4, 64, 16)
-    dropped = model._drop_tokens(patches, torch.Generator().manual_seed(0))
-    assert set(dropped.unique().tolist()) == {0.0, 2.0}
-    assert ((dropped == 0).all(dim=-1) | (dropped == 2).all(dim=-1)).all()
-    assert not (dropped == 0).all(dim=1).any(), "no image is dropped as a whole"
-    torch.testing.assert_close(model.eval()._drop_tokens(patches, None), patches)
+    images = torch.randn(4, 3, 64, 64)
+    kept = model.draw_kept(images, torch.Generator().manual_seed(0))
+    assert kept.shape == (4, 64, 1)
+    assert 0.3 < kept.float().mean() < 0.7
+    assert kept.any(dim=1).all(), "no image is dropped as a whole"
+    logits, bias = model(images, kept=kept)[0].flatten(2).transpose(1, 2), model.patch_head.bias
+    whole = model(images)[0].flatten(2).transpose(1, 2)
+    torch.testing.assert_close(logits, torch.where(kept, 2 * (whole - bias) + bias, bias))
+    assert model.eval().draw_kept(images, None) is None
 
 
 def test_class_tokens_start_as_copies_of_the_pretrained_one():

@@ -22,7 +22,7 @@ class Segmentor(nn.Module):
         nn.init.trunc_normal_(self.class_head_weight, std=0.02)
 
     def forward(
-        self, images: Tensor, *, last_blocks: int = 0, generator: torch.Generator | None = None
+        self, images: Tensor, *, last_blocks: int = 0, kept: Tensor | None = None
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Activation logits, class embeddings and, on request, what the class tokens look at.
 
@@ -31,7 +31,7 @@ class Segmentor(nn.Module):
         - embeddings E' (B, K, D) of the class tokens, after ReLU (section 3.3.4);
         - A^l (B, K, h*w) of the last `last_blocks` blocks, first to last (Eq. 6); computed nowhere else.
 
-        In training mode whole patch tokens are dropped with `token_dropout`, drawn from `generator`.
+        `kept` (B, N, 1), from `draw_kept`, tells the patch tokens that are not dropped; None drops none.
         """
         patches, grid = self.backbone.tokens(images)
         classes = (self.class_tokens + self.class_positions).expand(len(images), -1, -1)
@@ -43,13 +43,17 @@ class Segmentor(nn.Module):
             tokens = block(tokens)
         tokens = self.backbone.norm(tokens)
         classes, patches = tokens.split([self.n_classes, patches.shape[1]], dim=1)
-        logits = self.patch_head(self._drop_tokens(patches, generator))
+        logits = self.patch_head(patches if kept is None else patches * kept / (1 - self.token_dropout))
         embeddings = torch.einsum("bkd,kde->bke", classes, self.class_head_weight) + self.class_head_bias
         return logits.transpose(1, 2).unflatten(-1, grid), embeddings.relu(), attention
 
-    def _drop_tokens(self, patches: Tensor, generator: torch.Generator | None) -> Tensor:
+    def draw_kept(self, images: Tensor, generator: torch.Generator | None) -> Tensor | None:
+        """Token dropout of training images (B, 3, H, W): (B, N, 1), true with 1 - `token_dropout`.
+
+        None where there is none: with a probability of 0, and in evaluation mode.
+        """
         if not (self.training and self.token_dropout):
-            return patches
-        keep = 1 - self.token_dropout
-        kept = torch.rand(*patches.shape[:2], 1, generator=generator, device=patches.device) < keep
-        return patches * kept / keep
+            return None
+        h, w = (side // self.backbone.patch_size for side in images.shape[-2:])
+        drawn = torch.rand(len(images), h * w, 1, generator=generator, device=images.device)
+        return drawn < 1 - self.token_dropout

@@ -35,7 +35,7 @@ def run(config: Config, data: Split, ctx: Context) -> dict[str, Any]:
             config=options,
             n_images=len(data),
             sample=lambda i, rng: (caae_crop(data.image(i), options, rng), torch.from_numpy(data.labels[i])),
-            loss=lambda batch, generator: loss_terms(model, *batch),
+            loss=lambda batch, generator, part: loss_terms(model, *batch, part=part),
             pretrained=model.encoder if options.pretrained or options.weights else None,
             precision=config.precision,
             seed=config.seed,
@@ -45,13 +45,18 @@ def run(config: Config, data: Split, ctx: Context) -> dict[str, Any]:
     return {"history": history}
 
 
-def loss_terms(model: CAAE, images: Tensor, Y: Tensor) -> dict[str, Tensor]:
-    """L_CAAE of Eq. 4 and its terms. images: (B, 3, S, S), Y: (B, K). Only present classes train their semantics."""
+def loss_terms(model: CAAE, images: Tensor, Y: Tensor, *, part: slice = slice(None)) -> dict[str, Tensor]:
+    """L_CAAE of Eq. 4 and its terms. images: (B, 3, S, S), Y: (B, K). Only present classes train their semantics.
+
+    Of the images in `part`, it is their share of the batch's loss: the shares of all parts add up to it.
+    """
+    share = len(Y[part]) / len(Y)
+    images, Y = images[part], Y[part]
     E, images_recon = model(images)
     S = torch.where(Y[..., None].bool(), model.semantics, model.semantics.detach())
-    terms = {"SS": losses.semantic_similarity(losses.similarity(E.float(), S), Y)}
+    terms = {"SS": share * losses.semantic_similarity(losses.similarity(E.float(), S), Y)}
     if images_recon is not None:
-        terms["recon"] = losses.reconstruction(images, images_recon.float())
+        terms["recon"] = share * losses.reconstruction(images, images_recon.float())
     return {"total": sum(terms.values()), **terms}
 
 

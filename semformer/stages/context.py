@@ -21,6 +21,8 @@ class Progress:
     images_per_second: float = 0.0
     seconds_left: float = float("nan")
     end_of_epoch: bool = False
+    note: str = ""
+    """What people should know of how the stage runs."""
 
 
 @dataclass(frozen=True)

@@ -61,8 +61,8 @@ def run(config: Config, data: Split, caae: Artifact, ctx: Context) -> dict[str, 
             config=options,
             n_images=len(data),
             sample=sample,
-            loss=lambda batch, generator: loss_terms(
-                model, guide, options, *batch, caae_size=config.caae.image_size, generator=generator
+            loss=lambda batch, generator, part: loss_terms(
+                model, guide, options, *batch, caae_size=config.caae.image_size, generator=generator, part=part
             ),
             pretrained=model.backbone if options.pretrained or options.weights else None,
             precision=config.precision,
@@ -139,20 +139,29 @@ def loss_terms(
     *,
     caae_size: int,
     generator: torch.Generator | None = None,
+    part: slice = slice(None),
 ) -> dict[str, Tensor]:
     """L_seg of Eq. 13, the terms that `options.losses` names.
 
     images: (B, 3, H, H), regions: (B, 4) valid pixels of the crops, Y: (B, K). Activation maps live at the size of the
     CAAE's image, s. One pass of the CAAE embeds the class-foreground and class-background images of all P pairs.
+    Of the images in `part`, it is their share of the batch's loss, with the tokens that the batch's dropout keeps:
+    the shares of all parts add up to the batch's loss.
     """
+    pairs = Pairs.of(Y, part)
     valid = valid_mask(regions, images.shape[-1], caae_size)
+    n_counted = valid.sum(dim=(1, 2, 3)) * Y.sum(dim=1)  # of L_AC, by image
+    share_of_images = len(Y[part]) / len(Y)
+    share_of_counted = n_counted[part].sum() / n_counted.sum().clamp(min=1)
+    kept = model.draw_kept(images, generator)
+    images, valid, Y, kept = images[part], valid[part], Y[part], None if kept is None else kept[part]
+
     I = F.interpolate(images, size=caae_size, mode="bilinear", align_corners=True)  # noqa: E741 (the paper's symbol)
-    logits, E, _ = model(images, generator=generator)
+    logits, E, _ = model(images, kept=kept)
     M = activation_maps(logits, valid)
     S = caae.semantics
 
     terms = {}
-    pairs = Pairs.of(Y)
     M_pairs, I_pairs = M[pairs.image, pairs.own, None], I[pairs.image]
     kinds = {"CF": (M_pairs, losses.class_foreground), "CB": (1 - M_pairs, losses.class_background)}
     wanted = {name: kind for name, kind in kinds.items() if name in options.losses}
@@ -162,11 +171,11 @@ def loss_terms(
         for (name, (_, loss)), sim in zip(wanted.items(), sims, strict=True):
             terms[name] = loss(sim, pairs, options.pair_reduction)
     if "AS" in options.losses:
-        terms["AS"] = losses.activation_suppression(M, options.sigma, options.suppress)
+        terms["AS"] = share_of_images * losses.activation_suppression(M, options.sigma, options.suppress)
     if "AC" in options.losses:
-        terms["AC"] = losses.activation_complementation(M, Y, valid, options.complement)
+        terms["AC"] = share_of_counted * losses.activation_complementation(M, Y, valid, options.complement)
     if "SS" in options.losses:
-        terms["SS"] = losses.semantic_similarity(similarity(E.float(), S), Y)
+        terms["SS"] = share_of_images * losses.semantic_similarity(similarity(E.float(), S), Y)
     return {"total": sum(terms.values()), **terms}
 
 

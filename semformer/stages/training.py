@@ -1,4 +1,4 @@
-"""The training loop of both networks: poly schedule, divergence guard, progress, and epoch checkpoints.
+"""The training loop of both networks: poly schedule, micro-batches, divergence guard, progress, epoch checkpoints.
 
 A run that resumes from an epoch checkpoint ends with the same weights as one that was never interrupted: every random
 number is drawn from (seed, epoch, index of the image) or (seed, epoch), so no generator's state has to be saved.
@@ -19,12 +19,16 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from semformer import memory
 from semformer.config import NetworkConfig, OptimizerConfig
 from semformer.errors import UserError
 from semformer.precision import autocast
 from semformer.stages.context import Context, Progress
 
 log = logging.getLogger(__name__)
+Loss = Callable[[list[Tensor], torch.Generator, slice], dict[str, Tensor]]
+"""loss(batch, generator, part) -> named terms, of which "total" is minimised: the share that the images in `part` have
+in those of the batch. What it draws from `generator` it draws for the whole batch."""
 DIVERGED = 1e4
 """A loss of this size is no loss any more: similarities give at most about 20, a reconstruction starts near 1."""
 
@@ -65,7 +69,7 @@ def train(
     config: NetworkConfig,
     n_images: int,
     sample: Callable[[int, np.random.Generator], tuple],
-    loss: Callable[[tuple, torch.Generator], dict[str, Tensor]],
+    loss: Loss,
     pretrained: nn.Module | None,
     precision: str,
     seed: int,
@@ -74,9 +78,10 @@ def train(
 ) -> dict[str, list[float]]:
     """Train `model` in place; returns the mean of every loss term per epoch.
 
-    sample(index, rng) makes one training sample; loss(batch, generator) -> named terms, of which "total" is minimised.
-    `pretrained` is the part of the model with pretrained weights (it learns more slowly), or None.
-    `after_epoch(epoch)` may measure more values. Raises TrainingDiverged, and whatever `ctx.check` raises.
+    sample(index, rng) makes one training sample. `pretrained` is the part of the model with pretrained weights (it
+    learns more slowly), or None. `after_epoch(epoch)` may measure more values. Where a batch does not fit into memory
+    it is passed in parts ("micro_batch" images at a time) from then on, which changes the result by rounding only.
+    Raises TrainingDiverged, what `ctx.check` raises, and torch's error where not even one image fits into memory.
     """
     sampler = EpochSampler(n_images, seed)
     loader = DataLoader(
@@ -96,6 +101,7 @@ def train(
     history = checkpoint.load(model, optimizer)
     first_epoch = len(history.get("total", []))
     steps = config.epochs * len(loader)
+    micro_batch, note = loader.batch_size, ""
     started = time.monotonic()
     for epoch in range(first_epoch, config.epochs):
         sampler.epoch = epoch
@@ -107,18 +113,16 @@ def train(
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * lr_factor(done, steps, config.optimizer)
             batch = [part.to(ctx.device, non_blocking=True) for part in batch]
-            with autocast(ctx.device, precision):
-                terms = loss(batch, generator)
-            numbers = torch.stack([term.detach().float() for term in terms.values()]).tolist()
-            values = dict(zip(terms, numbers, strict=True))
+            while (values := backward(loss, batch, generator, optimizer, micro_batch, precision)) is None:
+                too_many, micro_batch = micro_batch, (micro_batch + 1) // 2
+                note = f"{micro_batch} images at a time: {too_many} do not fit into memory"
+                log.warning("%s: %s", stage, note)
             if not abs(values["total"]) < DIVERGED:
                 told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
                 raise TrainingDiverged(
                     f"{stage}: the loss diverged in epoch {epoch + 1}, step {step + 1} ({told}). "
                     f"Try a smaller {stage}.optimizer.lr."
                 )
-            optimizer.zero_grad(set_to_none=True)
-            terms["total"].backward()
             optimizer.step()
             for name, value in values.items():
                 sums[name] = sums.get(name, 0.0) + value / len(loader)
@@ -132,10 +136,13 @@ def train(
                 values=values,
                 images_per_second=here * loader.batch_size / elapsed,
                 seconds_left=(steps - done - 1) * elapsed / here,
+                note=note,
             )
             ctx.progress(report)
         sums["lr"] = optimizer.param_groups[0]["lr"]
-        sums["images_per_second"] = report.images_per_second
+        sums |= {"images_per_second": report.images_per_second, "micro_batch": micro_batch}
+        if ctx.device.type == "cuda":
+            sums["gpu_memory"] = memory.peak(ctx.device)["peak_bytes"]
         if after_epoch:
             sums |= after_epoch(epoch)
         history = {name: [*history.get(name, []), value] for name, value in sums.items()}
@@ -143,6 +150,39 @@ def train(
         ctx.progress(replace(report, values=sums, end_of_epoch=True))
         ctx.check()
     return history
+
+
+def backward(
+    loss: Loss,
+    batch: list[Tensor],
+    generator: torch.Generator,
+    optimizer: torch.optim.Optimizer,
+    micro_batch: int,
+    precision: str,
+) -> dict[str, float] | None:
+    """The gradients of a batch's loss, added up over parts of `micro_batch` images; returns the batch's terms.
+
+    Returns None, with all as it was, if memory runs out and the parts can be made smaller.
+    """
+    optimizer.zero_grad(set_to_none=True)
+    images = batch[0]
+    drawn = generator.get_state()
+    values: dict[str, float] = {}
+    try:
+        for first in range(0, len(images), micro_batch):
+            generator.set_state(drawn)
+            with autocast(images.device, precision):
+                terms = loss(batch, generator, slice(first, first + micro_batch))
+            terms["total"].backward()
+            numbers = torch.stack([term.detach().float() for term in terms.values()]).tolist()
+            values = {name: values.get(name, 0.0) + number for name, number in zip(terms, numbers, strict=True)}
+        return values
+    except (RuntimeError, MemoryError) as error:
+        if micro_batch == 1 or not memory.is_exhausted(error):
+            raise
+    optimizer.zero_grad(set_to_none=True)
+    generator.set_state(drawn)
+    return None  # not inside `except`: the error keeps the graph alive
 
 
 def lr_factor(step: int, steps: int, config: OptimizerConfig) -> float:

@@ -1,0 +1,84 @@
+"""Memory: the peak of a stage, and what to do when it runs out."""
+
+import platform
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from semformer.errors import UserError
+
+SMALLER = {
+    "caae": "a smaller caae.image_size, caae.backbone or caae.decoder_depth",
+    "segmentor": "a smaller segmentor.image_size or segmentor.backbone",
+    "cams": "smaller cams.scales",
+    "evaluate": "smaller images",
+}
+STATUS = Path("/proc/self/status")
+EXHAUSTED = ("can't allocate memory", "could not create a primitive", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
+"""How plain RuntimeErrors of torch, oneDNN and cuBLAS tell it."""
+
+
+def is_exhausted(error: BaseException) -> bool:
+    """Whether the memory of the device, or of the machine, has run out."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(told in str(error) for told in EXHAUSTED)
+
+
+@contextmanager
+def explained(stage: str, device: torch.device) -> Iterator[None]:
+    """Turns running out of memory into a UserError that says what to make smaller."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:
+        if not is_exhausted(error):
+            raise
+        used = peak(device)
+        raise UserError(
+            f"{stage}: out of memory on {used['name']}, with {used['peak_bytes'] / 2**30:.2f} GiB in use and one image "
+            f"at a time. It needs {SMALLER[stage]}, or more memory (fewer trials at once)."
+        ) from error
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin to measure `peak`, as far as the system allows it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        with suppress(OSError):
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(device: torch.device) -> dict[str, Any]:
+    """The most memory that this process has held since `reset_peak`: {"device", "name", "peak_bytes"}.
+
+    On a GPU what torch has reserved of it (without CUDA's own context); on the CPU the resident set of the process,
+    without the workers that load data.
+    """
+    if device.type == "cuda":
+        name, used = torch.cuda.get_device_name(device), torch.cuda.max_memory_reserved(device)
+    else:
+        name, used = _cpu_name(), _peak_resident()
+    return {"device": device.type, "name": name, "peak_bytes": used}
+
+
+def _peak_resident() -> int:
+    with suppress(OSError):
+        for line in STATUS.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return used if sys.platform == "darwin" else used * 1024
+
+
+def _cpu_name() -> str:
+    with suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()

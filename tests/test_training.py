@@ -1,0 +1,134 @@
+"""Training when memory runs short, and the peak memory that stages record."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from semformer import memory, pipeline
+from semformer.config import load_config
+from semformer.data.shapes import make_shapes
+from semformer.errors import UserError
+from semformer.models.vit import Backbone
+from semformer.store import Store
+
+CPU = torch.device("cpu")
+MORE_THAN_THERE_IS = 2**50
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    return make_shapes(tmp_path_factory.mktemp("data") / "shapes", train=12, val=2, size=48)
+
+
+@pytest.fixture
+def limit(monkeypatch):
+    """limit(n): from now on backbones fail to allocate memory, for real, when they are given more than n images."""
+    tokens = Backbone.tokens
+
+    def limit(n: int) -> None:
+        def limited(self, images):
+            if len(images) > n and self.training:
+                torch.empty(MORE_THAN_THERE_IS, dtype=torch.uint8)
+            return tokens(self, images)
+
+        monkeypatch.setattr(Backbone, "tokens", limited)
+
+    return limit
+
+
+def run(folder, store, *, until="segmentor", progress=lambda report: None, **changes):
+    config = load_config("micro", {"caae.batch_size": 6, "segmentor.batch_size": 5, **changes})
+    data = pipeline.open_data(config, folder)
+    runs = pipeline.run(config, data, store, device=CPU, progress=progress, until=until)
+    return {stage_run.stage: stage_run.artifact for stage_run in runs}
+
+
+@pytest.mark.parametrize("changes", [{}, {"segmentor.pair_reduction": "image", "segmentor.optimizer.name": "sgd"}])
+def test_training_in_micro_batches_ends_the_same(shapes, tmp_path, limit, caplog, changes):
+    whole = run(shapes, Store(tmp_path / "whole"), **changes)
+    limit(2)
+    reports = []
+    parts = run(shapes, Store(tmp_path / "parts"), progress=reports.append, **changes)
+    assert whole["caae"].info["history"]["micro_batch"] == [6, 6]
+    assert parts["caae"].info["history"]["micro_batch"] == parts["segmentor"].info["history"]["micro_batch"] == [2, 2]
+    assert "caae: 3 images at a time: 6 do not fit into memory" in caplog.messages
+    assert {report.note for report in reports} == {"2 images at a time: 3 do not fit into memory"}
+    for stage, artifact in whole.items():
+        ours, theirs = (load_file(a.file(f"{stage}.safetensors")) for a in (parts[stage], artifact))
+        torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-3, msg=lambda told, stage=stage: f"{stage} {told}")
+        assert parts[stage].info["history"]["total"] == pytest.approx(artifact.info["history"]["total"], abs=1e-4)
+
+
+@pytest.mark.parametrize("stage", ["caae", "segmentor"])
+def test_too_little_memory_for_one_image_says_what_to_make_smaller(shapes, store, limit, stage):
+    run(shapes, store, until="caae")
+    limit(0)
+    with pytest.raises(UserError, match=rf"^{stage}: out of memory on .* smaller {stage}\.image_size"):
+        run(shapes, store, **({"seed": 1} if stage == "caae" else {}))
+
+
+def test_too_little_memory_for_maps_says_so(shapes, store, monkeypatch):
+    run(shapes, store)
+    monkeypatch.setattr(Backbone, "tokens", lambda self, images: torch.empty(MORE_THAN_THERE_IS))
+    with pytest.raises(UserError, match=r"^cams: out of memory on .* smaller cams\.scales"):
+        run(shapes, store, until="cams")
+
+
+@pytest.mark.parametrize("error", [ValueError("bad"), RuntimeError("shapes do not fit")])
+def test_other_errors_are_left_alone(error):
+    with pytest.raises(type(error), match=str(error)), memory.explained("caae", CPU):
+        raise error
+
+
+LIMITED = """
+import resource, sys
+from pathlib import Path
+import torch
+from semformer import pipeline
+from semformer.config import load_config
+from semformer.store import Store
+
+torch.set_num_threads(1)
+data, store, limit = sys.argv[1:]
+sizes = {"image_size": 192, "class_dim": 256, "batch_size": 12, "epochs": 1}
+config = load_config("micro", {f"caae.{name}": value for name, value in sizes.items()})
+data, store, device = pipeline.open_data(config, data), Store(store), torch.device("cpu")
+in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + int(limit),) * 2)
+(run,) = pipeline.run(config, data, store, device=device, progress=lambda report: None, until="caae")
+print(run.artifact.info["history"]["micro_batch"])
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS")
+def test_batch_that_does_not_fit_is_divided(shapes, tmp_path):
+    """A process with 220 MiB of address space to spare, where the batch needs 330: torch's allocator refuses."""
+    command = [sys.executable, "-c", LIMITED, str(shapes), str(tmp_path / "store"), str(220 * 2**20)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "caae: 6 images at a time: 12 do not fit into memory" in done.stderr
+    assert done.stdout.strip() in ("[6]", "[3]", "[2]")
+
+
+def test_peak_memory_of_each_stage_is_recorded(shapes, store):
+    artifacts = run(shapes, store, until="evaluate")
+    assert list(artifacts) == [stage.name for stage in pipeline.STAGES]
+    for artifact in artifacts.values():
+        told = artifact.info["memory"]
+        assert told["device"] == "cpu"
+        assert told["name"]
+        assert 50 * 2**20 < told["peak_bytes"] < 64 * 2**30
+
+
+def test_peak_is_that_since_the_reset():
+    memory.reset_peak(CPU)
+    before = memory.peak(CPU)["peak_bytes"]
+    filled = torch.ones(300 * 2**20, dtype=torch.uint8)
+    with_it = memory.peak(CPU)["peak_bytes"]
+    assert with_it > before + 250 * 2**20
+    del filled
+    memory.reset_peak(CPU)
+    assert memory.peak(CPU)["peak_bytes"] <= with_it

@@ -1,7 +1,6 @@
 """Runs trials on a Ray of this machine, and passes on what they report."""
 
 import logging
-import os
 import signal
 import tempfile
 import threading
@@ -9,58 +8,22 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-ENVIRONMENT = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # paths in a config are relative to where the sweep was started
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "TUNE_DISABLE_SIGINT_HANDLER": "1",
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-    "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # the store holds all state; Tune's own snapshots are not used
-}
-for _name, _value in ENVIRONMENT.items():
-    os.environ.setdefault(_name, _value)
+from ray import tune
 
-import ray  # noqa: E402
-from ray import tune  # noqa: E402
-
-from semformer.errors import UserError  # noqa: E402
-from semformer.store import Store  # noqa: E402
-from sweeps.gate import Gate  # noqa: E402
-from sweeps.plan import Trial  # noqa: E402
-from sweeps.trial import payload, run_trial  # noqa: E402
+from semformer.store import Store
+from sweeps.cluster import connect, trial_share
+from sweeps.gate import Gate
+from sweeps.plan import Trial
+from sweeps.trial import payload, run_trial
 
 log = logging.getLogger(__name__)
-OBJECT_STORE = 100 * 2**20
-"""Bytes. Trials exchange nothing through Ray's object store."""
 
 
 @contextmanager
 def local_ray(cpus: int = 1, gpus: float | None = None) -> Iterator[dict[str, float]]:
-    """A quiet Ray of our own on this machine; yields a trial's share of it, {"cpu": ..., "gpu": ...}.
-
-    `gpus` is by default 1 where there are any. Raises UserError when the machine has too few CPUs or GPUs.
-    """
-    for name in ("ray", "ray.tune", "ray.train"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    ray.init(
-        address="local",
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.CRITICAL,
-        object_store_memory=OBJECT_STORE,
-    )
-    try:
-        there = ray.cluster_resources()
-        share = {"cpu": cpus, "gpu": min(1.0, there.get("GPU", 0.0)) if gpus is None else gpus}
-        for kind, wanted in share.items():
-            if wanted > there.get(kind.upper(), 0):
-                count = there.get(kind.upper(), 0)
-                raise UserError(f"--{kind}s-per-trial {wanted:g}: this machine has {count:g} {kind.upper()}s")
-        yield share
-    finally:
-        ray.shutdown()
+    """A Ray of our own on this machine; yields a trial's share of it. Raises UserError as `trial_share`."""
+    with connect(None):
+        yield trial_share(cpus, gpus)
 
 
 def run_trials(

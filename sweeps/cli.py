@@ -157,7 +157,8 @@ def _run(options: argparse.Namespace, console: Console) -> int:
     with console.status("opening MLflow"):
         from sweeps.tracking import Tracker
 
-        tracker = Tracker(options.tracking_uri, plan, store, options.experiment)
+        folder = options.store.with_name("sweeps") / f"{plan.name}-{plan.preset}"
+        tracker = Tracker(options.tracking_uri, plan, store, options.experiment, folder=folder)
     missing = [trial for trial in plan.trials if not plan.is_cached(trial)]
     if not missing and tracker.is_complete():
         console.print(f"nothing to do: all {len(plan.trials)} trials are finished and recorded", highlight=False)

@@ -54,7 +54,8 @@ class Recorded:
         self.store = Store(folder / "store")
 
     def tracker(self, plan: Plan | None = None, store: Store | None = None) -> Tracker:
-        return Tracker(self.uri, plan or plan_of(self.folder), store or self.store, self.name)
+        own = self.folder / "sweeps" / self.name
+        return Tracker(self.uri, plan or plan_of(self.folder), store or self.store, self.name, folder=own)
 
     def runs(self, kind: str) -> dict[str, object]:
         """Trials by their rows, others by name; it is an error to have two of the same."""
@@ -330,7 +331,7 @@ def test_what_cannot_be_written_is_told_and_loses_nothing_else(recorded, tmp_pat
 def test_an_unusable_tracking_uri_is_told_soon(folder, uri):
     started = time.monotonic()
     with pytest.raises(UserError, match=r"--tracking-uri .*MLflow cannot be used there") as error:
-        Tracker(uri, plan_of(folder), Store(folder / "store"))
+        Tracker(uri, plan_of(folder), Store(folder / "store"), folder=folder / "sweep")
     assert time.monotonic() - started < 30
     assert "secret" not in str(error.value)
 

@@ -1,0 +1,67 @@
+"""An MLflow that is used from afar: reached or not, its experiments, its runs."""
+
+import hashlib
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlflow import MlflowClient
+from mlflow.entities import Run
+
+from semformer.errors import UserError
+
+TAG = "semformer."
+"""All our tags begin with this."""
+
+
+@contextmanager
+def connecting(uri: str) -> Iterator[None]:
+    """MLflow, quiet; whatever it raises becomes a UserError that names the URI."""
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # MLflow lets through whatever the database driver or the HTTP library raises
+        first = str(error).strip().partition("\n")[0]
+        told = f"--tracking-uri {uri}: MLflow cannot be used there: {type(error).__name__}: {first}"
+        raise UserError(without_password(told)) from error
+
+
+def without_password(text: str) -> str:
+    """Text with URIs, such as "postgresql://me:***@host/db"."""
+    return re.sub(r"(?<=:)[^:@/\s]+(?=@)", "***", text)
+
+
+def open_experiment(client: MlflowClient, name: str) -> str:
+    """The id of an experiment, made where there is none. Raises UserError if it was deleted."""
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        return client.create_experiment(name, artifact_location=_artifact_location(client.tracking_uri, name))
+    if experiment.lifecycle_stage != "active":
+        raise UserError(
+            f"the MLflow experiment {name!r} was deleted: restore it (mlflow experiments restore "
+            f"-x {experiment.experiment_id}), or give another name with --experiment"
+        )
+    return experiment.experiment_id
+
+
+def search_runs(client: MlflowClient, experiment_id: str, query: str = "") -> Iterator[Run]:
+    """The runs of an experiment that match, oldest first."""
+    token = None
+    while True:
+        page = client.search_runs([experiment_id], query, order_by=["attribute.start_time ASC"], page_token=token)
+        yield from page
+        if not (token := page.token):
+            return
+
+
+def _artifact_location(uri: str, experiment: str) -> str | None:
+    """`mlartifacts/` beside an sqlite database; a server knows its own."""
+    if not uri.startswith("sqlite:///"):
+        return None
+    folder = Path(uri.removeprefix("sqlite:///").partition("?")[0]).absolute().parent
+    return (folder / "mlartifacts" / hashlib.sha256(experiment.encode()).hexdigest()[:12]).as_uri()

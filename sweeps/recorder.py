@@ -219,8 +219,9 @@ class Recorder:
         from sweeps import models  # PyTorch's exporter takes seconds to import
 
         self._flush()
-        trial, run_id = self._trials[event["key"]], self._run_of(event).info.run_id
-        models.register(self.uri, event["name"], run_id, trial, self._artifact(trial, "segmentor"))
+        trial, run = self._trials[event["key"]], self._run_of(event)
+        trained, evaluate = (self._artifact(trial, stage) for stage in ("segmentor", "evaluate"))
+        models.register(self.uri, event["name"], run, trial, trained, evaluate)
 
     def _retry(self, event: Event, time: int) -> None:
         reason = _cut(f"tried again after {event['reason']}")

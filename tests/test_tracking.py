@@ -53,9 +53,10 @@ class Recorded:
         self.folder, self.name, self.uri = folder, name, f"sqlite:///{folder / 'mlflow.db'}"
         self.store = Store(folder / "store")
 
-    def tracker(self, plan: Plan | None = None, store: Store | None = None) -> Tracker:
+    def tracker(self, plan: Plan | None = None, store: Store | None = None, **options) -> Tracker:
         own = self.folder / "sweeps" / self.name
-        return Tracker(self.uri, plan or plan_of(self.folder), store or self.store, self.name, folder=own)
+        plan, store = plan or plan_of(self.folder), store or self.store
+        return Tracker(self.uri, plan, store, self.name, folder=own, **options)
 
     def runs(self, kind: str) -> dict[str, object]:
         """Trials by their rows, others by name; it is an error to have two of the same."""

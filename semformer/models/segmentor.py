@@ -34,7 +34,7 @@ class Segmentor(nn.Module):
         `kept` (B, N, 1), from `draw_kept`, tells the patch tokens that are not dropped; None drops none.
         """
         patches, grid = self.backbone.tokens(images)
-        classes = (self.class_tokens + self.class_positions).expand(len(images), -1, -1)
+        classes = (self.class_tokens + self.class_positions).expand(images.shape[0], -1, -1)
         tokens = torch.cat([classes, patches], dim=1)
         attention = []
         for index, block in enumerate(self.backbone.blocks):

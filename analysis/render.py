@@ -153,9 +153,13 @@ def _entries(compiled: CompiledTable, footnotes: Footnotes) -> tuple[list[list[E
     """The lines of the table, the heading first, and after which of them a rule belongs."""
     marks, metrics, lines = compiled.table.layout.marks, compiled.table.metrics, compiled.lines
     labelled = not marks or any(not line.ours for line in lines)
-    stub = [Entry("")] * labelled + [entry for mark in marks for entry in _mark_headers(mark, lines)]
+    transposed = compiled.table.layout.transposed
+    stub = [Entry("")] * labelled
+    for mark in marks:
+        twice = _has_two_values(mark, lines)
+        stub += _ours_and_paper(mark.header, mark.latex, transposed) if twice else [Entry(mark.header, mark.latex)]
     rules = {0, len(stub) - 1} if labelled else {len(stub) - 1}
-    stub += [Entry(f"{metric.header} {whose}") for metric in metrics for whose in ("ours", "paper")]
+    stub += [entry for metric in metrics for entry in _ours_and_paper(metric.header, "", transposed)]
     several = any(cell.n > 1 for line in lines for cell in line.cells.values())
     columns = [stub]
     for line in lines:
@@ -166,7 +170,7 @@ def _entries(compiled: CompiledTable, footnotes: Footnotes) -> tuple[list[list[E
         ]
         told = [entry for mark in marks for entry in _mark_entries(line, mark, lines)]
         columns.append([Entry(line.label)] * labelled + told + values)
-    if not compiled.table.layout.transposed:
+    if not transposed:
         return columns, {0}
     entries = [list(line) for line in zip(*columns, strict=True)]
     if labelled and marks:
@@ -181,10 +185,10 @@ def _has_two_values(mark: Mark, lines: Sequence[Line]) -> bool:
     return any(line.settings[mark.name] != _told(line, mark) for line in lines if mark.name in line.settings)
 
 
-def _mark_headers(mark: Mark, lines: Sequence[Line]) -> list[Entry]:
-    if not _has_two_values(mark, lines):
-        return [Entry(mark.header, mark.latex)]
-    return [Entry(f"{mark.header} {whose}", mark.latex and f"{mark.latex} {whose}") for whose in ("ours", "paper")]
+def _ours_and_paper(header: str, latex: str, transposed: bool) -> list[Entry]:
+    """Two headings. Above a LaTeX column, "ours" has a line of its own: it keeps the column narrow."""
+    form = "{} {}" if transposed else r"\shortstack{{{}\\{}}}"
+    return [Entry(f"{header} {whose}", form.format(latex or _latex(header), whose)) for whose in ("ours", "paper")]
 
 
 def _mark_entries(line: Line, mark: Mark, lines: Sequence[Line]) -> list[Entry]:

@@ -203,7 +203,7 @@ def _differences(
     trial: Mapping[str, Any], table: Table, preset: str, overrides: Mapping[str, Any]
 ) -> dict[str, tuple[str, str]]:
     """Rows that share a trial may differ in fields that do not count; the nearest row is taken."""
-    rows = [row for row in table.rows if row.id in trial["rows"].split(",")]
+    rows = [table.rows[table.positions[row]] for row in trial["rows"].split(",") if row in table.positions]
     wanted = [resolve(table, row, preset, overrides, trial["seed"]) for row in rows]
     return min((_differences_from(trial, config) for config in wanted), key=len)
 

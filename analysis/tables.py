@@ -171,9 +171,12 @@ def _settings(
     table: Table, row: Row, records: Sequence[Mapping[str, Any]], preset: str, overrides: Mapping[str, Any]
 ) -> dict[str, str]:
     """What the row's trials had in the fields that marks name; preset paper has the paper's values."""
+    marks = [mark for mark in table.layout.marks if mark.field]
+    if not marks:
+        return {}
     paper, planned = flatten(resolve(table, row, "paper", {}, 0)), flatten(resolve(table, row, preset, overrides, 0))
     settings = {}
-    for mark in (mark for mark in table.layout.marks if mark.field):
+    for mark in marks:
         recorded = [value for record in records if isinstance(value := record.get(f"params.{mark.field}"), str)]
         had = [parameter_text(value) for value in recorded] or [plain_text(planned[mark.field])]
         told = row.marks.get(mark.name)

@@ -398,7 +398,7 @@ def test_a_scaled_axis_shows_our_values_beside_the_papers(database):
     assert [line[2] for line in lines] == ["40.0", "45.0", "**50.0**", "— [1]"]
     source = to_latex(compiled)
     check_latex(source)
-    assert "$D$ ours & $D$ paper & mIoU" in source
+    assert r"\shortstack{$D$\\ours} & \shortstack{$D$\\paper} & \shortstack{mIoU (\%)\\ours}" in source
     assert "D = 32, 4, 0, finished, 40.00" in source
     frame = to_frame(compiled)
     assert frame["settings"].tolist() == ["D = 4", "D = 16", "D = 32", "D = 64"]

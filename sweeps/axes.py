@@ -116,7 +116,8 @@ class Table(Spec):
         """The fields that rows set, each with the id of the first row that does."""
         fields: dict[str, str] = {}
         for row in self.rows:
-            fields |= {name: row.id for name in row.set if name not in fields}
+            for name in row.set:
+                fields.setdefault(name, row.id)
         return fields
 
     def where(self, *location: str | int) -> str:
@@ -237,6 +238,9 @@ def _parse(text: str, path: Path) -> tuple[Any, dict[Location, int]]:
             raise UserError(f"{path}: a table file is a mapping with name, title, metrics and rows")
         data = loader.construct_document(node)
         locate(node, ())
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise UserError(f"{path}:{line}: this is no YAML: {error.reason}") from error
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise UserError(f"{path}:{line}: this is no YAML: {error.problem}") from error

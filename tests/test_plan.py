@@ -132,6 +132,7 @@ def test_a_row_goes_over_overrides_and_those_over_the_baseline(mine):
         ),
         ("rows:\n", "rows: []\nothers:\n", 10, "rows = []"),
         ("    set:", "   set:", 14, "this is no YAML"),
+        ("label: first", "label: fir\x07st", 12, "this is no YAML: control characters are not allowed"),
     ],
 )
 def test_mistakes_in_a_table_are_told_with_their_line(mine, old, new, line, told):

@@ -278,7 +278,7 @@ class Search:
             _check_same(name, study.user_attrs.get(SPEC), spec)
         else:
             study.set_metric_names(list(self.objectives))
-            study.enqueue_trial({name: own_value(self.own, axis.field) for name, axis in self.axes.items()})
+            study.enqueue_trial({axis: own_value(self.own, self.axes[axis].field) for axis in self.axes})
             study.set_user_attr(SPEC, spec)
         drivers = study.user_attrs.get("drivers", 0)
         study.set_user_attr("drivers", drivers + 1)

@@ -125,15 +125,16 @@ def _front(search: "Search", done: Sequence[FrozenTrial]) -> Figure:
     figure = Figure(figsize=(1 + 6 * len(others), 5), layout="constrained")
     panels = figure.subplots(1, len(others), sharey=True, squeeze=False)[0]
     y, *columns = _columns(done)
-    front = search.best()
     for index, (panel, name, x) in enumerate(zip(panels, others, columns, strict=True), start=1):
         panel.plot(x, y, "o", color=GREY, label="trial")
-        ordered = sorted(front, key=lambda trial, index=index: trial.values[index])
-        points = [(trial.values[index], trial.values[0]) for trial in ordered]
-        panel.plot(*zip(*points, strict=True), "o-" if len(others) == 1 else "o", color=RED, label="Pareto front")
-        for trial, point in zip(ordered, points, strict=True):
-            panel.annotate(str(trial.number), point, xytext=(4, 5), textcoords="offset points")
+        numbers: dict[tuple[float, float], list[str]] = {}
+        for trial in search.best():
+            numbers.setdefault((trial.values[index], trial.values[0]), []).append(str(trial.number))
+        panel.plot(*zip(*numbers, strict=True), "o", color=RED, label="Pareto front")
+        for point, told in numbers.items():
+            panel.annotate(", ".join(told), point, xytext=(4, 5), textcoords="offset points")
         _mark_start(panel, search, x, y, done)
+        panel.margins(0.15)
         panel.set_xlabel(f"{name} ({search.objectives[name]})")
     panels[0].set_ylabel(f"{first} ({search.objectives[first]})")
     panels[0].legend()

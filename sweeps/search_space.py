@@ -2,6 +2,9 @@
 
 An axis is scaled to the preset: its range lies around the config that the search starts from, in the proportions of
 the paper's table. So `D` is 32..512 in preset paper (D = 256) and 4..64 in tiny (D = 32).
+
+Every trial has a value on every axis, also on one that another makes idle (sigma without L_AS): such configs have the
+same keys, and the second costs nothing.
 """
 
 import argparse
@@ -189,7 +192,10 @@ def read_axes(axes: Sequence[str], preset: str, overrides: Mapping[str, Any]) ->
 
 
 def read_objectives(names: Sequence[str], own: Config) -> dict[str, Literal["maximize", "minimize"]]:
-    """Directions by name; without names, the mIoU of the maps. Raises UserError for an unknown name, or one twice."""
+    """Directions by name; without names, the mIoU of the maps. Raises UserError for an unknown name, or one twice.
+
+    gpu_hours are those of all stages of a config, as measured when each was made: found or not, a config has its price.
+    """
     prefix = f"cam/{own.data.eval_split}/"
     maximised = [prefix + name for name in ("miou", "miou_oracle", "miou_fixed")]
     minimised = [prefix + "fp", prefix + "fn", "gpu_hours"]

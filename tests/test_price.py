@@ -1,0 +1,280 @@
+"""Work in closed form against torch's counter, and the price of plans."""
+
+import json
+import time
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+from semformer import flops
+from semformer.config import load_config
+from semformer.data.voc import open_devkit
+from semformer.errors import UserError
+from semformer.inference import final_map
+from semformer.keys import StageKey
+from semformer.stages import caae, segmentor
+from semformer.store import Store
+from sweeps.axes import load_table
+from sweeps.plan import Cell, make_plan
+from sweeps.price import Cost, Price, check_budget, check_packing, estimate, price
+
+K, B, PAIRS = 21, 4, 10
+META = torch.device("meta")
+
+
+class Pairs(TorchDispatchMode):
+    """On the meta device, where values are unknown, PAIRS labels are not zero."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten.nonzero.default:
+            return torch.empty(PAIRS, 2, dtype=torch.int64, device=META)
+        return func(*args, **(kwargs or {}))
+
+
+def counted(compute) -> int:
+    with FlopCounterMode(display=False) as counter, Pairs():
+        compute()
+    return counter.get_total_flops()
+
+
+def networks(config):
+    with META:
+        encoder = caae.build(config.caae, n_classes=K)
+        model = segmentor.build(config.segmentor, n_classes=K, class_dim=config.caae.class_dim)
+    return encoder, model
+
+
+def batch(options):
+    side = options.image_size
+    regions = torch.empty(B, 4, dtype=torch.int64, device=META)
+    return torch.empty(B, 3, side, side, device=META), regions, torch.empty(B, K, device=META)
+
+
+SCRATCH = {"caae.pretrained": False, "segmentor.pretrained": False}
+
+
+@pytest.mark.parametrize(
+    ("preset", "changes"),
+    [
+        ("paper", SCRATCH),
+        ("micro", {}),
+        ("micro", {"caae.reconstruction": False, "segmentor.losses": "CF,SS"}),
+        ("tiny", {"caae.decoder_depth": 3, "caae.class_dim": 24, "segmentor.losses": "AC,SS"}),
+    ],
+)
+def test_work_is_that_of_real_training_steps(preset, changes):
+    config = load_config(preset, changes)
+    encoder, model = networks(config)
+    images, regions, Y = batch(config.caae)
+    step = counted(lambda: caae.loss_terms(encoder, images, Y)["total"].backward())
+    assert flops.caae_training(config.caae, K) == pytest.approx(step / B, rel=1e-6)
+
+    encoder.requires_grad_(False)
+    images, regions, Y = batch(config.segmentor)
+
+    def train():
+        side = config.caae.image_size
+        segmentor.loss_terms(model, encoder, config.segmentor, images, regions, Y, caae_size=side)["total"].backward()
+
+    work = flops.segmentor_training(config.segmentor, config.caae, K, PAIRS / B)
+    assert work == pytest.approx(counted(train) / B, rel=1e-6)
+
+
+@pytest.mark.parametrize("last_blocks", [0, 2])
+def test_work_is_that_of_real_views(last_blocks):
+    model = networks(load_config("tiny"))[1].eval().requires_grad_(False)
+    image = torch.empty(1, 3, 64, 96, device=META)
+    kind = "both" if last_blocks else "activation"
+    work = flops.segmentor_view("vit_shapes_patch8_64", (64, 96), K, last_blocks=last_blocks)
+    # the embeddings of the class tokens come on top, which maps do not need
+    assert work == pytest.approx(counted(lambda: final_map(model, image, kind, last_blocks)), rel=0.01)
+
+
+def test_work_of_the_paper_s_stages():
+    """DeiT-B at 224 takes 17.5 GMACs (Touvron et al.), and training three times the forward pass."""
+    images = flops.Images(count=10_582, width=500, height=375, classes_per_image=2.5, n_classes=21)
+    config = load_config("paper", {"caae.reconstruction": False, "caae.class_dim": 1})
+    epochs = 200 * 10_560  # whole batches of 64
+    assert flops.stage_work("caae", config, images) == pytest.approx(3 * 2 * 17.5e9 * epochs, rel=0.02)
+    assert flops.stage_work("evaluate", config, images) == 10_582 * 500 * 375
+    one, two = (
+        flops.stage_work("cams", load_config("paper", {"cams.scales": s, "cams.pictures": 0}), images)
+        for s in ("1", "1,1")
+    )
+    assert two == pytest.approx(2 * one)
+
+
+def test_imported_networks_are_no_work(tmp_path):
+    (tmp_path / "weights.pth").write_bytes(b"")
+    config = load_config("micro", {"caae.checkpoint": str(tmp_path / "weights.pth")})
+    assert flops.stage_work("caae", config, flops.Images(16, 48, 48, 2, 9)) == 0
+
+
+# Plans
+
+
+@pytest.fixture(scope="module")
+def plan(tmp_path_factory):
+    return make_plan([load_table("table03")], "micro", {}, (0,), None, Store(tmp_path_factory.mktemp("none")))
+
+
+def publish(store, key, seconds, **info):
+    workspace = store.workspace(key)
+    (workspace / "weights").write_bytes(b"weights")
+    store.publish(key, workspace, {"seconds": seconds, **info})
+
+
+def keys(plan, stage):
+    return list({trial.keys[stage].digest: trial.keys[stage] for trial in plan.trials}.values())
+
+
+def test_estimates_are_measured_then_similar_then_counted(plan, store):
+    (caae_key,), segmentors = keys(plan, "caae"), keys(plan, "segmentor")
+    assert {e.basis for e in estimate(plan, store).values()} == {"counted"}
+    publish(store, caae_key, 100.0)
+    publish(store, segmentors[0], 50.0)
+    publish(store, segmentors[1], 80.0)
+    estimates = estimate(plan, store)
+    assert estimates[caae_key.digest].seconds == 100.0
+    assert [estimates[key.digest].basis for key in segmentors[:3]] == ["measured", "measured", "similar"]
+    assert {estimates[key.digest].basis for key in keys(plan, "cams")} == {"counted"}
+
+
+def test_similar_stages_take_time_in_proportion_to_their_work(plan, store):
+    """Twice the epochs take twice as long, and one guided loss more takes longer."""
+    first = plan.trials[0]
+    publish(store, first.keys["segmentor"], 60.0)
+    spec = first.keys["segmentor"].spec
+    longer = StageKey("segmentor", {**spec, "params": {**spec["params"], "epochs": 4}})
+    changed = replace(first, keys={**first.keys, "segmentor": longer})
+    estimates = estimate(replace(plan, trials=(*plan.trials, changed)), store)
+    assert estimates[longer.digest].basis == "similar"
+    assert estimates[longer.digest].seconds == pytest.approx(120.0)
+    by_row = {trial.rows[0]: estimates[trial.keys["segmentor"].digest].seconds for trial in plan.trials}
+    assert by_row["table03/CF-CB"] > by_row["table03/CF"] == pytest.approx(60.0)
+
+
+def test_artifacts_of_other_images_are_not_compared(plan, store):
+    spec = keys(plan, "caae")[0].spec
+    publish(store, StageKey("caae", {**spec, "data": {"images": "of another data set"}}), 1e6)
+    assert estimate(plan, store)[keys(plan, "caae")[0].digest].basis == "counted"
+
+
+def test_price_counts_shared_stages_once_and_only_what_is_missing(plan, store):
+    """Every stage takes an hour, but for evaluations: 8 trials, one CAAE."""
+    for name, seconds in (("caae", 3600), ("segmentor", 3600), ("cams", 3600), ("evaluate", 0)):
+        for key in keys(plan, name):
+            publish(store, key, seconds)
+    everything = frozenset(key.digest for trial in plan.trials for key in trial.keys.values())
+    n = len(plan.trials)
+    cells = sum(len(trial.cells) for trial in plan.trials)
+    done = price(replace(plan, cached=everything), store, gpus=4)
+    assert done.missing == Cost(0, 0)
+    assert done.empty_store == Cost(pytest.approx(1 + 2 * n), pytest.approx(1 + 2 * (n / 4)))
+    assert done.without_sharing == Cost(pytest.approx(3 * cells), pytest.approx(3 * cells / 4))
+    assert done.saving == pytest.approx(1 - (1 + 2 * n) / (3 * cells))
+    assert done.basis == f"{1 + 3 * n} stages measured"
+    rest = price(replace(plan, cached=everything - {keys(plan, "caae")[0].digest}), store, gpus=4)
+    assert rest.missing.gpu_hours == pytest.approx(1)
+    assert json.loads(json.dumps(done.as_json()))["empty_store"]["gpu_hours"] == pytest.approx(1 + 2 * n)
+    assert "sharing saves" in done.lines()[1]
+
+
+def test_basis_says_how_the_price_came_about(plan, store):
+    publish(store, keys(plan, "caae")[0], 10.0)
+    for key in keys(plan, "segmentor")[:2]:
+        publish(store, key, 5.0)
+    others = len(keys(plan, "segmentor")) - 2
+    counted = len(keys(plan, "cams")) + len(keys(plan, "evaluate"))
+    told = f"3 stages measured, {others} like measured ones, {counted} counted at 100 TFLOP/s"
+    assert price(plan, store, gpus=1, tflops=100).basis == told
+
+
+def test_counted_seconds_follow_the_throughput(plan, store):
+    slow, fast = (estimate(plan, store, tflops=tflops) for tflops in (10, 40))
+    (key,) = keys(plan, "caae")
+    images = flops.Images.of(open_devkit(plan.trials[0].data), "train")
+    work = flops.stage_work("caae", plan.trials[0].config, images)
+    assert slow[key.digest].seconds == pytest.approx(work / 10e12)
+    assert fast[key.digest].seconds == pytest.approx(work / 40e12)
+
+
+def test_ten_thousand_trials_are_priced_in_seconds(plan, store):
+    """1,000 segmentation networks and as many maps and evaluations of each, ten trials on each evaluation."""
+    first, trials = plan.trials[0], []
+    for i in range(1000):
+        spec = first.keys["segmentor"].spec
+        made = {"segmentor": StageKey("segmentor", {**spec, "params": {**spec["params"], "sigma": i / 1000}})}
+        for stage, source in (("cams", "segmentor"), ("evaluate", "cams")):
+            made[stage] = StageKey(stage, {**first.keys[stage].spec, "inputs": {source: made[source].digest}})
+        cells = tuple(Cell("table03", f"row{i}", seed) for seed in range(10))
+        trials.append(replace(first, keys={**first.keys, **made}, cells=cells))
+    many = replace(plan, trials=tuple(trials))
+    started = time.monotonic()
+    assert len(estimate(many, store)) == 3001
+    assert time.monotonic() - started < 5
+
+
+@pytest.mark.parametrize(("gpus", "tflops"), [(0, 40), (1, 0), (1, -1)])
+def test_impossible_machines_are_refused(plan, store, gpus, tflops):
+    with pytest.raises(UserError, match="at least one GPU and a positive throughput"):
+        price(plan, store, gpus=gpus, tflops=tflops)
+
+
+# Budget
+
+
+def of(gpu_hours: float) -> Price:
+    cost = Cost(gpu_hours, gpu_hours / 4)
+    return Price(gpus=4, missing=cost, empty_store=cost, without_sharing=cost, basis="3 stages counted at 40 TFLOP/s")
+
+
+@pytest.mark.parametrize("budget", ["40h", "40.0h", "2400m", "41h"])
+def test_what_the_budget_covers_may_start(budget):
+    check_budget(of(40.0), budget)
+
+
+@pytest.mark.parametrize(("budget", "hours"), [("40h", 40.1), ("1.5h", 1.6), ("30m", 0.6)])
+def test_what_costs_more_than_the_budget_is_refused(budget, hours):
+    with pytest.raises(UserError, match=rf"--budget {budget}: the plan costs .* counted at 40 TFLOP/s"):
+        check_budget(of(hours), budget)
+
+
+@pytest.mark.parametrize("budget", ["40", "", "h", "-3h", "1e3h", "40 hours", "40d", "inf"])
+def test_other_forms_of_a_budget_are_refused(budget):
+    with pytest.raises(UserError, match="write GPU-hours or minutes"):
+        check_budget(of(0), budget)
+
+
+# Packing
+
+GIB = 2**30
+
+
+def measured(store, key, gib, device="cuda"):
+    publish(store, key, 1.0, memory={"device": device, "name": "a GPU", "peak_bytes": int(gib * GIB)})
+
+
+def test_packing_that_fits_says_on_what_grounds(plan, store):
+    measured(store, keys(plan, "caae")[0], 9.5)
+    measured(store, keys(plan, "segmentor")[0], 3.0)
+    told = check_packing(plan, store, gpus_per_trial=0.25, gpu_bytes=40 * GIB)
+    assert told == "4 trials fit into a GPU of 40.0 GiB: caae takes up to 10.0 GiB"
+
+
+@pytest.mark.parametrize(("gib", "hint"), [(19.5, "--gpus-per-trial 0.5 fits"), (12.5, "0.34 fits"), (50, "not even")])
+def test_packing_that_does_not_fit_is_refused_with_one_that_does(plan, store, gib, hint):
+    measured(store, keys(plan, "segmentor")[0], gib)
+    with pytest.raises(UserError, match=rf"4 trials do not fit .* segmentor takes up to .*{hint}"):
+        check_packing(plan, store, gpus_per_trial=0.25, gpu_bytes=40 * GIB)
+
+
+def test_packing_is_judged_by_what_was_measured_on_a_gpu(plan, store):
+    measured(store, keys(plan, "caae")[0], 500, device="cpu")
+    publish(store, keys(plan, "segmentor")[0], 1.0)
+    assert "unknown" in check_packing(plan, store, gpus_per_trial=0.5, gpu_bytes=GIB)
+    for share in (0, 1, 2):
+        assert check_packing(plan, store, gpus_per_trial=share, gpu_bytes=GIB) == "no GPU is shared"

@@ -38,7 +38,7 @@ class MlflowServer:
                 *("--artifacts-destination", str(self.folder / "artifacts")),
             ],
             cwd=self.folder,
-            env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
+            env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"},
             stdout=subprocess.DEVNULL,
             stderr=(self.folder / "server.log").open("ab"),
             start_new_session=True,

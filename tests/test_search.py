@@ -57,7 +57,7 @@ def open_search(shapes: Path, store: Store, database: Path, *axes: str, trials=8
 
 
 def scores(config) -> dict[str, float]:
-    """A made-up landscape: best at sigma 0.1 with all of U and a deep decoder, which takes longer."""
+    """A made-up landscape: best at sigma 0.1, with many last blocks and a deep decoder, which takes longer."""
     miou = 60 - 100 * (config.segmentor.sigma - 0.1) ** 2 + config.cams.last_blocks + config.caae.decoder_depth
     return {f"cam/val/{name}": value for name, value in (("miou", miou), ("fp", 50 - miou / 2), ("fn", 20.0))}
 
@@ -66,7 +66,7 @@ def finish(one: Search, trial) -> None:
     """What a run of the trial would leave in the store and tell the study."""
     for stage, key in trial.keys.items():
         if one.store.find(key) is None:
-            seconds = SECONDS[stage] * (trial.config.caae.decoder_depth if stage == "caae" else 1)
+            seconds = SECONDS[stage] * (trial.config.caae.decoder_depth / 4 if stage == "caae" else 1)
             metrics = {"metrics": scores(trial.config)} if stage == "evaluate" else {}
             one.store.publish(key, one.store.workspace(key), {"seconds": seconds, **metrics})
     one.tell(trial, scores(trial.config))
@@ -181,9 +181,8 @@ def test_the_first_trial_is_the_preset_and_the_search_gets_better(search):
     run_all(one)
     assert states(one.study) == {"COMPLETE": 30}
     best = one.best()[0]
-    assert best.params["U"] == 2
-    assert best.params["decoder_depth"] == 2
-    assert abs(best.params["sigma"] - 0.1) < 0.03
+    assert scores(first.config)["cam/val/miou"] == pytest.approx(67)
+    assert best.value > 70  # the highest is 72
     assert {"trial_key", "stage_keys", "missing", "stage_seconds", "metrics", "driver"} <= best.user_attrs.keys()
 
 
@@ -199,9 +198,9 @@ def test_twenty_trials_of_inference_axes_need_one_network_of_each_kind(search):
 
 def test_what_the_store_has_is_told_without_a_run_and_the_saving_is_exact(search):
     heard = []
-    one = search("U=1:2", trials=6, found=heard.append)
+    one = search("U=3:4", trials=6, found=heard.append)
     ran = run_all(one)
-    assert [trial.config.cams.last_blocks for trial in ran] == [2, 1]
+    assert [trial.config.cams.last_blocks for trial in ran] == [4, 3]
     assert states(one.study) == {"COMPLETE": 6}
     assert len(heard) == 4
     assert {trial.key for trial in heard} == {trial.key for trial in ran}
@@ -214,7 +213,7 @@ def test_what_the_store_has_is_told_without_a_run_and_the_saving_is_exact(search
 
 
 def test_a_suggestion_that_is_being_run_waits_for_that_run(search):
-    one = search("U=1:2", trials=6)
+    one = search("U=3:4", trials=6)
     running = [one.ask(), one.ask()]
     while one.ask() is not None:
         pytest.fail("there are only two configs")
@@ -365,12 +364,12 @@ def test_the_best_config_is_a_table_that_resolves_to_its_trial(search, tmp_path)
 
 
 def test_several_objectives_end_with_the_pareto_front(search, tmp_path):
-    one = search("U=1:2", "decoder_depth=1:2", trials=12, objectives=["cam/val/miou", "gpu_hours"])
+    one = search("U=3:4", "decoder_depth=3:4", trials=12, objectives=["cam/val/miou", "gpu_hours"])
     run_all(one)
     assert isinstance(one.study.sampler, optuna.samplers.NSGAIISampler)
     front = {(trial.params["U"], trial.params["decoder_depth"]): trial.values for trial in one.best()}
-    assert front[2, 1] == [pytest.approx(scores(one.own)["cam/val/miou"]), pytest.approx(315 / 3600)]
-    assert front.keys() <= {(2, 1), (2, 2)}
+    assert front[4, 4] == [pytest.approx(scores(one.own)["cam/val/miou"]), pytest.approx(315 / 3600)]
+    assert front.keys() <= {(4, 4), (4, 3)}
     files = one.write_report(tmp_path / "report")
     assert [file.name for file in files] == ["best.yaml", "history.png", "importances.png", "pareto_front.png"]
     for file in files[1:]:

@@ -1,24 +1,31 @@
-"""Real Ray clusters: each node is a raylet of its own on this machine; clusters and drivers are processes of their own."""
+"""Real Ray clusters: each node is a raylet of its own on this machine; clusters and drivers are processes too."""
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
 import sys
 import tempfile
 import threading
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config
 
 from semformer.data.shapes import make_shapes
 from semformer.data.voc import open_devkit
+from semformer.errors import UserError
 from semformer.store import Store
+from sweeps.cluster import check_cluster_file
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = """
@@ -157,47 +164,234 @@ def test_what_is_no_cluster_is_told_in_time(tmp_path, no_ray):
 # Preflight
 
 
-@pytest.fixture(scope="module")
-def sound(tmp_path_factory):
-    """Makes the folders of nodes: each holds its own data and store, which are links to the common ones.
+class Site:
+    """The folders that nodes are started in: each holds `data` and `store`, links to the common ones.
 
-    A path under /proc/self/cwd leads each process to the folder that its node was started in: one path, and what
-    stands there differs from node to node, as on real machines.
+    A path under /proc/self/cwd leads each process to the folder that its node was started in. So the nodes have one
+    path in common and what is there may differ, as between real machines.
     """
-    folder = tmp_path_factory.mktemp("nodes")
-    make_shapes(folder / "data", train=3, val=2, size=48)
-    Store(folder / "store")
-    splits = open_devkit(folder / "data")
 
-    def make_node(name: str) -> Path:
-        (folder / name).mkdir()
-        for part in ("data", "store"):
-            (folder / name / part).symlink_to(folder / part)
-        return folder / name
+    def __init__(self, folder: Path):
+        self.folder = folder
+        make_shapes(folder / "data", train=3, val=2, size=48)
+        make_shapes(folder / "other-images", train=3, val=2, size=48, seed=1)
+        Store(folder / "store")
+        devkit, here = open_devkit(folder / "data"), Path("/proc/self/cwd")
+        self.options = {
+            "data": str(here / "data"),
+            "store": str(here / "store"),
+            "digests": {name: devkit.split(name).digest for name in ("train", "val")},
+            "share": {"cpu": 1, "gpu": 0},
+        }
 
-    here = Path("/proc/self/cwd")
-    options = {
-        "data": str(here / "data"),
-        "store": str(here / "store"),
-        "digests": {name: splits.split(name).digest for name in ("train", "val")},
-        "share": {"cpu": 1, "gpu": 0},
+    def node(self, name: str, ip: str = "", *, data: str = "data", store: str = "store", **options) -> dict:
+        """Arguments of a node with links to these folders. "" for `data` or `store`: there is nothing."""
+        folder = self.folder / name
+        folder.mkdir()
+        for link, target in (("data", data), ("store", store)):
+            if target:
+                (folder / link).symlink_to(self.folder / target)
+        address = {"node_ip_address": ip} if ip else {}
+        return {"folder": str(folder), "num_cpus": 1, **address, **options}
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    return Site(tmp_path_factory.mktemp("site"))
+
+
+@pytest.fixture(scope="module")
+def three(site, tmp_path_factory):
+    """Three sound nodes; ask(**options) runs `preflight` on them."""
+    env = environment(tmp_path_factory.mktemp("home"))
+    nodes = [site.node("head"), site.node("second", "127.0.0.2"), site.node("third", "127.0.0.3", num_gpus=99)]
+    with cluster(env, nodes) as address:
+        yield SimpleNamespace(
+            address=address,
+            env=env,
+            ask=lambda **options: drive(env, address, site.folder / "head", **{**site.options, **options}),
+        )
+
+
+def faults(driver: subprocess.CompletedProcess) -> dict[str, str]:
+    """Address of a node -> what `preflight` found wrong there."""
+    assert driver.returncode == 2, driver.stderr
+    parts = re.split(r"^node (\S+) \(\w{8}\):$", driver.stderr, flags=re.MULTILINE)
+    return dict(zip(parts[1::2], parts[2::2], strict=True))
+
+
+def test_sound_nodes_pass_and_leave_no_mark(three, site):
+    driver = three.ask()
+    assert driver.returncode == 0, driver.stderr
+    reports = [json.loads(line) for line in driver.stdout.splitlines()]
+    assert len(reports) == 3
+    assert {"127.0.0.2", "127.0.0.3"} < {address for address, *_ in reports}
+    for _, versions, free_disk, found in reports:
+        assert versions == reports[0][1]
+        assert free_disk > 0
+        assert not found
+    assert not list((site.folder / "store" / "tmp").iterdir())
+
+
+def test_every_node_makes_the_embedded_data(three, tmp_path):
+    parameters = {"train": 2, "val": 1, "size": 48}
+    devkit = open_devkit(make_shapes(tmp_path / "shapes", **parameters))
+    driver = three.ask(data=parameters, digests={"val": devkit.split("val").digest})
+    assert driver.returncode == 0, driver.stderr
+    assert list((Path(three.env["HOME"]) / ".cache" / "semformer").glob("shapes-*-train2-val1-size48-seed0"))
+
+
+def test_gpus_that_are_not_there_are_told(three):
+    assert list(faults(three.ask(share={"cpu": 1, "gpu": 1}))) == ["127.0.0.3"]
+    driver = drive(three.env, three.address, Path.cwd(), gpus=100)
+    assert driver.returncode == 2
+    assert "--gpus-per-trial 100: no node can hold that" in driver.stderr
+
+
+def test_gpus_that_the_autoscaler_may_launch_count(three, tmp_path):
+    env = environment(tmp_path)
+    kinds = {
+        "head": {"resources": {"CPU": 0}, "max_workers": 0},
+        "gpu": {"resources": {"CPU": 8, "GPU": 128}, "max_workers": 4},
     }
-    return SimpleNamespace(folder=folder, node=make_node, options=options)
+    (tmp_path / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump({"available_node_types": kinds}))
+    driver = drive(env, three.address, tmp_path, gpus=100)
+    assert json.loads(driver.stdout) == {"cpu": 1, "gpu": 100}
 
 
-def test_preflight_passes_on_sound_nodes_and_names_those_at_fault(sound, tmp_path):
+def test_a_full_disk_is_told_for_every_node(three):
+    found = faults(three.ask(min_free=2**60))
+    assert len(found) == 3
+    assert all("GiB of free disk" in told for told in found.values())
+
+
+def test_each_node_at_fault_is_named_with_its_fault(site, tmp_path):
+    installed = tmp_path / "old" / "timm-0.9.0.dist-info"
+    installed.mkdir(parents=True)
+    (installed / "METADATA").write_text("Metadata-Version: 2.1\nName: timm\nVersion: 0.9.0\n")
+    for package in ("semformer", "sweeps"):
+        shutil.copytree(ROOT / package, tmp_path / "changed" / package)
+    with (tmp_path / "changed" / "semformer" / "losses.py").open("a") as file:
+        file.write("# changed\n")
+    (site.folder / "another-store").mkdir()
+    (site.folder / "a-file").touch()
+    nodes = [
+        site.node("sound"),
+        site.node("old", "127.0.0.2", env_vars={"PYTHONPATH": f"{installed.parent}:{ROOT}"}, data=""),
+        site.node("changed", "127.0.0.3", env_vars={"PYTHONPATH": str(tmp_path / "changed")}),
+        site.node("strange", "127.0.0.4", data="other-images", store="another-store"),
+        site.node("barred", "127.0.0.5", store="a-file"),
+    ]
     env = environment(tmp_path / "home")
+    with cluster(env, nodes) as address:
+        found = faults(drive(env, address, site.folder / "sound", **site.options))
+    expected = {
+        "127.0.0.2": ["has timm 0.9.0 (driver: ", "data does not exist"],
+        "127.0.0.3": ["has code "],
+        "127.0.0.4": ["split 'train' in ", "split 'val' in ", "does not see what the driver wrote into the store"],
+        "127.0.0.5": ["cannot use /proc/self/cwd/store as the store"],
+    }
+    assert found.keys() == expected.keys()
+    for address, told in expected.items():
+        lines = found[address].split("\n  - ")[1:]
+        assert len(lines) == len(told)
+        assert all(part in line for part, line in zip(told, lines, strict=True))
 
-    def node(number: int, name: str, **more) -> dict:
-        address = {"node_ip_address": f"127.0.0.{number}"} if number > 1 else {}
-        return {"folder": str(sound.node(name)), "num_cpus": 1, **address, **more}
 
-    three = [node(1, "head"), node(2, "second"), node(3, "third", num_gpus=1)]
-    with cluster(env, three) as address:
-        driver = drive(env, address, sound.folder / "head", **sound.options)
-        assert driver.returncode == 0, driver.stderr
-        reports = [json.loads(line) for line in driver.stdout.splitlines()]
-        assert len(reports) == 3
-        assert {"127.0.0.2", "127.0.0.3"} < {report[0] for report in reports}
-        assert all(report[1] == reports[0][1] and report[2] > 0 and not report[3] for report in reports)
-        print(reports)
+def test_a_node_that_does_not_answer_is_named(three, site):
+    """The last of `three`'s tests, as its third node may be given up by the head."""
+    frozen = [
+        p for p in psutil.process_iter(["name"]) if p.info["name"] == "raylet" and p.cwd() == str(site.folder / "third")
+    ]
+    assert frozen
+    for process in frozen:
+        process.suspend()
+    try:
+        found = faults(three.ask(timeout=5))
+    finally:
+        for process in frozen:
+            process.resume()
+    assert list(found) == ["127.0.0.3"]
+    assert "did not answer within 5 s" in found["127.0.0.3"]
+
+
+# cluster.yaml
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory) -> Path:
+    """cluster.yaml with every placeholder filled in."""
+    path = tmp_path_factory.mktemp("filled") / "cluster.yaml"
+    path.write_text((ROOT / "cluster.yaml").read_text().replace("CHANGE_ME", "0123"))
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(filled) -> dict:
+    """As `ray up` sees it, defaults filled in."""
+    return prepare_config(yaml.safe_load(filled.read_text()))
+
+
+def start_commands(config: dict) -> list[str]:
+    return config["head_start_ray_commands"] + config["worker_start_ray_commands"]
+
+
+def test_ray_up_takes_the_cluster_file_once_it_is_filled_in(filled):
+    check_cluster_file(filled)
+    with pytest.raises(UserError) as caught:
+        check_cluster_file(ROOT / "cluster.yaml")
+    told = str(caught.value)
+    for name in ("ami-", "sg-", "_BUCKET/VOCdevkit", "_BUCKET/mlflow", "_HEAD_PROFILE", "_WORKER_PROFILE"):
+        assert re.search(rf"cluster.yaml:\d+: .*{name}", told)
+    filled_wrong = filled.with_name("wrong.yaml")
+    filled_wrong.write_text(filled.read_text().replace("idle_timeout_minutes", "idle_minutes"))
+    with pytest.raises(UserError, match="idle_minutes"):
+        check_cluster_file(filled_wrong)
+
+
+def test_the_cluster_opens_nothing_but_ssh(config):
+    assert not config["provider"].get("security_group")
+    for kind in config["available_node_types"].values():
+        assert kind["node_config"]["SecurityGroupIds"]  # Ray would open port 22 to everybody
+    commands = " ".join(start_commands(config))
+    assert re.findall(r"--dashboard-host=(\S+)", commands) == ["127.0.0.1"]
+    assert re.findall(r"--host[ =](\S+)", commands) == ["127.0.0.1"]
+    assert "0.0.0.0" not in json.dumps(config)
+
+
+def test_the_cluster_asks_for_the_token_and_holds_no_secret(config):
+    starts = [command for command in start_commands(config) if "ray start" in command]
+    assert len(starts) == 2
+    assert all(command.startswith("export RAY_AUTH_MODE=token && ") for command in starts)
+    assert config["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
+    assert "chmod 600 ~/.ray/auth_token" in config["setup_commands"]
+    assert not re.search(r"AKIA\w|aws_secret|password|[0-9a-f]{32}", json.dumps(config), re.IGNORECASE)
+
+
+def test_the_cluster_costs_nothing_while_nobody_uses_it_but_its_head(config):
+    head, gpu = (config["available_node_types"][name] for name in ("head", "gpu"))
+    assert (head["resources"], head["max_workers"]) == ({"CPU": 0}, 0)
+    assert "InstanceMarketOptions" not in head["node_config"]
+    assert gpu["min_workers"] == 0
+    assert gpu["resources"]["GPU"] > 0
+    assert gpu["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
+    assert config["idle_timeout_minutes"] <= 15
+
+
+def test_every_node_gets_the_same_files_and_pinned_versions(config):
+    commands = "\n".join(config["setup_commands"])
+    assert re.search(r"--python 3\.11\.\d+ ", commands)
+    assert "--constraint ~/semformer-sweeps/constraints.txt" in commands
+    assert re.search(r"^ray==", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert config["worker_setup_commands"] == config["head_setup_commands"] == config["setup_commands"]
+    local = [Path(source) for source in config["file_mounts"].values() if not source.startswith("~")]
+    assert all((ROOT / source).exists() for source in local)
+    with (ROOT / "pyproject.toml").open("rb") as file:
+        packages = tomllib.load(file)["tool"]["setuptools"]["packages"]["find"]["include"]
+    assert {package.rstrip("*") for package in packages} <= {str(source) for source in local}
+
+
+def test_the_shell_commands_parse(config):
+    for command in [*config["head_setup_commands"], *config["worker_setup_commands"], *start_commands(config)]:
+        parsed = subprocess.run(["bash", "-n"], input=command, capture_output=True, text=True)
+        assert (parsed.returncode, parsed.stderr) == (0, ""), command

@@ -18,7 +18,6 @@ import os
 import re
 import secrets
 import shutil
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -36,9 +35,9 @@ from semformer.artifact import (
     read_manifest,
 )
 from semformer.errors import UserError
-from semformer.keys import RESERVED, StageKey
-from semformer.leases import Leases, machine
-from semformer.storage import Entry, Storage, StorageUnreachable, T, patiently
+from semformer.keys import StageKey
+from semformer.leases import Leases
+from semformer.storage import Entry, Folder, Storage, StorageUnreachable, T, patiently
 from semformer.store import Store
 
 try:
@@ -50,7 +49,7 @@ except ImportError as error:
     raise UserError("a store on S3 needs boto3: pip install 'semformer-sweeps[s3]'") from error
 
 IN_USE = 600.0
-"""Seconds after its last use during which an artifact stays in the cache, whatever the limit."""
+"""Seconds after its last use during which a file stays in the cache, whatever the limit."""
 log = logging.getLogger(__name__)
 
 
@@ -196,8 +195,8 @@ def _is_away(error: BaseException | None) -> bool:
 class S3Store(Store):
     """A store in a bucket. `root` is its local folder, below `cache` (default: $SEMFORMER_CACHE or ~/.cache/semformer).
 
-    When the cached artifacts take more than `cache_bytes`, those that were not used for the longest time go. An
-    artifact's `file` marks it as used, and fetches again what has gone. Raises UserError if the bucket or the folder
+    When the artifacts' files in it take more than `cache_bytes`, those that were not used for the longest time go.
+    `Artifact.file` marks a file as used, and fetches again what has gone. Raises UserError if the bucket or the folder
     cannot be used, StorageUnreachable if the bucket cannot be reached within `patience_at_opening` seconds.
     """
 
@@ -280,6 +279,8 @@ class S3Store(Store):
         shutil.rmtree(artifact.path, ignore_errors=True)  # left by one that was damaged and otherwise the same
         artifact.path.parent.mkdir(parents=True, exist_ok=True)
         os.rename(folder, artifact.path)
+        for name in artifact.files:
+            os.utime(artifact.path / name)
         self._evict()
         return artifact
 
@@ -310,7 +311,7 @@ class S3Store(Store):
             check_size(name, path.stat().st_size, told)
             if verify:
                 check_contents(name, path, told)
-            os.utime(artifact.path)
+            os.utime(path)
             return
         try:
             self._download(artifact.key, f"{self._place(artifact)}/{name}", path, told)
@@ -335,21 +336,14 @@ class S3Store(Store):
 
     def _evict(self) -> None:
         """Bring the cache below its limit, but for what was used in the last IN_USE seconds."""
-        cached = []
-        for folder in self.root.glob("*/*/*"):
-            if folder.parts[-3] not in RESERVED:
-                with suppress(FileNotFoundError):  # another process is evicting
-                    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
-                    cached.append((folder.stat().st_mtime, size, folder))
-        excess = sum(size for _, size, _ in cached) - self.cache_bytes
-        for used, size, folder in sorted(cached):
-            if excess <= 0 or used > time.time() - IN_USE:
+        local = Folder(self.root, patience=0.0)
+        files = [item for stage in Store._stages(self) for item in local.entries(f"{stage}/").items()]
+        excess = sum(entry.size for _, entry in files) - self.cache_bytes
+        for name, entry in sorted(files, key=lambda item: item[1].age, reverse=True):
+            if excess <= 0 or entry.age < IN_USE:
                 return
-            away = self.root / "tmp" / f"evicted.{machine()}.{os.getpid()}.{secrets.token_hex(4)}"
-            with suppress(OSError):
-                os.rename(folder, away)
-            shutil.rmtree(away, ignore_errors=True)
-            excess -= size
+            local.remove(name)
+            excess -= entry.size
 
     # Helpers
 

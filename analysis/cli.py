@@ -95,3 +95,7 @@ def _count(tables: Sequence[Table], compiled: "Sequence[CompiledTable]") -> str:
     without = [table.name for table in tables if table.name not in {there.table.name for there in compiled}]
     told = f"{filled} of {sum(len(table.rows) for table in tables)} cells filled"
     return told + f"; no trial of {', '.join(without)}" * bool(without)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

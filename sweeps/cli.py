@@ -1,10 +1,11 @@
-"""`semformer-sweep`: plan a table of the paper, and run its trials."""
+"""`semformer-sweep`: plan the paper's tables, run them or a search as trials on a Ray cluster, and look after them."""
 
 import argparse
 import json
+import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Sequence
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,22 +15,23 @@ from rich.table import Table as Grid
 
 from semformer.config import PRESETS, parse_overrides
 from semformer.errors import UserError
-from sweeps.axes import load_table, table_names
+from sweeps.axes import load_all_tables, load_tables, table_names
+from sweeps.folder import SWEEPS, SweepFolder, find_sweep, new_sweep
 
-if TYPE_CHECKING:  # torch and MLflow take seconds to import
+if TYPE_CHECKING:  # torch, Ray and MLflow take seconds to import
     from semformer.keys import StageKey
     from semformer.store import Store
-    from sweeps.plan import Plan, Trial
-    from sweeps.tracking import Tracker
+    from sweeps.plan import Plan
 
-STORE = Path("runs/store")
+STORE = "runs/store"
 TRACKING_URI = "sqlite:///mlflow.db"
 SHORT = 8
 """Characters of a key that are shown."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    options = _parser().parse_args(arguments)
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    options = _parser().parse_args(arguments, argparse.Namespace(arguments=arguments))
     console = Console(stderr=options.json)
     try:
         return options.command(options, console)
@@ -37,42 +39,113 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
-        console.print("stopped; the same command goes on from the last epochs", highlight=False)
+        console.print("stopped; the same command, or resume, goes on from the last epochs", highlight=False)
         return 130
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="semformer-sweep", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(required=True)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    plan = commands.add_parser("plan", help="what a sweep would run, and what is there already", allow_abbrev=False)
-    _add_plan_arguments(plan)
-    plan.set_defaults(command=_plan)
+    def command(name: str, function: Callable[..., int], text: str) -> argparse.ArgumentParser:
+        added = commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+        added.set_defaults(command=function)
+        added.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
+        return added
 
-    run = commands.add_parser("run", help="run what is missing of a table's trials", allow_abbrev=False)
-    _add_plan_arguments(run)
-    run.add_argument("--tracking-uri", default=TRACKING_URI, metavar="URI", help="of MLflow (default: %(default)s)")
-    run.add_argument("--experiment", metavar="NAME", help="in MLflow (default: table and preset)")
-    run.add_argument("--cpus-per-trial", type=_positive(int), default=1, metavar="N", help="default: 1")
-    run.add_argument(
-        "--gpus-per-trial",
-        type=_positive(float, zero=True),
-        metavar="X",
-        help="may be a fraction; default: 1 if there is one",
-    )
-    run.add_argument("--max-concurrent", type=_positive(int), metavar="N", help="trials at once")
-    run.set_defaults(command=_run)
+    plan = command("plan", _plan, "what a sweep would run, what of it is there already, and what it costs")
+    _add_tables(plan)
+    _add_configs(plan)
+    _add_price(plan)
+
+    run = command("run", _run, "run what is missing of the tables' trials")
+    _add_tables(run)
+    _add_configs(run)
+    _add_price(run)
+    _add_running(run)
+
+    search = command("search", _search, "search the ablation axes with Optuna")
+    _add_configs(search, seeds=False)
+    _add_search(search)
+    _add_price(search)
+    _add_running(search)
+
+    resume = command("resume", _resume, "go on with a sweep whose driver has ended")
+    _add_sweep(resume)
+
+    status = command("status", _status, "what every trial of a sweep does, or why it waits")
+    _add_sweep(status)
+
+    stop = command("stop", _stop, "end a sweep's driver and its trials; they can be resumed from their last epochs")
+    _add_sweep(stop)
+
+    sync = command("sync", _sync, "deliver the records that MLflow was not there to take")
+    _add_sweep(sync)
+    sync.add_argument("--tracking-uri", metavar="URI", help="of MLflow (default: the sweep's)")
+
+    gc = command("gc", _gc, "delete from a store what no sweep reaches; without --apply, tell what that is")
+    gc.add_argument("--store", default=STORE, metavar="DIR", help="a folder, or s3://BUCKET/PREFIX")
+    gc.add_argument("--apply", action="store_true", help="delete it")
+    gc.add_argument("--drop", action="append", default=[], metavar="SWEEP", help="no longer keep what this one reaches")
+    hours = "leave what is younger (default: %(default)s)"
+    gc.add_argument("--grace", type=_positive(float, zero=True), default=24.0, metavar="HOURS", help=hours)
     return parser
 
 
-def _add_plan_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("table", metavar="TABLE", help=f"{', '.join(table_names())}, or a YAML file of your own")
+def _add_tables(parser: argparse.ArgumentParser) -> None:
+    known = ", ".join(name.partition("_")[0] for name in table_names())
+    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"{known}, or a YAML file of your own")
+    parser.add_argument("--all", action="store_true", help="all tables of the paper")
+    parser.add_argument("--seeds", type=_seeds, default=(0,), metavar="N,N...", help="repeat every row; default: 0")
+
+
+def _add_configs(parser: argparse.ArgumentParser, *, seeds: bool = True) -> None:
     parser.add_argument("--preset", default="tiny", choices=tuple(PRESETS))
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of all rows")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="a VOC devkit (default: the embedded shapes)")
-    parser.add_argument("--store", type=Path, default=STORE, metavar="DIR", help="where artifacts are kept")
-    parser.add_argument("--seeds", type=_seeds, default=(0,), metavar="N,N...", help="repeat every row; default: 0")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
+    data = "a VOC devkit, in the same place on every node (default: the embedded shapes)"
+    parser.add_argument("--data", type=Path, metavar="DIR", help=data)
+    parser.add_argument("--store", default=STORE, metavar="DIR", help="of artifacts: a folder, or s3://BUCKET/PREFIX")
+
+
+def _add_price(parser: argparse.ArgumentParser) -> None:
+    gpus = "whose wall time is told (default: %(default)s)"
+    parser.add_argument("--gpus", type=_positive(int), default=4, metavar="N", help=gpus)
+    tflops = "effective speed of one GPU, for stages of a kind that was never measured (default: 40)"
+    parser.add_argument("--tflops", type=_positive(float), default=40.0, metavar="X", help=tflops)
+
+
+def _add_running(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--budget", metavar="TIME", help="of GPUs, such as 40h or 30m: do not start what costs more")
+    add("--address", metavar="auto|HOST:PORT", help="of a Ray cluster (default: one of our own, on this machine)")
+    add("--tracking-uri", default=TRACKING_URI, metavar="URI", help="of MLflow (default: %(default)s)")
+    add("--experiment", metavar="NAME", help="in MLflow (default: name and preset)")
+    add("--register", metavar="NAME", help="register the trials' segmentation networks in MLflow under this name")
+    add("--cpus-per-trial", type=_positive(int), default=1, metavar="N", help="default: %(default)s")
+    share = "may be a fraction; default: 1 if there is one"
+    add("--gpus-per-trial", type=_positive(float, zero=True), metavar="X", help=share)
+    add("--max-concurrent", type=_positive(int), metavar="N", help="trials at once; an autoscaling cluster grows to it")
+    silence = "after which a trial that says nothing is killed and tried again (default: %(default)s)"
+    add("--silence", type=_positive(float), default=600.0, metavar="SECONDS", help=silence)
+    _add_sweeps(parser)
+
+
+def _add_search(parser: argparse.ArgumentParser) -> None:
+    from sweeps.search_space import add_arguments
+
+    add_arguments(parser)
+    asha = "stop poor trials early, by their maps after each segmentation epoch (ASHA)"
+    parser.add_argument("--scheduler", choices=("asha",), help=asha)
+
+
+def _add_sweeps(parser: argparse.ArgumentParser) -> None:
+    text = "where the sweeps have their folders (default: %(default)s)"
+    parser.add_argument("--sweeps", type=Path, default=SWEEPS, metavar="DIR", help=text)
+
+
+def _add_sweep(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("sweep", nargs="?", metavar="SWEEP", help="default: the one started last")
+    _add_sweeps(parser)
 
 
 def _positive(kind: type, *, zero: bool = False) -> Callable[[str], Any]:
@@ -96,16 +169,21 @@ def _seeds(text: str) -> tuple[int, ...]:
     return seeds
 
 
+# Planning
+
+
 def _make_plan(options: argparse.Namespace, console: Console) -> "tuple[Plan, Store]":
-    table = load_table(options.table)
+    if options.all == bool(options.tables):
+        raise UserError("name one or more tables, or give --all")
+    tables = load_all_tables() if options.all else load_tables(options.tables)
     overrides = parse_overrides(options.set)
-    from semformer.store import Store
+    from semformer.store import open_store
     from sweeps.plan import make_plan
 
-    store = Store(options.store)
+    store = open_store(options.store)
     with console.status("reading the data") as status:
         plan = make_plan(
-            [table],
+            tables,
             options.preset,
             overrides,
             options.seeds,
@@ -118,14 +196,19 @@ def _make_plan(options: argparse.Namespace, console: Console) -> "tuple[Plan, St
 
 def _plan(options: argparse.Namespace, console: Console) -> int:
     plan, store = _make_plan(options, console)
+    from sweeps.price import price
+
+    with console.status("counting the price"):
+        cost = price(plan, store, gpus=options.gpus, tflops=options.tflops)
     if options.json:
-        print(json.dumps(plan.as_json()))
+        print(json.dumps({**plan.as_json(), "price": cost.as_json()}))
         return 0
-    table = plan.tables[0]
-    console.print(f"[bold]{table.name}[/], preset {plan.preset}: {escape(table.title)} ({table.source or table.path})")
+    for table in plan.tables:
+        source = table.source or table.path
+        console.print(f"[bold]{table.name}[/], preset {plan.preset}: {escape(table.title)} ({source})")
     trials = Grid()
     for name in ("row", "seed", *plan.stages):
-        trials.add_column(name, no_wrap=True)
+        trials.add_column(name, no_wrap=name != "row")
     for trial in plan.trials:
         states = [_state(trial.keys.get(name), plan.cached) for name in plan.stages]
         trials.add_row(escape(plan.rows_of(trial)), str(trial.config.seed), *states)
@@ -143,6 +226,8 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
     for (stage, why), rows in reasons.items():
         told = ", ".join(dict.fromkeys(rows))
         console.print(f"{stage} of {told}: {why}", highlight=False, markup=False, soft_wrap=True)
+    for line in cost.lines():
+        console.print(line, highlight=False, soft_wrap=True)
     return 0
 
 
@@ -152,83 +237,121 @@ def _state(key: "StageKey | None", cached: frozenset[str]) -> str:
     return f"[green]{key.short[:SHORT]} ✓[/]" if key.digest in cached else key.short[:SHORT]
 
 
+# Running
+
+
 def _run(options: argparse.Namespace, console: Console) -> int:
     plan, store = _make_plan(options, console)
-    with console.status("opening MLflow"):
-        from sweeps.tracking import Tracker
+    from sweeps.drive import Drive
 
-        folder = options.store.with_name("sweeps") / f"{plan.name}-{plan.preset}"
-        tracker = Tracker(options.tracking_uri, plan, store, options.experiment, folder=folder)
-    missing = [trial for trial in plan.trials if not plan.is_cached(trial)]
-    if not missing and tracker.is_complete():
-        console.print(f"nothing to do: all {len(plan.trials)} trials are finished and recorded", highlight=False)
-        return _conclude(options, console, plan, tracker, {}, failed=False)
-    to_make = {name: count.distinct - count.cached for name, count in plan.stages.items()}
-    told = ", ".join(f"{n} {name}" for name, n in to_make.items() if n) or "nothing, only to record"
-    head = f"{plan.name}, preset {plan.preset}: {len(plan.trials)} trials; to make: {told}"
-    console.print(head, highlight=False, soft_wrap=True)
-    from sweeps.display import Display
-
-    display, status = Display(plan, console), "KILLED"
-    with ExitStack() as stack:
-        if missing:
-            with console.status("starting Ray"):
-                from sweeps import runner
-
-                share = stack.enter_context(runner.local_ray(options.cpus_per_trial, options.gpus_per_trial))
-        tracker.begin()
-        try:
-            with display:
-                for trial in plan.trials:
-                    if plan.is_cached(trial):
-                        display.record_found(trial)
-                        tracker.record_found(trial)
-                if missing:
-
-                    def tell(trial: "Trial", report: Mapping[str, Any]) -> None:
-                        tracker.tell(trial, report)
-                        display.tell(trial, report)
-
-                    runner.run_trials(missing, store, tell, share=share, max_concurrent=options.max_concurrent)
-            status = "FINISHED" if display.complete else "FAILED"
-        finally:
-            tracker.end(status, display.counts())
-    display.summary()
-    return _conclude(options, console, plan, tracker, display.counts(), failed=not display.complete)
+    folder = _folder(options, plan.name)
+    with folder.drive(options.arguments):
+        return Drive(options, console, plan, store, folder).run()
 
 
-def _conclude(
-    options: argparse.Namespace,
-    console: Console,
-    plan: "Plan",
-    tracker: "Tracker",
-    counts: dict[str, float],
-    *,
-    failed: bool,
-) -> int:
-    from sweeps.tracking import without_password
+def _search(options: argparse.Namespace, console: Console) -> int:
+    overrides = parse_overrides(options.set)
+    from semformer.store import open_store
+    from sweeps.drive import Drive
+    from sweeps.search import make_search
 
-    uri = without_password(options.tracking_uri)
-    where = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
-    console.print(
-        f"Runs, curves and pictures: {where} (experiment {tracker.experiment!r})", highlight=False, soft_wrap=True
-    )
-    chosen = [f"--set {field}={value}" for field, value in plan.overrides.items()]
-    chosen += [] if options.tracking_uri == TRACKING_URI else [f"--tracking-uri {uri}"]
-    chosen += [] if options.experiment is None else [f"--experiment '{options.experiment}'"]
-    command = " ".join(["semformer-tables tables", options.table, f"--preset {plan.preset}", *chosen])
-    console.print(f"Table: {command}", highlight=False, markup=False, soft_wrap=True)
-    if tracker.errors:
-        console.print(
-            f"[red]{len(tracker.errors)} records could not be written to MLflow[/], the first because of "
-            f"{escape(tracker.errors[0])}. Run the same command again to write them.",
-            highlight=False,
-            soft_wrap=True,
-        )
+    store = open_store(options.store)
+    with console.status("opening the study"):
+        search = make_search(options, overrides, store)
+    try:
+        folder = _folder(options, search.plan.name)
+        with folder.drive(options.arguments):
+            return Drive(options, console, search.plan, store, folder, search).run()
+    finally:
+        search.close()
+
+
+def _folder(options: argparse.Namespace, name: str) -> SweepFolder:
+    """The same for the same sweep; more seeds or trials extend it."""
+    what = [options.preset, sorted(options.set), str(options.data), options.store, options.tracking_uri]
+    digest = sha256(json.dumps([*what, options.experiment]).encode()).hexdigest()
+    return new_sweep(options.sweeps, f"{name}-{options.preset}-{digest[:6]}")
+
+
+def _resume(options: argparse.Namespace, console: Console) -> int:
+    folder = find_sweep(options.sweeps, options.sweep)
+    if driver := folder.driver():
+        raise UserError(f"the sweep {folder.name} is driven already, by {driver}")
+    cwd, arguments = folder.started()
+    if not Path(cwd).is_dir():
+        raise UserError(f"the folder that {folder.name} was started in, {cwd}, is not there any more")
+    os.chdir(cwd)
+    console.print(f"semformer-sweep {' '.join(arguments)}", highlight=False, markup=False, soft_wrap=True)
+    return main([*arguments, "--json"] if options.json and "--json" not in arguments else arguments)
+
+
+# Looking after
+
+
+def _status(options: argparse.Namespace, console: Console) -> int:
+    folder = find_sweep(options.sweeps, options.sweep)
+    driver, told = folder.driver(), folder.state()
     if options.json:
-        result = {**plan.summary(), **counts, "experiment": tracker.experiment, "parent_run_id": tracker.parent_run_id}
-        print(json.dumps(result))
-    return 1 if failed or tracker.errors else 0
+        print(json.dumps({"sweep": folder.name, "driver": driver, **(told or {})}))
+        return 0
+    from sweeps.display import show_status
+
+    show_status(console, folder.name, driver, told)
+    return 0
+
+
+def _stop(options: argparse.Namespace, console: Console) -> int:
+    folder = find_sweep(options.sweeps, options.sweep)
+    driver = folder.driver()
+    if not driver:
+        console.print(f"nobody drives {folder.name}", highlight=False)
+        return 0
+    folder.ask_to_stop()
+    with console.status(f"waiting for {driver} to end {folder.name}"):
+        if not folder.wait_for_driver(120):
+            raise UserError(f"{driver} has not ended {folder.name} within 120 s: is it alive? `status` tells")
+    console.print(f"{folder.name} is stopped: semformer-sweep resume {folder.name}", highlight=False)
+    return 0
+
+
+def _sync(options: argparse.Namespace, console: Console) -> int:
+    folder = find_sweep(options.sweeps, options.sweep)
+    if driver := folder.driver():
+        raise UserError(f"{driver} drives {folder.name} and delivers its records itself: `stop` it first")
+    from sweeps.tracking import deliver
+
+    with console.status("delivering to MLflow"):
+        count = deliver(folder.path, options.tracking_uri)
+    console.print(f"{count} records delivered", highlight=False)
+    return 0
+
+
+def _gc(options: argparse.Namespace, console: Console) -> int:
+    from semformer.store import open_store
+
+    store = open_store(options.store)
+    roots = store.roots()
+    for name in options.drop:
+        if name not in roots:
+            raise UserError(f"--drop {name}: the store keeps nothing for it, only for {', '.join(roots) or 'nobody'}")
+        if options.apply:
+            store.drop(name)
+    found = store.collect(apply=options.apply, grace=options.grace * 3600, without=options.drop)
+    if options.json:
+        print(json.dumps([one._asdict() for one in found]))
+        return 0
+    listed = Grid()
+    for name in ("stage", "key", "MB", "why"):
+        listed.add_column(name, justify="right" if name == "MB" else "left")
+    for one in found:
+        listed.add_row(one.stage, one.digest[:SHORT], f"{one.bytes / 1e6:.1f}", escape(one.why))
+    if found:
+        console.print(listed)
+    kept = f"kept for {', '.join(name for name in roots if name not in options.drop) or 'nobody'}"
+    total = f"{sum(one.bytes for one in found) / 1e6:.1f} MB in {len(found)} places"
+    told = f"{total} deleted; {kept}" if options.apply else f"{total} could be deleted (--apply does it); {kept}"
+    console.print(told, highlight=False, soft_wrap=True)
+    return 0
 
 
 if __name__ == "__main__":

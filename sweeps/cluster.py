@@ -30,7 +30,7 @@ import semformer
 from semformer.data.shapes import cached_shapes
 from semformer.data.voc import open_devkit
 from semformer.errors import UserError
-from semformer.store import Store
+from semformer.store import open_store
 
 log = logging.getLogger(__name__)
 ENVIRONMENT = {
@@ -41,6 +41,7 @@ ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # only some reports carry what a scheduler looks at
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # the store holds all state; Tune's own snapshots are not used
 }
 """Of the driver and the trials' processes."""
@@ -210,6 +211,12 @@ def trial_share(cpus: int, gpus: float | None, *, address: str | None = None) ->
     return {"cpu": cpus, "gpu": gpus}
 
 
+def places(share: Mapping[str, float]) -> int:
+    """How many trials of such a share the living nodes hold at once."""
+    wanted = {kind: part for kind, part in share.items() if part}
+    return sum(int(min(getattr(node, f"{kind}s") / part for kind, part in wanted.items()) + 1e-9) for node in nodes())
+
+
 def _launchable() -> list[tuple[float, float]]:
     """CPUs and GPUs of the node types that the autoscaler of this head may launch."""
     try:
@@ -277,7 +284,7 @@ def _look(
     min_free: int,
 ) -> NodeReport:
     """`preflight`'s part on the node; `here` are the versions of the driver."""
-    versions, gpu_memory, free = _versions(), _gpu_memory(), shutil.disk_usage(Path.home()).free
+    versions, gpus, free = _versions(), gpu_memory(), shutil.disk_usage(Path.home()).free
     faults = []
     if different := [f"{name} {versions[name]} (driver: {v})" for name, v in here.items() if versions[name] != v]:
         faults.append(f"has {', '.join(different)}: install the same everywhere (constraints.txt)")
@@ -296,14 +303,14 @@ def _look(
             _mark(store, f"{run}-{node.id}")
     except (UserError, OSError) as error:
         faults.append(str(error))
-    if share["gpu"] and node.gpus != len(gpu_memory):
+    if share["gpu"] and node.gpus != len(gpus):
         faults.append(
-            f"Ray counts {node.gpus:g} GPUs, nvidia-smi shows {len(gpu_memory)}: "
+            f"Ray counts {node.gpus:g} GPUs, nvidia-smi shows {len(gpus)}: "
             "mend the driver, or start Ray there with the right --num-gpus"
         )
     if free < min_free:
         faults.append(f"has {free / 2**30:.1f} GiB of free disk in {Path.home()}; needed are {min_free / 2**30:.1f}")
-    return NodeReport(node, versions, gpu_memory, free, tuple(faults))
+    return NodeReport(node, versions, gpus, free, tuple(faults))
 
 
 def _versions() -> dict[str, str]:
@@ -321,7 +328,7 @@ def _versions() -> dict[str, str]:
     return versions | {"code": digest.hexdigest()[:12]}
 
 
-def _gpu_memory() -> tuple[int, ...]:
+def gpu_memory() -> tuple[int, ...]:
     """Bytes of each GPU, whichever of them Ray lets this process use."""
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
@@ -335,15 +342,11 @@ def _gpu_memory() -> tuple[int, ...]:
 
 
 def _mark(store: str, name: str) -> None:
-    (Store(Path(store)).root / "tmp" / name).touch()
+    open_store(store).storage.create(f"tmp/{name}", b"")
 
 
 def _marks(store: str) -> set[str]:
-    return {path.name for path in (Store(Path(store)).root / "tmp").iterdir()}
-
-
-def _unmark(store: str, name: str) -> None:
-    (Store(Path(store)).root / "tmp" / name).unlink(missing_ok=True)
+    return {name.removeprefix("tmp/") for name in open_store(store).storage.entries("tmp/")}
 
 
 @contextmanager
@@ -364,7 +367,7 @@ def _marking(store: str, run: str) -> Iterator[Callable[[set[str]], set[str]]]:
     finally:
         for name in _marks(store):
             if name.startswith(run):
-                _unmark(store, name)
+                open_store(store).storage.remove(f"tmp/{name}")
 
 
 # A cluster file

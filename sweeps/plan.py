@@ -96,7 +96,7 @@ class Plan:
 
     def rows_of(self, trial: Trial) -> str:
         """For people: with the table only where there are several."""
-        rows = [cell.row for cell in trial.cells] if len(self.tables) == 1 else trial.rows
+        rows = trial.rows if len(self.tables) > 1 else [cell.row for cell in trial.cells]
         return ", ".join(dict.fromkeys(rows))
 
     def is_cached(self, trial: Trial) -> bool:
@@ -177,6 +177,7 @@ def make_plan(
                     trial = replace(known, cells=(*known.cells, *trial.cells))
                 trials[trial.key] = trial
     keys = {key for trial in trials.values() for key in trial.keys.values()}
-    cached = frozenset(key.digest for key in keys if store.find(key, verify=False))
+    published = store.published({key.stage for key in keys})
+    cached = frozenset(key.digest for key in keys if key.digest in published and store.find(key, verify=False))
     name, title = (tables[0].name, tables[0].title) if len(tables) == 1 else ("tables", f"{len(tables)} tables")
     return Plan(name, title, tuple(tables), preset, dict(overrides), tuple(seeds), tuple(trials.values()), cached)

@@ -10,12 +10,10 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args
 
 from semformer import pipeline
 from semformer.config import Config
-from semformer.data.voc import open_devkit
 from semformer.errors import UserError
 from semformer.flops import Images, stage_work
 from semformer.keys import StageKey
@@ -139,13 +137,16 @@ def price(plan: Plan, store: Store, *, gpus: int, tflops: float = TFLOPS) -> Pri
     )
 
 
-def check_budget(price: Price, budget: str) -> None:
-    """Raises UserError where the missing work costs more than `budget` of GPU time ("40h", "1.5h", "30m"), and for any
-    other form of a budget."""
+def budget_hours(budget: str) -> float:
+    """GPU-hours of "40h", "1.5h" or "30m". Raises UserError for any other form."""
     if not (parts := re.fullmatch(r"(\d+(?:\.\d+)?)([hm])", budget.strip())):
         raise UserError(f"--budget {budget}: write GPU-hours or minutes, such as 40h, 1.5h or 30m")
-    hours = float(parts[1]) / (60 if parts[2] == "m" else 1)
-    if price.missing.gpu_hours > hours:
+    return float(parts[1]) / (60 if parts[2] == "m" else 1)
+
+
+def check_budget(price: Price, budget: str) -> None:
+    """Raises UserError where the missing work costs more than `budget` of GPU time, and as `budget_hours`."""
+    if price.missing.gpu_hours > budget_hours(budget):
         raise UserError(
             f"--budget {budget}: the plan costs {_duration(price.missing.gpu_hours)} of GPU time ({price.basis}). "
             "Raise the budget, or run fewer rows or seeds."
@@ -234,7 +235,8 @@ def _images(plan: Plan) -> dict[str, Images]:
         for name, key in trial.keys.items():
             digest = key.spec["data"].get("images")
             if digest and digest not in found:
-                found[digest] = Images.of(open_devkit(Path(trial.data)), getattr(trial.config.data, splits[name]))
+                data = pipeline.open_data(trial.config, trial.data)
+                found[digest] = Images.of(data.devkit, getattr(trial.config.data, splits[name]))
     return found
 
 

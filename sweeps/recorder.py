@@ -105,7 +105,7 @@ class Recorder:
             self._trials[event["key"]] = _trial_of(event)
         elif kind == "start":
             self._started.add(event["key"])
-        elif kind in ("finished", "failed"):
+        elif kind in ("finished", "failed", "pruned"):
             self._started.discard(event["key"])
 
     def write(self, events: Iterable[Event]) -> None:
@@ -232,6 +232,12 @@ class Recorder:
         self._client.log_text(run.info.run_id, f"{event['reason']}\n\n{event['traceback']}", "failure.txt")
         self._to(run).tags |= {f"{TAG}status": "failed", f"{TAG}reason": _cut(event["reason"])}
         self._to(run).status, self._to(run).ended = "FAILED", time
+
+    def _pruned(self, event: Event, time: int) -> None:
+        """Stopped by a scheduler; its run has the epochs that there were."""
+        run = self._to(self._run_of(event))
+        run.tags |= {f"{TAG}status": "pruned", f"{TAG}reason": ""}
+        run.status, run.ended = "KILLED", time
 
     def _file(self, event: Event, time: int) -> None:
         name = event["name"]
@@ -361,6 +367,7 @@ HANDLERS: dict[str, Callable[[Recorder, Event, int], None]] = {
     "register": Recorder._register,
     "retry": Recorder._retry,
     "failed": Recorder._failed,
+    "pruned": Recorder._pruned,
     "file": Recorder._file,
     "progress": Recorder._progress,
     "end": Recorder._end,

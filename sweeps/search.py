@@ -50,8 +50,9 @@ class Search:
     when it was asked), stage_seconds, metrics, reason, mlflow_run_id, driver and retry_of (the trial of a killed driver
     that it repeats), as far as they are known.
 
-    `found` hears of trials that were told from the store, without a run. Raises UserError for axes and objectives that
-    make no sense, a database that cannot be used, and a study that was begun with something else.
+    `folder` is that of `data` where it is a devkit of the user's. `found` hears of trials that were told from the
+    store, without a run. Raises UserError for axes and objectives that make no sense, a database that cannot be used,
+    and a study that was begun with something else.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Search:
         trials: int,
         storage: str,
         sampler_seed: int = 0,
+        folder: Path | None = None,
         found: Callable[[Trial], None] = lambda trial: None,
     ):
         if not re.fullmatch(NAME, study_name):
@@ -75,7 +77,7 @@ class Search:
             raise UserError(f"--trials {trials}: a search needs at least one")
         self.own, self.axes = read_axes(axes, preset, overrides)
         self.objectives = read_objectives(objectives, self.own)
-        self.data, self.store, self.trials, self.found = data, store, trials, found
+        self.data, self.folder, self.store, self.trials, self.found = data, folder, store, trials, found
         fixed = {name: value for axis in self.axes.values() for name, value in axis.fixed.items()}
         title = f"search for {' and '.join(self.objectives)} over {', '.join(self.axes)}"
         self.plan = Plan(study_name, title, (), preset, {**overrides, **fixed}, (self.own.seed,), (), frozenset())
@@ -226,7 +228,7 @@ class Search:
         config = load_config(self.plan.preset, {**self.plan.overrides, **self.fields(asked.params)}, source="--axes")
         keys = pipeline.stage_keys(config, self.data)
         name = self.data.describe(config.data.eval_split)
-        trial = Trial(config, self.data.devkit.folder, name, keys, ())
+        trial = Trial(config, self.folder, name, keys, ())
         asked.set_user_attr("trial_key", trial.key)
         asked.set_user_attr("stage_keys", {stage: key.digest for stage, key in keys.items()})
         same = (other.number for other in self._all() if other.user_attrs.get("trial_key") == trial.key)
@@ -348,6 +350,7 @@ def make_search(
         trials=options.trials,
         storage=options.storage,
         sampler_seed=options.sampler_seed,
+        folder=options.data,
         found=found,
     )
 

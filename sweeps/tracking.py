@@ -50,6 +50,7 @@ REPORTS = {
     "finished": ("objectives",),
     "retry": ("reason",),
     "failed": ("reason", "traceback"),
+    "pruned": (),
 }
 """What is kept of the reports of `sweeps.trial` and `sweeps.gate`, by their "event"; others are not recorded."""
 

@@ -2,9 +2,11 @@
 
 A report is a flat dict whose "event" tells its kind:
 
-    start                                                        the process is at work
+    start     host pid gpu                                       the process is at work; gpu: the ids of its share
     progress  stage step steps epoch epochs images_per_second seconds_left note values    about one a second
-    epoch     the same, at the end of an epoch                   values: the means of the epoch
+    epoch     the same, at the end of an epoch                   values: the means of the epoch; for ASHA also
+                                                                 segmentation_epoch and probe_miou
+    system    values                                             every ten seconds, by MLflow's names
     waiting   stage, holder                                      another sweep is making the stage
     stage     stage key found seconds                            a stage is in the store
     finished  metrics                                            the final ones, "cam/val/miou" ...
@@ -15,39 +17,48 @@ Trials never write to MLflow: the driver does, from these reports and from the s
 
 import math
 import os
+import socket
 import time
 import traceback
-from collections.abc import Iterator
-from functools import cache
-from pathlib import Path
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+import ray
 from ray import tune
 
+from sweeps.system import sample
+
 if TYPE_CHECKING:  # torch takes seconds to import, which is for the trials' processes to do
-    from semformer.pipeline import Data, StageRun
+    from semformer.pipeline import StageRun
     from semformer.stages.context import Progress
+    from semformer.store import Store
     from sweeps.plan import Trial
 
 EVERY = 1.0
 """Seconds between two reports of progress."""
+PATIENCE = 300.0
+"""Seconds for which a trial waits for a store that cannot be reached."""
+SAMPLE_EVERY = 10.0
+"""Seconds between two samples of what the machine does."""
 
 
-def payload(trial: "Trial", *, store: Path, cpus: int, gpus: float) -> dict[str, Any]:
-    """The Tune config of a trial, in plain JSON values."""
+def payload(trial: "Trial", *, store: "Store", share: Mapping[str, float], probe: bool = False) -> dict[str, Any]:
+    """The Tune config of a trial, in plain JSON values. `probe`: measure the maps after every segmentation epoch."""
     return {
         "config": trial.config.model_dump(mode="json"),
         "keys": {name: key.digest for name, key in trial.keys.items()},
-        "data": str(trial.data),
-        "store": str(store),
-        "cpus": cpus,
-        "gpus": gpus,
+        "data": str(trial.data or ""),
+        "store": store.location,
+        "cpus": max(1, int(share["cpu"])),
+        "gpus": share["gpu"],
+        "probe": probe,
     }
 
 
 def run_trial(config: dict[str, Any]) -> None:
     """The function trainable: finds or makes every stage of `config` (see `payload`). Raises what a stage raises."""
-    tune.report({"event": "start"})
+    gpus = ray.get_runtime_context().get_accelerator_ids()["GPU"]
+    tune.report({"event": "start", "host": socket.gethostname(), "pid": os.getpid(), "gpu": ",".join(gpus)})
     stages = iter(config["keys"])
     stage = next(stages)
     try:
@@ -57,10 +68,10 @@ def run_trial(config: dict[str, Any]) -> None:
         tune.report({"event": "finished", "metrics": dict(run.artifact.info["metrics"])})
     except Exception as error:
         from semformer.errors import UserError
-        from semformer.stages.training import TrainingDiverged
+        from semformer.storage import StorageUnreachable
 
         report = {"stage": stage, "error": type(error).__name__, "message": str(error)}
-        final = isinstance(error, UserError | TrainingDiverged)
+        final = isinstance(error, UserError) and not isinstance(error, StorageUnreachable)
         tune.report({"event": "failed", **report, "traceback": traceback.format_exc(), "final": final})
         raise
 
@@ -72,60 +83,56 @@ def _stage_runs(config: dict[str, Any]) -> "Iterator[StageRun]":
     from semformer import pipeline
     from semformer.config import Config
     from semformer.errors import UserError
-    from semformer.store import Store
+    from semformer.stages.segmentor import map_probe
+    from semformer.store import open_store
 
     torch.set_num_threads(config["cpus"])
     options = Config.model_validate(config["config"])
-    data = _open_data(config["data"])
+    data = pipeline.open_data(options, config["data"])
     keys = {name: key.digest for name, key in pipeline.stage_keys(options, data).items()}
     if keys != config["keys"]:
         raise UserError(
-            f"the data in {config['data']}, a weights file, or the code is not what the sweep was planned with: "
-            "start the sweep again"
+            f"on {socket.gethostname()}, the data ({config['data'] or 'the embedded data set'}), a weights file or the "
+            "code is not what the sweep was planned with: make them the same, and start the sweep again"
         )
     yield from pipeline.run(
         options,
         data,
-        Store(Path(config["store"])),
+        open_store(config["store"], patience_at_opening=PATIENCE),
         device=torch.device("cuda" if config["gpus"] else "cpu"),
         progress=_Reports().progress,
+        probe=map_probe(data[options.data.eval_split], options.precision) if config["probe"] else None,
         waiting=lambda key, holder: tune.report({"event": "waiting", "stage": key.stage, "holder": str(holder)}),
         workers=config["cpus"] - 1 if config["gpus"] else 0,
     )
-    if config["gpus"]:
-        torch.cuda.empty_cache()
-
-
-@cache
-def _open_data(folder: str) -> "Data":
-    """Read once per process, which runs several trials."""
-    from semformer.data.voc import open_devkit
-    from semformer.pipeline import Data
-
-    return Data(open_devkit(folder))
 
 
 class _Reports:
     """Forwards the pipeline's progress: every end of an epoch, and otherwise not more than one in EVERY seconds."""
 
     def __init__(self):
-        self.last = -math.inf
+        self.last = self.sampled = -math.inf
 
     def progress(self, told: "Progress") -> None:
-        if not told.end_of_epoch and time.monotonic() - self.last < EVERY:
+        now = time.monotonic()
+        if now - self.sampled >= SAMPLE_EVERY:
+            tune.report({"event": "system", "values": sample()})
+            self.sampled = now
+        if not told.end_of_epoch and now - self.last < EVERY:
             return
-        tune.report(
-            {
-                "event": "epoch" if told.end_of_epoch else "progress",
-                "stage": told.stage,
-                "step": told.done,
-                "steps": told.total,
-                "epoch": told.epoch,
-                "epochs": told.epochs,
-                "images_per_second": told.images_per_second,
-                "seconds_left": told.seconds_left,
-                "note": told.note,
-                "values": dict(told.values),
-            }
-        )
+        report = {
+            "event": "epoch" if told.end_of_epoch else "progress",
+            "stage": told.stage,
+            "step": told.done,
+            "steps": told.total,
+            "epoch": told.epoch,
+            "epochs": told.epochs,
+            "images_per_second": told.images_per_second,
+            "seconds_left": told.seconds_left,
+            "note": told.note,
+            "values": dict(told.values),
+        }
+        if "probe_miou" in told.values:
+            report |= {"segmentation_epoch": told.epoch, "probe_miou": told.values["probe_miou"]}
+        tune.report(report)
         self.last = time.monotonic()

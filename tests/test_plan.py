@@ -237,7 +237,7 @@ def test_what_is_in_the_store_is_counted_and_what_is_not_is_explained(store):
 
 def test_rows_may_differ_in_their_data(mine, store):
     plan = plan_of(mine("set:\n      segmentor.sigma: 0.1", "set: {data.shapes.train: 12}"), store)
-    assert plan.trials[0].data != plan.trials[1].data
+    assert plan.trials[0].data_name != plan.trials[1].data_name
     assert plan.stages["caae"] == (2, 2, 0)
 
 

@@ -36,7 +36,7 @@ class Workplace:
         self.store = Store(folder / "store")
 
     def arguments(self, table: str | Path, *options: str) -> list[str]:
-        places = ["--store", str(self.store.root), "--tracking-uri", self.uri]
+        places = ["--store", str(self.store.root), "--tracking-uri", self.uri, "--sweeps", str(self.folder / "sweeps")]
         return ["run", str(table), "--preset", "micro", *places, *options]
 
     def sweep(self, table: str | Path, *options: str) -> tuple[int, str]:
@@ -121,7 +121,8 @@ def test_the_output_tells_what_happened(table03):
     assert "8 trials: 8 finished" in table03
     assert "made: 1 caae, 8 segmentor, 8 cams, 8 evaluate" in table03
     assert "mlflow ui --backend-store-uri sqlite:///" in table03
-    assert "Table: semformer-tables tables table03 --preset micro --tracking-uri sqlite:///" in table03
+    assert re.search(r"\| mIoU \(%\) ours +\|", table03)
+    assert "tables: " in table03
 
 
 def test_the_table_is_compiled_from_mlflow_and_kept_with_the_sweep(place, table03, capsys):
@@ -247,7 +248,7 @@ def test_a_sweep_stopped_by_ctrl_c_goes_on_later(place, table03):
             if "epoch 4/20" in line:
                 sweep.send_signal(signal.SIGINT)
     assert sweep.returncode == 130
-    assert "stopped; the same command goes on" in lines[-1]
+    assert "stopped; the same command, or resume, goes on" in lines[-1]
     assert [run.info.status for run in place.runs("stopped micro", "sweep")] == ["KILLED"]
     assert [run.info.status for run in place.runs("stopped micro", "trial")] == ["KILLED"]
 

@@ -1,0 +1,261 @@
+"""Drives a sweep from a plan or a search to its end: its folder, MLflow, Ray, the display, and the tables at last."""
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from semformer.pipeline import open_data
+from semformer.store import Store
+from sweeps.display import Display
+from sweeps.folder import SweepFolder
+from sweeps.plan import Plan, Trial
+from sweeps.price import budget_hours, check_budget, check_packing, estimate, price
+from sweeps.state import SweepState, duration
+from sweeps.tracking import Tracker, without_password
+
+if TYPE_CHECKING:
+    from sweeps.gate import Gate
+    from sweeps.search import Search
+
+SHARE_OF_TIME = 0.05
+"""Of the driver's time, at most, that goes into writing its state."""
+
+
+class Drive:
+    """One sweep being driven; `run` does it all."""
+
+    def __init__(
+        self,
+        options: argparse.Namespace,
+        console: Console,
+        plan: Plan,
+        store: Store,
+        folder: SweepFolder,
+        search: "Search | None" = None,
+    ):
+        """`search` suggests trials beyond those of the plan. Raises UserError when MLflow cannot be used."""
+        self.options, self.console, self.plan, self.store = options, console, plan, store
+        self.folder, self.search = folder, search
+        self.state = SweepState(plan)
+        self.display = Display(self.state, console)
+        self.missing = [trial for trial in plan.trials if not plan.is_cached(trial)]
+        self._kept: set[str] = set()
+        self._told: set[str] = set()  # keys of trials that the search found by itself
+        self._next_save = 0.0
+        experiment = options.experiment or (plan.name if search else None)
+        with console.status("opening MLflow"):
+            self.tracker = Tracker(
+                options.tracking_uri, plan, store, experiment, folder=folder.path, register=options.register
+            )
+        if search:
+            search.found = self._found_by_search
+
+    def run(self) -> int:
+        """Run what is missing; returns the exit status. Raises UserError when the budget or the cluster forbids it."""
+        if not self.missing and not self.search and self.tracker.is_complete():
+            count = len(self.plan.trials)
+            self._print(f"nothing to do: all {count} trials are finished and recorded")
+            return self._conclude({}, failed=False)
+        if self.options.budget and self.plan.trials:
+            cost = price(self.plan, self.store, gpus=self.options.gpus, tflops=self.options.tflops)
+            check_budget(cost, self.options.budget)
+        self._announce()
+        with self._ray() as run_trials:
+            self._keep({key.digest for trial in self.plan.trials for key in trial.keys.values()})
+            self.tracker.begin()
+            status = "KILLED"
+            try:
+                with self.display:
+                    for trial in self.plan.trials:
+                        if self.plan.is_cached(trial):
+                            self.tell(trial, {"event": "found"})
+                    run_trials()
+                status = "FINISHED" if self.state.complete else "FAILED"
+            finally:
+                self.folder.save(self.state.as_json())
+                self._report_search()
+                self.tracker.end(status, self.state.counts())
+        self.display.summary()
+        return self._conclude(self.state.counts(), failed=not self.state.complete)
+
+    # While it runs
+
+    def tell(self, trial: Trial, report: Mapping[str, Any]) -> None:
+        """What a trial or the gate reports, passed on to MLflow, the search and the display."""
+        event = report["event"]
+        if event == "found":
+            artifact = self.store.find(trial.keys["evaluate"], verify=False)
+            report = {**report, "metrics": artifact.info["metrics"] if artifact else {}}
+            self.tracker.record_found(trial)
+        else:
+            self.tracker.tell(trial, report)
+        if self.search and trial.key not in self._told:
+            if event in ("finished", "found"):
+                self.search.tell(trial, report["metrics"])
+            elif event in ("failed", "pruned"):
+                self.search.tell(trial, None, report.get("reason", ""), pruned=event == "pruned")
+            elif event == "epoch":
+                self.search.report(trial, report["epoch"], report["values"])
+        self.display.tell(trial, report)
+
+    def every_second(self, gate: "Gate") -> bool:
+        """Keeps the state for `status`; whether `stop` has asked for the end."""
+        now = time.monotonic()
+        if now >= self._next_save:
+            self.state.explain(gate.waiting())
+            self.folder.save(self.state.as_json())
+            self.tracker.progress(self.state.counts())
+            cost = time.monotonic() - now
+            self._next_save = now + cost / SHARE_OF_TIME
+        return self.folder.asked_to_stop()
+
+    def _ask(self) -> Trial | None:
+        """Another suggestion, unless the search has none or has used up its budget."""
+        assert self.search
+        spent = self.search.saving()["spent_seconds"] / 3600
+        if self.options.budget and spent >= budget_hours(self.options.budget):
+            self._print(f"--budget {self.options.budget} is used up: nothing more is suggested")
+            return None
+        trial = self.search.ask()
+        self._keep(self.search.reached())
+        if trial:
+            self.tracker.add(trial)
+        return trial
+
+    def _found_by_search(self, trial: Trial) -> None:
+        """The study knows it already."""
+        self._told.add(trial.key)
+        self.tell(trial, {"event": "found"})
+
+    def _keep(self, digests: set[str]) -> None:
+        """Tell the store what this sweep reaches, for `gc`."""
+        if digests != self._kept:
+            self._kept = digests
+            self.store.keep(self.folder.name, digests, {"plan": self.plan.name, "preset": self.plan.preset})
+
+    # Before and after
+
+    def _announce(self) -> None:
+        if self.search:
+            self._print(f"{self.plan.name}, preset {self.plan.preset}: {self.search.plan.title}")
+            return
+        to_make = {name: count.distinct - count.cached for name, count in self.plan.stages.items()}
+        told = ", ".join(f"{n} {name}" for name, n in to_make.items() if n) or "nothing, only to record"
+        rows = f"{self.plan.summary()['rows']} rows, " if len(self.plan.tables) > 1 else ""
+        head = f"{self.plan.name}, preset {self.plan.preset}: {rows}{len(self.plan.trials)} trials; to make: {told}"
+        self._print(head)
+        self._print(f"sweep {self.folder.name}: semformer-sweep status, stop or resume {self.folder.name}")
+
+    @contextmanager
+    def _ray(self) -> Iterator[Callable[[], None]]:
+        """Inside it, what runs the trials. Ray is not even started where there is nothing to run."""
+        if not self.missing and not self.search:
+            yield lambda: None
+            return
+        options = self.options
+        with ExitStack() as stack:
+            with self.console.status("starting Ray"):
+                from sweeps import cluster, runner
+
+                stack.enter_context(cluster.connect(options.address))
+            share = cluster.trial_share(options.cpus_per_trial, options.gpus_per_trial, address=options.address)
+            if options.address and self.missing:
+                with self.console.status("asking every node of the cluster"):
+                    gpu_memory = self._preflight(share)
+            else:
+                gpu_memory = cluster.gpu_memory()
+            if 0 < share["gpu"] < 1 and gpu_memory:
+                fits = check_packing(self.plan, self.store, gpus_per_trial=share["gpu"], gpu_bytes=min(gpu_memory))
+                self._print(fits)
+            estimates = estimate(self.plan, self.store, tflops=options.tflops)
+            seconds = {digest: one.seconds for digest, one in estimates.items()}
+            yield lambda: runner.run_trials(
+                self.missing,
+                self.store,
+                self.tell,
+                share=share,
+                more=self._ask if self.search else None,
+                ahead=2 * cluster.places(share),  # what is held back was drawn without knowing the latest results
+                seconds=lambda key: seconds.get(key.digest, 1.0),
+                max_concurrent=options.max_concurrent,
+                silence=options.silence,
+                every_second=self.every_second,
+                asha=runner.asha(self.search.own.segmentor.epochs) if self.search and options.scheduler else None,
+            )
+
+    def _preflight(self, share: Mapping[str, float]) -> tuple[int, ...]:
+        """The memory of every GPU of the cluster, in bytes. Raises UserError that names the nodes at fault."""
+        from sweeps import cluster
+
+        found: list[int] = []
+        by_shapes = {trial.config.data.shapes: trial for trial in self.missing}
+        for shapes, trial in by_shapes.items():
+            data = open_data(trial.config, trial.data)
+            splits = (trial.config.data.train_split, trial.config.data.eval_split)
+            reports = cluster.preflight(
+                data=trial.data or shapes.model_dump(),
+                digests={name: data[name].digest for name in splits},
+                store=self.store.location,
+                share=share,
+            )
+            found = [size for report in reports for size in report.gpu_memory]
+        return tuple(found)
+
+    def _report_search(self) -> None:
+        """Best configs, importances and pictures, in the folder and with the parent run."""
+        if not self.search:
+            return
+        for path in self.search.write_report(self.folder.path / "report"):
+            self.tracker.log_file(path, path.name)
+            self._print(f"wrote {escape(str(path))}")
+        saving = self.search.saving()
+        spent, unshared = saving["spent_seconds"], saving["unshared_seconds"]
+        self._print(
+            f"made in {duration(spent)} what would have taken {duration(unshared)} without sharing; "
+            f"{saving['trials_inference_only']:g} trials needed no training"
+        )
+        self.tracker.progress({f"search/{name}": value for name, value in saving.items()})
+
+    def _conclude(self, counts: Mapping[str, float], *, failed: bool) -> int:
+        """Where everything is, and the tables."""
+        options, tracker = self.options, self.tracker
+        uri = without_password(options.tracking_uri)
+        where = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+        self._print(f"Runs, curves and pictures: {where} (experiment {tracker.experiment!r})")
+        if tracker.undelivered:
+            self._print(
+                f"[red]{tracker.undelivered} records could not be written to MLflow[/] and are kept in "
+                f"{escape(str(self.folder.path))}: semformer-sweep sync {self.folder.name}"
+            )
+        for error in tracker.errors[:3]:
+            self._print(f"[red]MLflow:[/] {escape(error)}")
+        if self.plan.tables and not tracker.undelivered:
+            self._compile_tables()
+        if options.json:
+            told = {"sweep": self.folder.name, "experiment": tracker.experiment, "parent_run_id": tracker.parent_run_id}
+            print(json.dumps({**self.plan.summary(), **counts, **told}))
+        return 1 if failed or tracker.undelivered or tracker.errors else 0
+
+    def _compile_tables(self) -> None:
+        """By the program for it, as a user would: this floor knows nothing of the one above."""
+        options, folder = self.options, self.folder.path / "tables"
+        command = [sys.executable, "-m", "analysis.cli", "tables", *(str(table.path) for table in self.plan.tables)]
+        command += ["--preset", self.plan.preset, "--tracking-uri", options.tracking_uri]
+        command += ["--experiment", self.tracker.experiment, "--log", "--out", str(folder)]
+        command += [part for field, value in self.plan.overrides.items() for part in ("--set", f"{field}={value}")]
+        done = subprocess.run(command, capture_output=True, text=True)
+        told = done.stdout if len(self.plan.tables) == 1 else done.stdout.splitlines()[-1]
+        self._print(escape(done.stderr if done.returncode else told))
+        self._print(f"tables: {escape(str(folder))}")
+
+    def _print(self, text: str) -> None:
+        if text:
+            self.console.print(text, highlight=False, soft_wrap=True)

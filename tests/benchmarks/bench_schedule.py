@@ -1,0 +1,155 @@
+"""`python -m tests.benchmarks.bench_schedule`: what sharing and the gate save, on Ray with 4 fake GPUs.
+
+Every stage of the whole plan (all tables, preset paper) lasts in proportion to its counted FLOPs, and is slept through;
+the rest is real: Tune, the gate, the store and its leases. Three ways to run the plan:
+
+    naive   every row trains all that it needs
+    lock    a trial makes the stages that it lacks, and waits, GPU in hand, for those that another one makes
+    ours    the gate starts a trial only when it has nothing to wait for
+"""
+
+import argparse
+import functools
+import heapq
+import itertools
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray import tune
+
+from semformer.keys import StageKey
+from semformer.store import Store
+from sweeps import runner
+from sweeps.axes import load_all_tables
+from sweeps.plan import Trial, make_plan
+from sweeps.price import estimate
+from sweeps.trial import payload
+from tests.devkits import small_voc
+
+GPUS = 4
+
+
+def work(config: Mapping[str, Any], seconds: Mapping[str, float], specs: Mapping[str, Any], share: bool) -> None:
+    """A trial that sleeps instead of training; tells how long it held its GPU, and how long of that it waited.
+
+    `config` is that of `sweeps.trial.payload`; `seconds` and `specs` of all stages, by digest.
+    """
+    tune.report({"event": "start"})
+    started, waited = time.monotonic(), 0.0
+    store = Store(Path(config["store"]), heartbeat=0.2, expiry=60)
+    for stage, digest in config["keys"].items():
+        key = StageKey(stage, specs[digest])
+        if not share:
+            time.sleep(seconds[digest])
+            continue
+        began = time.monotonic()
+        if not store.find(key):
+            with store.lease(key, wait=lambda holder: None):
+                waited += time.monotonic() - began
+                if not store.find(key):
+                    workspace = store.workspace(key)
+                    time.sleep(seconds[digest])
+                    store.publish(key, workspace, {"seconds": seconds[digest]})
+        tune.report({"event": "stage", "stage": stage, "key": digest, "found": False, "seconds": 0.0})
+    tune.report({"event": "finished", "metrics": {}, "held": time.monotonic() - started, "waited": waited})
+
+
+def measure(way: str, trials: Sequence[Trial], seconds: Mapping[str, float], folder: Path) -> dict[str, float]:
+    """Wall time, and the GPU-seconds held and waited, of one way to run `trials`."""
+    store, share = Store(folder / way, heartbeat=0.2, expiry=60), {"cpu": 0.5, "gpu": 1}
+    specs = {key.digest: key.spec for trial in trials for key in trial.keys.values()}
+    trainable = tune.with_parameters(work, seconds=seconds, specs=specs, share=way != "naive")
+    results: list[Mapping[str, Any]] = []
+    started = time.monotonic()
+    if way == "ours":
+
+        def tell(trial: Trial, report: Mapping[str, Any]) -> None:
+            if report["event"] == "finished":
+                results.append(report)
+
+        order = {"seconds": lambda key: seconds[key.digest]}
+        runner.run_trials(trials, store, tell, share=share, trainable=trainable, **order)
+    else:
+        grid = [payload(trial, store=store, share=share) for trial in trials]
+        tuned = tune.Tuner(
+            tune.with_resources(trainable, share),
+            param_space=tune.grid_search(grid),
+            run_config=tune.RunConfig(name=way, storage_path=str(folder / "tune"), verbose=0),
+        ).fit()
+        results = [result.metrics for result in tuned]
+    wall = time.monotonic() - started
+    held, waited = (sum(result[part] for result in results) for part in ("held", "waited"))
+    return {"wall": wall, "held": held, "waited": waited}
+
+
+def list_schedule(trials: Sequence[Trial], seconds: Callable[[StageKey], float]) -> float:
+    """The wall time of a list schedule of the distinct stages, each a task of its own, longest chain first."""
+    stages = {key.digest: key for trial in trials for key in trial.keys.values()}
+    after: dict[str, set[str]] = {digest: set() for digest in stages}
+    before = dict.fromkeys(stages, 0)
+    for trial in trials:
+        chain = [key.digest for key in trial.keys.values()]
+        for first, second in itertools.pairwise(chain):
+            if second not in after[first]:
+                after[first].add(second)
+                before[second] += 1
+
+    @functools.cache
+    def rank(digest: str) -> float:
+        return seconds(stages[digest]) + max(map(rank, after[digest]), default=0.0)
+
+    ready = [(-rank(digest), digest) for digest, n in before.items() if not n]
+    heapq.heapify(ready)
+    running: list[tuple[float, str]] = []
+    now = 0.0
+    while ready or running:
+        while ready and len(running) < GPUS:
+            _, digest = heapq.heappop(ready)
+            heapq.heappush(running, (now + seconds(stages[digest]), digest))
+        now, digest = heapq.heappop(running)
+        for following in after[digest]:
+            before[following] -= 1
+            if not before[following]:
+                heapq.heappush(ready, (-rank(following), following))
+    return now
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--naive-seconds", type=float, default=480.0, help="of wall time, to which all is scaled")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="semformer-schedule-") as name:
+        folder = Path(name)
+        store = Store(folder / "plan")
+        plan = make_plan(load_all_tables(), "paper", {}, [0], small_voc(folder / "voc"), store)
+        hours = {digest: one.seconds / 3600 for digest, one in estimate(plan, store, tflops=40).items()}
+        rows = [trial for trial in plan.trials for _ in trial.cells]
+        total = sum(hours[key.digest] for trial in rows for key in trial.keys.values())
+        scale = options.naive_seconds * GPUS / total
+        seconds = {digest: value * scale for digest, value in hours.items()}
+        bound = list_schedule(plan.trials, lambda key: seconds[key.digest])
+        ray.init(num_gpus=GPUS, num_cpus=GPUS, include_dashboard=False, log_to_driver=False, logging_level="critical")
+        ways = {"naive": rows, "lock": plan.trials, "ours": plan.trials}
+        measured = {way: measure(way, trials, seconds, folder) for way, trials in ways.items()}
+        ray.shutdown()
+    print(f"{len(rows)} rows, {len(plan.trials)} trials; {1 / scale:.3g} GPU-hours of preset paper pass in a second")
+    print("| way | GPU-seconds held | of naive | waiting with a GPU | wall time | of the list-scheduling bound |")
+    print("|---|---:|---:|---:|---:|---:|")
+    for way, one in measured.items():
+        share = one["held"] / measured["naive"]["held"]
+        told = (
+            f"{one['held']:.0f} | {share:.2f} | {one['waited']:.1f} | {one['wall']:.0f} s | {one['wall'] / bound:.2f}"
+        )
+        print(f"| {way} | {told} |")
+    ours = measured["ours"]
+    assert ours["held"] <= 0.40 * measured["naive"]["held"]
+    assert ours["waited"] < 0.01 * ours["held"]
+    assert ours["wall"] <= 1.10 * bound
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""A sweep on a real Ray cluster of three nodes on this machine, to which something bad happens.
+
+The sweep's driver is a process of its own, the commands are those of a user. What was trained is counted from the
+driver's lines and from the store, never from memory.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from mlflow import MlflowClient
+from ray.cluster_utils import Cluster
+
+from semformer.store import Store, open_store
+from sweeps.axes import load_tables
+from sweeps.plan import Plan, make_plan
+
+ROOT = Path(__file__).parents[2]
+EPOCHS = 5
+TABLE = """
+name: faults
+title: Two networks on one CAAE, and one more way to use the first
+metrics: [{name: miou, header: mIoU}]
+baseline:
+  data.shapes: {train: 64, val: 24, size: 48}
+  caae.epochs: 5
+  segmentor.epochs: 5
+rows:
+  - {id: all, label: all, set: {}, paper: {miou: null}}
+  - {id: CF, label: CF, set: {segmentor.losses: "CF,SS"}, paper: {miou: null}}
+  - {id: U1, label: U1, set: {cams.last_blocks: 1}, paper: {miou: null}}
+"""
+LINE = re.compile(r"^ *\d+ s  (?P<row>[\w, ]+): (?P<stage>\w+) epoch (?P<epoch>\d+)/\d+,", re.M)
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_failure_threshold": "3",
+    "OMP_NUM_THREADS": "1",
+}
+
+
+@contextmanager
+def three_nodes() -> Iterator[Cluster]:
+    """A head without work, and two nodes that hold one trial each."""
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    os.environ.update(ENVIRONMENT)
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80 * 2**20})
+    try:
+        for _ in range(2):
+            add_node(cluster)
+        cluster.wait_for_nodes()
+        yield cluster
+    finally:
+        cluster.shutdown()
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+
+
+def add_node(cluster: Cluster):
+    return cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+
+
+class Scene:
+    """One sweep of TABLE, in a folder of its own."""
+
+    def __init__(self, folder: Path, cluster: Cluster, *, store: str = "", uri: str = "", text: str = TABLE):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.cluster = folder, cluster
+        self.location, self.uri = store or str(folder / "store"), uri or f"sqlite:///{folder / 'mlflow.db'}"
+        self.table = folder / "faults.yaml"
+        self.table.write_text(text)
+        self.outputs: list[Path] = []
+        self.drivers: list[subprocess.Popen] = []
+
+    def start(self, *options: str, command: str = "run") -> subprocess.Popen:
+        """A driver. `command` resume goes on with the sweep that there is."""
+        arguments = [command, "--sweeps", str(self.folder / "sweeps")]
+        if command == "run":
+            arguments += [str(self.table), "--preset", "micro", "--store", self.location, "--tracking-uri", self.uri]
+            arguments += ["--address", self.cluster.address, *options]
+        self.outputs.append(self.folder / f"output-{len(self.outputs)}.txt")
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
+        with self.outputs[-1].open("w") as out:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "sweeps.cli", *arguments],
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                env=environment,
+                cwd=self.folder,
+                start_new_session=True,
+            )
+        self.drivers.append(process)
+        return process
+
+    def finish(self, driver: subprocess.Popen, seconds: float = 240) -> int:
+        """The exit status of a driver; one that does not end is killed."""
+        try:
+            return driver.wait(seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(driver.pid, signal.SIGKILL)
+            raise AssertionError(f"the driver did not end within {seconds} s:\n{self.output()}") from None
+
+    def close(self) -> None:
+        for driver in self.drivers:
+            if driver.poll() is None:
+                os.killpg(driver.pid, signal.SIGKILL)
+                driver.wait()
+
+    def output(self) -> str:
+        return "\n".join(path.read_text() for path in self.outputs)
+
+    # What is going on
+
+    def plan(self) -> Plan:
+        return make_plan(load_tables([str(self.table)]), "micro", {}, [0], None, self.store())
+
+    def store(self) -> Store:
+        return open_store(self.location)
+
+    def maker(self, stage: str, seconds: float = 120) -> int:
+        """Waits until some process makes a stage of that kind; its pid."""
+        keys = {trial.keys[stage] for trial in self.plan().trials}
+        store = self.store()
+        return eventually(lambda: next((h.pid for key in keys if (h := store.holder(key))), None), seconds)
+
+    def after_epoch(self, stage: str, epoch: int, seconds: float = 120) -> None:
+        """Waits until the driver has told the end of that epoch, of any row."""
+        told = re.compile(rf": {stage} epoch {epoch}/")
+        eventually(lambda: told.search(self.output()), seconds)
+
+    # What came of it
+
+    def epochs_trained(self) -> Counter[tuple[str, int]]:
+        """How often each epoch of each stage, by its digest, was trained."""
+        plan = self.plan()
+        digests = {
+            (row, stage): key.digest
+            for trial in plan.trials
+            for row in [plan.rows_of(trial)]
+            for stage, key in trial.keys.items()
+        }
+        found = LINE.finditer(self.output())
+        return Counter((digests[match["row"], match["stage"]], int(match["epoch"])) for match in found)
+
+    def redone(self) -> int:
+        return sum(n - 1 for n in self.epochs_trained().values())
+
+    def made(self) -> Counter[str]:
+        return Counter(artifact.key.stage for artifact in self.store().artifacts())
+
+    def times_made(self) -> Counter[str]:
+        """How often drivers told that a kind of stage was made."""
+        return Counter(re.findall(r": (\w+) made in ", self.output()))
+
+    def gaps(self) -> list[str]:
+        """What is wrong with the runs in MLflow: twice the same trial, a series with a gap or a step twice."""
+        client = MlflowClient(self.uri)
+        runs = client.search_runs([e.experiment_id for e in client.search_experiments() if e.name != "Default"])
+        trials = [run for run in runs if run.data.tags.get("semformer.kind") == "trial"]
+        counted = Counter(run.data.tags["semformer.trial_key"] for run in trials)
+        wrong = [f"{n} runs of trial {key[:8]}" for key, n in counted.items() if n > 1]
+        for run in trials:
+            row = run.data.tags["semformer.rows"]
+            if run.info.status != "FINISHED":
+                wrong.append(f"{row} is {run.info.status}")
+            for name in ("caae/loss/total", "segmentor/loss/total"):
+                steps = [point.step for point in client.get_metric_history(run.info.run_id, name)]
+                if sorted(steps) != list(range(1, EPOCHS + 1)):
+                    wrong.append(f"{row}: {name} has steps {steps}")
+        return wrong
+
+
+def eventually(look: Callable[[], object], seconds: float):
+    """What `look` gives as soon as it is true. Raises AssertionError when it never is."""
+    until = time.monotonic() + seconds
+    while not (found := look()):
+        if time.monotonic() > until:
+            raise AssertionError(f"waited {seconds} s for nothing")
+        time.sleep(0.02)
+    return found

@@ -8,7 +8,6 @@ import json
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,19 @@ from semformer.storage import Entry, Storage
 
 if TYPE_CHECKING:
     from semformer.store import Store
+
+
+STAGE, DIGEST, SHORT = "(?P<stage>[a-z][a-z0-9_]*)", "(?P<digest>[0-9a-f]{64})", "(?P<digest>[0-9a-f]{12})"
+NAMES = {
+    "leases": rf"leases/(?P<stage>){DIGEST}\.\d+",
+    "workspaces": rf"tmp/{STAGE}-{SHORT}\.[^/]+",
+    "tmp": r"tmp/(?P<stage>)(?P<digest>)(probe|removed|write)-[0-9a-f]{16}",
+    "damaged": rf"damaged/{STAGE}-{SHORT}-[^/]+",
+    "checkpoints": rf"checkpoints/{STAGE}/{DIGEST}",
+    "manifests": rf"manifests/{STAGE}/{DIGEST}\.json",
+    "artifacts": rf"{STAGE}/{DIGEST}",
+}
+"""What the names begin with that belong to a kind of thing; the first that fits."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +97,7 @@ def _file(name: str) -> str:
 def collect(store: "Store", *, apply: bool, grace: float) -> list[Collected]:
     """See `Store.collect`.
 
-    What is there is listed before the roots are read, so that a sweep that begins meanwhile keeps what it has found.
+    Not while a sweep is being started: a root written after the roots were read here comes too late.
     """
     groups = _groups(store)
     live = store.leases.live()
@@ -99,46 +111,37 @@ def collect(store: "Store", *, apply: bool, grace: float) -> list[Collected]:
     reached, places = _reach(store, groups, wanted)
     reasons: dict[tuple[str, str, str], dict[str, Entry]] = defaultdict(dict)
     for (kind, stage, digest), things in groups.items():
-        if min(entry.age for entry in things.values()) < grace or any(key.startswith(digest) for key in live):
+        if min(entry.age for entry in things.values()) < grace or any(key.startswith(digest or "-") for key in live):
             continue
         for name, entry in things.items():
             if why := _why(name, kind, digest, reached, places):
                 reasons[stage, digest, why][name] = entry
     collected = [
-        Collected(stage, digest, sum(entry.size for entry in things.values()), why, tuple(sorted(things)))
+        Collected(stage, digest, sum(entry.size for entry in things.values()), why, tuple(things))
         for (stage, digest, why), things in reasons.items()
     ]
     if apply:
-        for name in [name for item in collected for name in item.names]:
+        names = [name for item in collected for name in item.names]
+        for name in sorted(names, key=lambda name: not name.startswith("manifests/")):  # readers look there first
             store.storage.remove(name)
             store.storage.remove_folder(name)
     return collected
 
 
 def _groups(store: "Store") -> dict[tuple[str, str, str], dict[str, Entry]]:
-    """(kind, stage, digest or its start) -> name, size and age of the files and folders kept or removed as a whole."""
+    """(kind, stage, digest or its start) -> name, size and age of the files and folders kept or removed as a whole.
+
+    What is not named as the store names its files is left alone.
+    """
     groups: dict[tuple[str, str, str], dict[str, Entry]] = defaultdict(dict)
-    depths = {"roots": 0, "clock": 0, "leases": 2, "tmp": 2, "damaged": 2, "checkpoints": 3, "manifests": 3}
+    patterns = {**NAMES, "artifacts": f"{NAMES['artifacts']}{store.BELOW_DIGEST}"}
     for file, entry in store.storage.entries("").items():
-        parts = file.split("/")[: depths.get(file.split("/")[0], store.DEPTH)]
-        match parts:
-            case []:
-                continue
-            case ["leases", lease]:
-                owner = "leases", "", lease.partition(".")[0]
-            case ["tmp" | "damaged" as kind, name]:
-                owner = kind, name.partition("-")[0], name.partition("-")[2].partition(".")[0].partition("-")[0]
-            case ["checkpoints", stage, digest]:
-                owner = "checkpoints", stage, digest
-            case ["manifests", stage, manifest]:
-                owner = "artifacts", stage, manifest.partition(".")[0]
-            case [stage, digest, *_]:
-                owner = "artifacts", stage, digest
-            case _:
-                continue  # no file of the store
-        name = "/".join(parts)
-        before = groups[owner].get(name, Entry(0, entry.age))
-        groups[owner][name] = Entry(before.size + entry.size, min(before.age, entry.age))
+        for kind, pattern in patterns.items():
+            if match := re.match(f"({pattern})(/|$)", file):
+                name, owner = match[1], (kind.replace("manifests", "artifacts"), match["stage"], match["digest"])
+                before = groups[owner].get(name, Entry(0, entry.age))
+                groups[owner][name] = Entry(before.size + entry.size, min(before.age, entry.age))
+                break
     return groups
 
 
@@ -147,28 +150,18 @@ def _reach(
 ) -> tuple[set[str], dict[str, str | None]]:
     """`wanted` with all inputs; and of what of it is published, the name of its files' folder (None: unreadable)."""
     stages = {digest: stage for kind, stage, digest in groups if kind == "artifacts"}
-
-    def read(digest: str) -> Artifact | DamagedArtifact | None:
-        try:
-            return store.read(stages[digest], digest)
-        except DamagedArtifact as error:
-            return error
-        except FileNotFoundError:
-            return None
-
     reached: set[str] = set()
     places: dict[str, str | None] = {}
-    with ThreadPoolExecutor(16) as pool:
-        while wanted:
-            reached |= wanted
-            here = [digest for digest in wanted if digest in stages]
-            wanted = set()
-            for digest, artifact in zip(here, pool.map(read, here), strict=True):
-                if isinstance(artifact, Artifact):
-                    places[digest] = artifact.path.relative_to(store.root).as_posix()
-                    wanted |= set(artifact.key.spec.get("inputs", {}).values()) - reached
-                elif artifact:
-                    places[digest] = None
+    while wanted:
+        reached |= wanted
+        here = [digest for digest in wanted if digest in stages]
+        wanted = set()
+        for digest, found in zip(here, store.read_many((stages[digest], digest) for digest in here), strict=True):
+            if isinstance(found, Artifact):
+                places[digest] = found.path.relative_to(store.root).as_posix()
+                wanted |= set(found.key.spec.get("inputs", {}).values()) - reached
+            elif isinstance(found, DamagedArtifact):
+                places[digest] = None
     return reached, places
 
 
@@ -178,7 +171,7 @@ def _why(name: str, kind: str, digest: str, reached: set[str], places: Mapping[s
         return "a lease that has ended"
     if kind == "damaged":
         return "was damaged"
-    if kind == "tmp":
+    if kind in ("tmp", "workspaces"):
         _, *owner = name.split(".")
         alive = len(owner) == 3 and owner[0] == machine() and is_alive(int(owner[1]))
         return None if alive else "left by a process that has ended"

@@ -7,6 +7,9 @@
 Who sees a manifest can read its files, since they were there before it. Files that two publishers upload at the same
 time do not meet, since their manifests differ. The local folder has the files under the same names.
 
+A process that is killed while it uploads a large file leaves parts of it that no listing shows: have a lifecycle rule
+of the bucket abort unfinished uploads after a day.
+
 Endpoint, region and credentials are taken from the usual places of AWS's own tools (AWS_ENDPOINT_URL, AWS_PROFILE,
 an instance's role ...). One client, boto3, does everything, because only it has the conditional put.
 """
@@ -18,6 +21,7 @@ import os
 import re
 import secrets
 import shutil
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -50,6 +54,8 @@ except ImportError as error:
 
 IN_USE = 600.0
 """Seconds after its last use during which a file stays in the cache, whatever the limit."""
+RELIST = 30.0
+"""Seconds during which `why` compares with the same artifacts of a stage."""
 log = logging.getLogger(__name__)
 
 
@@ -201,7 +207,7 @@ class S3Store(Store):
     """
 
     storage: Bucket
-    DEPTH = 3
+    BELOW_DIGEST = "/[0-9a-f]{16}"
 
     def __init__(
         self,
@@ -219,6 +225,7 @@ class S3Store(Store):
         name = re.sub("[^A-Za-z0-9.-]+", "-", bucket.location.removeprefix("s3://"))
         super().__init__(cache / f"{name}-{hashlib.sha256(bucket.location.encode()).hexdigest()[:8]}")
         self.storage, self.cache_bytes = bucket, cache_bytes
+        self._listed: dict[str, tuple[float, list[str]]] = {}
         self.leases = Leases(bucket, heartbeat, expiry)
         self._check(bucket.patient(patience_at_opening))
 
@@ -364,6 +371,13 @@ class S3Store(Store):
     def _ages(self, stage: str) -> dict[str, float]:
         listed = self.storage.entries(f"manifests/{stage}/")
         return {Path(name).stem: entry.age for name, entry in listed.items()}
+
+    def _newest(self, stage: str) -> list[str]:
+        listed, newest = self._listed.get(stage, (-math.inf, []))
+        if time.monotonic() - listed > RELIST:
+            newest = super()._newest(stage)
+            self._listed[stage] = time.monotonic(), newest
+        return newest
 
 
 def _manifest(stage: str, digest: str) -> str:

@@ -19,6 +19,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -94,7 +95,7 @@ class Store:
 
     storage: Storage
     leases: Leases
-    DEPTH = 2  # parts of the name of an artifact's folder in the storage
+    BELOW_DIGEST = ""  # what follows <stage>/<digest> in the name of an artifact's folder, as a regular expression
 
     def __init__(self, root: Path, *, heartbeat: float = 5.0, expiry: float = 60.0, patience: float = 300.0):
         self.root = Path(root).absolute()
@@ -133,22 +134,34 @@ class Store:
 
     def published(self, stages: Iterable[str] | None = None) -> set[str]:
         """The digests of all published artifacts (of some stages), by their names alone: nothing is read or checked."""
-        return {digest for stage in stages or self._stages() for digest in self._ages(stage)}
+        return {digest for stage in (self._stages() if stages is None else stages) for digest in self._ages(stage)}
 
     def artifacts(self) -> Iterator[Artifact]:
         """Everything published, by stage; contents unverified, bad manifests skipped with a warning."""
-        for stage in self._stages():
-            for digest in sorted(self._ages(stage)):
-                try:
-                    yield self.read(stage, digest)
-                except DamagedArtifact as error:
-                    log.warning("skipping damaged artifact %s %s: %s", stage, digest, error)
+        names = [(stage, digest) for stage in self._stages() for digest in sorted(self._ages(stage))]
+        for name, found in zip(names, self.read_many(names), strict=True):
+            if isinstance(found, Artifact):
+                yield found
+            elif isinstance(found, DamagedArtifact):
+                log.warning("skipping damaged artifact %s %s: %s", *name, found)
 
     def read(self, stage: str, digest: str) -> Artifact:
         """A published artifact by its manifest alone; raises FileNotFoundError or DamagedArtifact."""
         folder = self.root / stage / digest
         artifact, _ = read_manifest((folder / MANIFEST).read_bytes(), digest)
         return replace(artifact, path=folder)
+
+    def read_many(self, names: Iterable[tuple[str, str]]) -> list[Artifact | DamagedArtifact | FileNotFoundError]:
+        """`read` for many (stage, digest) at once; what it raises takes the artifact's place."""
+
+        def read(name: tuple[str, str]) -> Artifact | DamagedArtifact | FileNotFoundError:
+            try:
+                return self.read(*name)
+            except (DamagedArtifact, FileNotFoundError) as error:
+                return error
+
+        with ThreadPoolExecutor(16) as pool:
+            return list(pool.map(read, names))
 
     def why(self, key: StageKey) -> str:
         """Why `key` must be computed, beside the published artifact of the same stage that differs least.
@@ -162,8 +175,7 @@ class Store:
         if damaged:
             aside = "/".join(damaged[-1].split("/")[:2])
             return f"the published artifact was damaged (moved to {self.location}/{aside})"
-        ages = self._ages(key.stage)
-        specs = [self._spec(digest) for digest in sorted(ages, key=ages.__getitem__)[:NEAREST]]
+        specs = [self._spec(digest) for digest in self._newest(key.stage)]
         if not any(specs):
             return "nothing published for this stage yet"
         found = [differences(key.stage, spec, key.spec, self._spec, prefix=f"{key.stage}.") for spec in specs if spec]
@@ -305,7 +317,7 @@ class Store:
                     shutil.rmtree(folder, ignore_errors=True)
                     return theirs
             else:
-                sync(target.parent)
+                self.storage.retry(lambda: sync(target.parent))
                 return self.read(key.stage, key.digest)
 
     def _remove_checkpoints(self, key: StageKey) -> None:
@@ -323,6 +335,11 @@ class Store:
                 with suppress(FileNotFoundError, NotADirectoryError):
                     found[folder.name] = -os.stat(f"{folder.path}/{MANIFEST}").st_mtime
         return found
+
+    def _newest(self, stage: str) -> list[str]:
+        """The digests that `why` compares with."""
+        ages = self._ages(stage)
+        return sorted(ages, key=ages.__getitem__)[:NEAREST]
 
     def _spec(self, digest: str) -> Mapping[str, Any] | None:
         """The spec of a key that has been seen or is published, else None."""

@@ -32,7 +32,7 @@ def store(tmp_path) -> Store:
 
 
 class S3Server:
-    """moto's server, which enforces conditional puts, on a port of its own; its buckets survive `stop`."""
+    """moto's server, which enforces conditional puts, with the bucket "tests"; what is in it survives `stop`."""
 
     def __init__(self):
         from moto.server import ThreadedMotoServer
@@ -41,6 +41,7 @@ class S3Server:
         self._moto = ThreadedMotoServer
         self._server, self.port = None, 0
         self.start()
+        urllib.request.urlopen(urllib.request.Request(f"{self.url}/tests", method="PUT")).close()
 
     def start(self) -> None:
         self._server = self._moto(ip_address="127.0.0.1", port=self.port, verbose=False)
@@ -71,15 +72,11 @@ def s3_server():
 @pytest.fixture
 def bucket(s3_server, monkeypatch, tmp_path) -> str:
     """The location of an empty place for a store in a bucket, reached by the environment as a user would set it."""
-    import boto3
-
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3_server.url)
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "test")
     monkeypatch.setenv("SEMFORMER_CACHE", str(tmp_path / "cache"))
-    name = f"test-{secrets.token_hex(4)}"
-    boto3.client("s3").create_bucket(Bucket=name)
-    return f"s3://{name}/some/prefix"
+    return f"s3://tests/{secrets.token_hex(4)}/store"
 
 
 @pytest.fixture

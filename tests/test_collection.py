@@ -100,6 +100,16 @@ store.publish(caae(decoder_depth=8.0), workspace, info)
     assert len({name.split("/")[1] for name in store.storage.entries("caae/")}) == 1
 
 
+def test_files_that_are_not_the_stores_stay(store):
+    foreign = ["notes.txt", "results/run1/table.csv", "tmp/mine/notes.txt", "caae/notes.txt", "leases/README"]
+    for name in foreign:
+        if store.location.startswith("/"):
+            (store.root / name).parent.mkdir(parents=True, exist_ok=True)
+        store.storage.write(name, b"mine")
+    store.collect(apply=True, grace=0)
+    assert set(foreign) <= set(store.storage.entries(""))
+
+
 def test_a_store_without_roots_is_not_collected(either):
     build(either, KEPT, make_weights)
     with pytest.raises(UserError, match=f"{either.location} has no roots, so nothing says what is needed"):

@@ -249,6 +249,15 @@ def test_a_disk_that_fails_while_publishing_changes_nothing_visible(store, monke
     assert build(store, caae(), make).files == kept.files
 
 
+@pytest.mark.parametrize("call", [1, 2, 3, 4, 5, 6])
+def test_a_file_server_that_fails_for_a_moment_while_publishing_is_waited_for(store, monkeypatch, caplog, call):
+    build(store, caae(decoder_depth=4), make_weights)
+    fail_fsync_at(monkeypatch, call, errno.ESTALE)
+    artifact = build(store, caae(), make_weights)
+    assert "cannot be reached, trying again" in caplog.text
+    assert store.find(caae()) == artifact
+
+
 @pytest.mark.parametrize("writer", ["bytes", "safetensors"])
 def test_a_real_file_size_limit_while_making_a_stage_is_told(store, start, writer):
     code = f"""

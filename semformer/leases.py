@@ -161,18 +161,21 @@ class Lease:
                 log.warning("could not release the lease on %s (%s); it will expire", self.key, error)
 
     def _beat(self) -> None:
-        leases = self._with_patience(0.0)  # the next beat is the next try
+        leases, failing = self._with_patience(0.0), False  # the next beat is the next try
         while not self._stop.wait(leases.heartbeat):
             try:
                 if leases.latest(self.key) != self.generation:
                     self._lost.set()
                     return
                 leases.storage.touch(self._name)
+                failing = False
             except FileNotFoundError:
                 self._lost.set()
                 return
             except (OSError, UserError) as error:
-                log.warning("heartbeat of %s failed, trying again: %s", self.key, error)
+                if not failing:
+                    log.warning("heartbeat of %s failed, trying again: %s", self.key, error)
+                failing = True
 
     def _with_patience(self, seconds: float) -> Leases:
         return Leases(self._leases.storage.patient(seconds), self._leases.heartbeat, self._leases.expiry)

@@ -65,7 +65,7 @@ class Bucket(Storage):
     def __init__(self, location: str, patience: float):
         match = re.fullmatch(r"s3://([a-z0-9][a-z0-9.-]+)((?:/[^/]+)*)/?", location)
         if not match:
-            raise UserError(f"cannot use {location} as the store: its form is s3://BUCKET/PREFIX")
+            raise UserError(f"cannot use {location} as the store: give a folder, or s3://BUCKET/PREFIX")
         super().__init__(location.rstrip("/"), patience)
         self.bucket, self.prefix = match[1], f"{match[2][1:]}/" if match[2] else ""
         options = Config(connect_timeout=5, read_timeout=30, retries={"total_max_attempts": 1}, max_pool_connections=32)

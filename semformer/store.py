@@ -67,7 +67,7 @@ def open_store(
     storage that is away is tried again. Raises UserError if it cannot be used, and StorageUnreachable (which is one)
     if a bucket cannot be reached within `patience_at_opening`.
     """
-    if str(location).startswith("s3://"):
+    if re.match("[a-z][a-z0-9+]+:/", str(location)):
         from semformer.s3 import S3Store
 
         return S3Store(
@@ -79,8 +79,6 @@ def open_store(
             patience=patience,
             patience_at_opening=patience_at_opening,
         )
-    if "://" in str(location):
-        raise UserError(f"cannot use {location} as the store: give a folder, or s3://BUCKET/PREFIX")
     return Store(Path(location), heartbeat=heartbeat, expiry=expiry, patience=patience)
 
 

@@ -89,6 +89,17 @@ def test_checkpoints_saved_on_one_node_are_resumed_from_on_another(node):
     assert list(second.checkpoints(caae()).iterdir()) == []
 
 
+def test_checkpoints_are_uploaded_in_the_order_in_which_they_were_written(node, monkeypatch):
+    store, uploaded = node("a"), []
+    folder = store.checkpoints(caae())
+    for then, name in enumerate(("best", "checkpoint", "a-later-one")):
+        (folder / name).write_text(name)
+        os.utime(folder / name, (then, then))
+    monkeypatch.setattr(store.storage, "upload", lambda path, name: uploaded.append(path.name))
+    store.save_checkpoints(caae())
+    assert uploaded == ["best", "checkpoint", "a-later-one"]
+
+
 def test_the_pipeline_goes_on_from_the_last_epoch_on_another_node(node, tmp_path):
     config, epochs = load_config("micro"), []
     data = pipeline.open_data(config, make_shapes(tmp_path / "shapes", train=6, val=2, size=32))
@@ -247,7 +258,9 @@ def test_a_server_that_ignores_conditions_is_refused(bucket, monkeypatch):
         open_store(bucket)
 
 
-@pytest.mark.parametrize("location", ["s3://", "s3:///x", "s3://Bucket_/x", "s3://bucket//x", "gs://bucket/x"])
+@pytest.mark.parametrize(
+    "location", ["s3://", "s3:///x", "s3://Bucket_/x", "s3://bucket//x", "s3:/bucket/x", "gs://bucket/x"]
+)
 def test_what_is_no_location_is_refused(location):
     with pytest.raises(UserError, match=f"cannot use {location} as the store: .*s3://BUCKET/PREFIX"):
         open_store(location)

@@ -7,7 +7,7 @@ something reached, is never removed.
 import json
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -94,7 +94,7 @@ def _file(name: str) -> str:
     return f"roots/{quote(name, safe='')}.json"
 
 
-def collect(store: "Store", *, apply: bool, grace: float) -> list[Collected]:
+def collect(store: "Store", *, apply: bool, grace: float, without: Collection[str] = ()) -> list[Collected]:
     """See `Store.collect`.
 
     Not while a sweep is being started: a root written after the roots were read here comes too late.
@@ -107,7 +107,7 @@ def collect(store: "Store", *, apply: bool, grace: float) -> list[Collected]:
             f"the store {store.location} has no roots, so nothing says what is needed and nothing is removed: "
             "start (or plan again) the sweeps whose results are to stay"
         )
-    wanted = set().union(live, *live.values(), *(root.digests for root in known.values()))
+    wanted = set().union(live, *live.values(), *(root.digests for name, root in known.items() if name not in without))
     reached, places = _reach(store, groups, wanted)
     reasons: dict[tuple[str, str, str], dict[str, Entry]] = defaultdict(dict)
     for (kind, stage, digest), things in groups.items():

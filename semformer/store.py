@@ -266,12 +266,14 @@ class Store:
         """Forget what `keep` recorded. Raises UserError if nothing is recorded under this name."""
         collection.drop(self.storage, name)
 
-    def collect(self, *, apply: bool = False, grace: float = 24 * 3600.0) -> list[Collected]:
+    def collect(
+        self, *, apply: bool = False, grace: float = 24 * 3600.0, without: Iterable[str] = ()
+    ) -> list[Collected]:
         """What no root reaches and nobody has touched for `grace` seconds; removed only with `apply`.
 
-        Raises UserError if there are no roots, for then nothing says what is needed.
+        The roots named in `without` do not count. Raises UserError if there are no roots, for then nothing says what is needed.
         """
-        return collection.collect(self, apply=apply, grace=grace)
+        return collection.collect(self, apply=apply, grace=grace, without=set(without))
 
     # Helpers
 

@@ -5,6 +5,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -334,11 +335,12 @@ def _gc(options: argparse.Namespace, console: Console) -> int:
     for name in options.drop:
         if name not in roots:
             raise UserError(f"--drop {name}: the store keeps nothing for it, only for {', '.join(roots) or 'nobody'}")
-        if options.apply:
-            store.drop(name)
     found = store.collect(apply=options.apply, grace=options.grace * 3600, without=options.drop)
+    if options.apply:
+        for name in options.drop:
+            store.drop(name)
     if options.json:
-        print(json.dumps([one._asdict() for one in found]))
+        print(json.dumps([asdict(one) for one in found]))
         return 0
     listed = Grid()
     for name in ("stage", "key", "MB", "why"):

@@ -144,8 +144,9 @@ class SweepState:
         state.told = " ".join(filter(None, [*losses, speed, report["note"]]))
         if report["event"] != "epoch" and self.seconds - state.spoke <= LINE_EVERY:
             return ""
-        epoch = f"epoch {state.epoch}, " if state.epoch else ""
-        return f"{state.stage} {epoch}{state.told}, {duration(state.left)} left"
+        at = [f"epoch {state.epoch}"] if state.epoch else []
+        at += [f"step {report['step']}/{report['steps']}"] if report["event"] == "progress" else []
+        return f"{state.stage} {', '.join(at)}, {state.told}, {duration(state.left)} left"
 
     def _name(self, trial: "Trial") -> str:
         return self.plan.rows_of(trial) + (f" (seed {trial.config.seed})" if len(self.plan.seeds) > 1 else "")

@@ -22,6 +22,7 @@ from semformer.config import load_config
 from semformer.store import Artifact, Store
 from sweeps import cli, runner
 from sweeps.axes import load_table
+from sweeps.cluster import connect
 from sweeps.plan import make_plan
 from sweeps.tracking import Tracker
 
@@ -208,7 +209,7 @@ def test_a_killed_worker_is_replaced_and_goes_on_from_its_last_epoch(place, tabl
     table = load_table(place.table("killed", only="segmentor.epochs: 12"))
     plan = make_plan([table], "micro", {}, (0,), None, place.store)
     (trial,) = plan.trials
-    tracker = Tracker(place.uri, plan, place.store)
+    tracker = Tracker(place.uri, plan, place.store, folder=place.folder / "killed")
     tracker.begin()
     heard, killed = [], []
 
@@ -219,8 +220,8 @@ def test_a_killed_worker_is_replaced_and_goes_on_from_its_last_epoch(place, tabl
             killed.append(report["pid"])
             os.kill(report["pid"], signal.SIGKILL)
 
-    with runner.local_ray() as share:
-        runner.run_trials([trial], place.store, tell, share=share)
+    with connect(None):
+        runner.run_trials([trial], place.store, tell, share={"cpu": 1, "gpu": 0})
     tracker.end("FINISHED")
     assert tracker.errors == []
     assert killed

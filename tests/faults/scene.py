@@ -37,7 +37,7 @@ rows:
   - {id: CF, label: CF, set: {segmentor.losses: "CF,SS"}, paper: {miou: null}}
   - {id: U1, label: U1, set: {cams.last_blocks: 1}, paper: {miou: null}}
 """
-LINE = re.compile(r"^ *\d+ s  (?P<row>[\w, ]+): (?P<stage>\w+) epoch (?P<epoch>\d+)/\d+,", re.M)
+LINE = re.compile(r"^ *\d+ s  (?P<row>[\w, ]+): (?P<stage>\w+) epoch (?P<epoch>\d+)/\d+, (?!step)", re.M)
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_health_check_period_ms": "1000",
@@ -132,7 +132,7 @@ class Scene:
 
     def after_epoch(self, stage: str, epoch: int, seconds: float = 120) -> None:
         """Waits until the driver has told the end of that epoch, of any row."""
-        told = re.compile(rf": {stage} epoch {epoch}/")
+        told = re.compile(rf": {stage} epoch {epoch}/\d+, (?!step)")
         eventually(lambda: told.search(self.output()), seconds)
 
     # What came of it

@@ -271,7 +271,8 @@ class Store:
     ) -> list[Collected]:
         """What no root reaches and nobody has touched for `grace` seconds; removed only with `apply`.
 
-        The roots named in `without` do not count. Raises UserError if there are no roots, for then nothing says what is needed.
+        The roots named in `without` do not count. Raises UserError if there are no roots, for then nothing says what
+        is needed.
         """
         return collection.collect(self, apply=apply, grace=grace, without=set(without))
 

@@ -8,7 +8,7 @@ import math
 import re
 import statistics
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -18,7 +18,7 @@ from semformer.errors import UserError
 from semformer.flops import Images, stage_work
 from semformer.keys import StageKey
 from semformer.store import Artifact, Store
-from sweeps.plan import Plan
+from sweeps.plan import Plan, Trial
 
 TFLOPS = 40.0
 """Effective throughput of one GPU in training, in 10^12 operations a second: an eighth of what an A100 can do in
@@ -28,6 +28,8 @@ PIXELS_PER_SECOND = 1e7
 """Of `evaluate`, on one CPU core: 19 ms for a VOC image with its files, of which scoring with erosion is 7."""
 SAMPLE = 10
 """Published artifacts of a stage whose times are compared at most: counting their work takes time."""
+SIMULATED = 300
+"""Trials up to which the wall time is simulated; of more, the bound is as good and takes no time."""
 CUDA_CONTEXT = 512 * 2**20
 """Bytes of a GPU that CUDA takes in every process, beside what torch reserves."""
 
@@ -104,8 +106,6 @@ def estimate(plan: Plan, store: Store, *, tflops: float = TFLOPS) -> dict[str, E
 
 def price(plan: Plan, store: Store, *, gpus: int, tflops: float = TFLOPS) -> Price:
     """The price of a plan. Raises UserError for a throughput or a number of GPUs that is not positive."""
-    from sweeps.schedule import simulate
-
     if not tflops > 0 or gpus < 1:
         raise UserError(f"a price needs at least one GPU and a positive throughput, not {gpus} and {tflops:g} TFLOP/s")
     estimates = estimate(plan, store, tflops=tflops)
@@ -123,11 +123,11 @@ def price(plan: Plan, store: Store, *, gpus: int, tflops: float = TFLOPS) -> Pri
         gpus=gpus,
         missing=cost(
             sum(e.seconds for digest, e in estimates.items() if digest not in plan.cached),
-            simulate(missing, seconds, ready=plan.cached, gpus=gpus),
+            _wall_seconds(missing, seconds, ready=plan.cached, gpus=gpus),
         ),
         empty_store=cost(
             sum(e.seconds for e in estimates.values()),
-            simulate(plan.trials, seconds, ready=(), gpus=gpus),
+            _wall_seconds(plan.trials, seconds, ready=frozenset(), gpus=gpus),
         ),
         without_sharing=cost(
             sum(unshared),
@@ -217,6 +217,21 @@ class _Work:
         params[spec["stage"]] = spec["params"]
         for digest in spec.get("inputs", {}).values():
             self._collect(self._specs[digest], params)
+
+
+def _wall_seconds(
+    trials: Sequence[Trial], seconds: Callable[[StageKey], float], *, ready: frozenset[str], gpus: int
+) -> float:
+    """Of trials that share stages, of which those in `ready` are there. Of many trials it is what no list schedule
+    exceeds: work / m + (1 - 1 / m) * longest chain, for m GPUs (Graham, 1969)."""
+    if len(trials) <= SIMULATED:
+        from sweeps.schedule import simulate
+
+        return simulate(trials, seconds, ready=ready, gpus=gpus)
+    missing = [[key for key in trial.keys.values() if key.digest not in ready] for trial in trials]
+    work = sum(map(seconds, {key for keys in missing for key in keys}))
+    longest = max(sum(map(seconds, keys)) for keys in missing)
+    return work / gpus + (1 - 1 / gpus) * longest
 
 
 def _longest_first(seconds: Iterable[float], gpus: int) -> float:

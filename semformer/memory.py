@@ -40,14 +40,16 @@ def explained(stage: str, device: torch.device) -> Iterator[None]:
             raise
         used = peak(device)
         raise UserError(
-            f"{stage}: out of memory on {used['name']}, with {used['peak_bytes'] / 2**30:.2f} GiB in use and one image "
-            f"at a time. It needs {SMALLER[stage]}, or more memory (fewer trials at once)."
+            f"{stage}: out of memory on {used['name']}, with {used['peak_bytes'] / 2**30:.2f} GiB in use. "
+            f"It needs {SMALLER[stage]}, or more memory (fewer trials at once)."
         ) from error
 
 
 def reset_peak(device: torch.device) -> None:
     """Begin to measure `peak`, as far as the system allows it."""
     if device.type == "cuda":
+        torch.cuda.init()
+        torch.cuda.empty_cache()  # what the stage before has left does not count
         torch.cuda.reset_peak_memory_stats(device)
     else:
         with suppress(OSError):

@@ -137,16 +137,13 @@ def price(plan: Plan, store: Store, *, gpus: int, tflops: float = TFLOPS) -> Pri
     )
 
 
-def budget_hours(budget: str) -> float:
-    """GPU-hours of "40h", "1.5h" or "30m". Raises UserError for any other form."""
+def check_budget(price: Price, budget: str) -> None:
+    """Raises UserError where the missing work costs more than `budget` of GPU time ("40h", "1.5h", "30m"), and for any
+    other form of a budget."""
     if not (parts := re.fullmatch(r"(\d+(?:\.\d+)?)([hm])", budget.strip())):
         raise UserError(f"--budget {budget}: write GPU-hours or minutes, such as 40h, 1.5h or 30m")
-    return float(parts[1]) / (60 if parts[2] == "m" else 1)
-
-
-def check_budget(price: Price, budget: str) -> None:
-    """Raises UserError where the missing work costs more than `budget` of GPU time, and as `budget_hours`."""
-    if price.missing.gpu_hours > budget_hours(budget):
+    hours = float(parts[1]) / (60 if parts[2] == "m" else 1)
+    if price.missing.gpu_hours > hours:
         raise UserError(
             f"--budget {budget}: the plan costs {_duration(price.missing.gpu_hours)} of GPU time ({price.basis}). "
             "Raise the budget, or run fewer rows or seeds."
@@ -250,8 +247,8 @@ def _images(plan: Plan) -> dict[str, Images]:
         for name, key in trial.keys.items():
             digest = key.spec["data"].get("images")
             if digest and digest not in found:
-                data = pipeline.open_data(trial.config, trial.data)
-                found[digest] = Images.of(data.devkit, getattr(trial.config.data, splits[name]))
+                devkit = pipeline.open_data(trial.config, trial.data).devkit
+                found[digest] = Images.of(devkit, getattr(trial.config.data, splits[name]))
     return found
 
 

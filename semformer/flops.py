@@ -60,15 +60,21 @@ def stage_work(stage: str, config: Config, images: Images) -> float:
         return images.count * images.width * images.height
     if stage == "cams":
         return _cams(config, images)
-    options = getattr(config, stage)
-    if options.checkpoint:
-        return 0
-    batch_size = min(options.batch_size, images.count)
-    trained_on = options.epochs * (images.count // batch_size) * batch_size
-    K = images.n_classes
+    options, K = getattr(config, stage), images.n_classes
+    trained_on = stage_passes(stage, config, images) * min(options.batch_size, images.count)
     if stage == "caae":
         return trained_on * caae_training(options, K)
     return trained_on * segmentor_training(options, config.caae, K, images.classes_per_image)
+
+
+def stage_passes(stage: str, config: Config, images: Images) -> int:
+    """How often a stage passes a batch through its networks: once a step of training, once a scale of an image."""
+    if stage == "evaluate":
+        return 0
+    if stage == "cams":
+        return images.count * len(config.cams.scales)
+    options = getattr(config, stage)
+    return 0 if options.checkpoint else options.epochs * (images.count // min(options.batch_size, images.count))
 
 
 def caae_training(options: CaaeConfig, K: int) -> float:

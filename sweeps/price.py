@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from semformer import pipeline
 from semformer.config import Config
 from semformer.errors import UserError
-from semformer.flops import Images, stage_work
+from semformer.flops import Images, stage_passes, stage_work
 from semformer.keys import StageKey
 from semformer.store import Artifact, Store
 from sweeps.plan import Plan, Trial
@@ -24,6 +24,9 @@ TFLOPS = 40.0
 """Effective throughput of one GPU in training, in 10^12 operations a second: an eighth of what an A100 can do in
 bfloat16, a third of what a V100 or A10G can. Networks of this size, run op by op, reach a tenth to a third. A number at
 the low end makes a price that is rather too high. It counts on enough workers to load the images meanwhile."""
+SECONDS_A_PASS = 0.02
+"""What a GPU takes at least for a training step or a view: thousands of kernels are started one by one, however small
+they are."""
 PIXELS_PER_SECOND = 1e7
 """Of `evaluate`, on one CPU core: 19 ms for a VOC image with its files, of which scoring with erosion is 7."""
 SAMPLE = 10
@@ -96,10 +99,12 @@ def estimate(plan: Plan, store: Store, *, tflops: float = TFLOPS) -> dict[str, E
             return Estimate(artifact.info["seconds"], "measured")
         if key.stage not in rates:
             rates[key.stage] = work.seconds_per_operation(key.stage)
-        operations, rate = work.of(key), rates[key.stage]
-        if rate is not None:
-            return Estimate(rate * operations, "similar")
-        return Estimate(operations / (PIXELS_PER_SECOND if key.stage == "evaluate" else tflops * 1e12), "counted")
+        if (rate := rates[key.stage]) is not None:
+            return Estimate(rate * work.operations(key), "similar")
+        if key.stage == "evaluate":
+            return Estimate(work.operations(key) / PIXELS_PER_SECOND, "counted")
+        seconds = max(work.operations(key) / (tflops * 1e12), work.passes(key) * SECONDS_A_PASS)
+        return Estimate(seconds, "counted")
 
     return {digest: estimated(key) for digest, key in work.keys.items()}
 
@@ -180,7 +185,7 @@ def check_packing(plan: Plan, store: Store, *, gpus_per_trial: float, gpu_bytes:
 
 
 class _Work:
-    """The work (see `stage_work`) of a plan's stages, and of the published ones that can be compared with them."""
+    """How much there is to compute in a plan's stages, and in the published ones that can be compared with them."""
 
     def __init__(self, plan: Plan, store: Store):
         self.keys = {key.digest: key for trial in plan.trials for key in trial.keys.values()}
@@ -189,13 +194,13 @@ class _Work:
         self._specs |= {digest: key.spec for digest, key in self.keys.items()}
         self._images = _images(plan)
 
-    def of(self, key: StageKey) -> float:
+    def operations(self, key: StageKey) -> float:
         """Raises KeyError where an input, or the images, are unknown."""
-        if "images" not in key.spec["data"]:
-            return 0.0  # an imported network
-        params: dict[str, Any] = {}
-        self._collect(key.spec, params)
-        return stage_work(key.stage, Config.model_validate(params), self._images[key.spec["data"]["images"]])
+        return 0.0 if _is_import(key) else stage_work(key.stage, *self._config_and_images(key))
+
+    def passes(self, key: StageKey) -> int:
+        """Raises KeyError as `operations` does."""
+        return 0 if _is_import(key) else stage_passes(key.stage, *self._config_and_images(key))
 
     def seconds_per_operation(self, stage: str) -> float | None:
         """The median over published artifacts of the stage on the plan's images; None where there is none."""
@@ -203,11 +208,16 @@ class _Work:
         for artifact in self.published.values():
             if artifact.key.stage == stage and len(rates) < SAMPLE:
                 try:
-                    work = self.of(artifact.key)
+                    work = self.operations(artifact.key)
                 except KeyError:
                     continue
                 rates += [artifact.info["seconds"] / work] if work else []
         return statistics.median(rates) if rates else None
+
+    def _config_and_images(self, key: StageKey) -> tuple[Config, Images]:
+        params: dict[str, Any] = {}
+        self._collect(key.spec, params)
+        return Config.model_validate(params), self._images[key.spec["data"]["images"]]
 
     def _collect(self, spec: Mapping[str, Any], params: dict[str, Any]) -> None:
         """The parameters of a stage and of all that leads to it, by stage."""
@@ -237,6 +247,10 @@ def _longest_first(seconds: Iterable[float], gpus: int) -> float:
     for job in sorted(seconds, reverse=True):
         heapq.heapreplace(busy_until, busy_until[0] + job)
     return max(busy_until)
+
+
+def _is_import(key: StageKey) -> bool:
+    return "images" not in key.spec["data"]
 
 
 def _images(plan: Plan) -> dict[str, Images]:

@@ -19,7 +19,7 @@ from semformer.stages import caae, segmentor
 from semformer.store import Store
 from sweeps.axes import load_table
 from sweeps.plan import Cell, make_plan
-from sweeps.price import Cost, Price, check_budget, check_packing, estimate, price
+from sweeps.price import SECONDS_A_PASS, Cost, Price, check_budget, check_packing, estimate, price
 
 K, B, PAIRS = 21, 4, 10
 META = torch.device("meta")
@@ -194,12 +194,14 @@ def test_basis_says_how_the_price_came_about(plan, store):
 
 
 def test_counted_seconds_follow_the_throughput(plan, store):
-    slow, fast = (estimate(plan, store, tflops=tflops) for tflops in (10, 40))
+    slow, fast, least = (estimate(plan, store, tflops=tflops) for tflops in (1e-4, 4e-4, 1e9))
     (key,) = keys(plan, "caae")
     images = flops.Images.of(open_data(plan.trials[0].config, None).devkit, "train")
     work = flops.stage_work("caae", plan.trials[0].config, images)
-    assert slow[key.digest].seconds == pytest.approx(work / 10e12)
-    assert fast[key.digest].seconds == pytest.approx(work / 40e12)
+    assert slow[key.digest].seconds == pytest.approx(work / 1e8)
+    assert fast[key.digest].seconds == pytest.approx(work / 4e8)
+    config = plan.trials[0].config.caae
+    assert least[key.digest].seconds == pytest.approx(SECONDS_A_PASS * config.epochs * (16 // config.batch_size))
 
 
 def test_ten_thousand_trials_are_priced_in_seconds(plan, store):

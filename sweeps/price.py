@@ -267,12 +267,10 @@ def _images(plan: Plan) -> dict[str, Images]:
 
 
 def _basis(estimates: Mapping[str, Estimate], tflops: float) -> str:
-    """ "12 stages measured, 30 counted at 40 TFLOP/s"."""
+    """ "stages: 12 measured, 30 counted at 40 TFLOP/s"."""
     counts = Counter(e.basis for e in estimates.values())
     how = {"measured": "measured", "similar": "like measured ones", "counted": f"counted at {tflops:g} TFLOP/s"}
-    first, *others = [f"{counts[basis]} {how[basis]}" for basis in get_args(Basis) if counts[basis]] or ["0"]
-    n, _, rest = first.partition(" ")
-    return ", ".join([f"{n} stage{'s' * (n != '1')} {rest}".strip(), *others])
+    return "stages: " + ", ".join(f"{counts[basis]} {how[basis]}" for basis in get_args(Basis) if counts[basis])
 
 
 def _duration(hours: float) -> str:

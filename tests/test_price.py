@@ -176,7 +176,7 @@ def test_price_counts_shared_stages_once_and_only_what_is_missing(plan, store):
     assert done.empty_store == Cost(pytest.approx(1 + 2 * n), pytest.approx(1 + 2 * (n / 4)))
     assert done.without_sharing == Cost(pytest.approx(3 * cells), pytest.approx(3 * cells / 4))
     assert done.saving == pytest.approx(1 - (1 + 2 * n) / (3 * cells))
-    assert done.basis == f"{1 + 3 * n} stages measured"
+    assert done.basis == f"stages: {1 + 3 * n} measured"
     rest = price(replace(plan, cached=everything - {keys(plan, "caae")[0].digest}), store, gpus=4)
     assert rest.missing.gpu_hours == pytest.approx(1)
     assert json.loads(json.dumps(done.as_json()))["empty_store"]["gpu_hours"] == pytest.approx(1 + 2 * n)
@@ -189,7 +189,7 @@ def test_basis_says_how_the_price_came_about(plan, store):
         publish(store, key, 5.0)
     others = len(keys(plan, "segmentor")) - 2
     counted = len(keys(plan, "cams")) + len(keys(plan, "evaluate"))
-    told = f"3 stages measured, {others} like measured ones, {counted} counted at 100 TFLOP/s"
+    told = f"stages: 3 measured, {others} like measured ones, {counted} counted at 100 TFLOP/s"
     assert price(plan, store, gpus=1, tflops=100).basis == told
 
 
@@ -218,7 +218,7 @@ def test_ten_thousand_trials_are_priced_in_seconds(plan, store):
     started = time.monotonic()
     priced = price(many, store, gpus=4)
     assert time.monotonic() - started < 5
-    assert priced.basis.startswith("3001 stages counted")
+    assert priced.basis.startswith("stages: 3001 counted")
     evenly, told = priced.missing.gpu_hours / 4, priced.missing.wall_hours
     assert evenly < told < 1.01 * evenly
 
@@ -234,7 +234,7 @@ def test_impossible_machines_are_refused(plan, store, gpus, tflops):
 
 def of(gpu_hours: float) -> Price:
     cost = Cost(gpu_hours, gpu_hours / 4)
-    return Price(gpus=4, missing=cost, empty_store=cost, without_sharing=cost, basis="3 stages counted at 40 TFLOP/s")
+    return Price(gpus=4, missing=cost, empty_store=cost, without_sharing=cost, basis="stages: 3 counted at 40 TFLOP/s")
 
 
 @pytest.mark.parametrize("budget", ["40h", "40.0h", "2400m", "41h"])

@@ -153,6 +153,13 @@ def test_caae_variants(merge, reconstruction):
     assert model.primary.weight.grad.isfinite().all()
 
 
+def test_sum_and_mean_of_primary_tokens_are_equally_similar():
+    """As the notes of Table 5 say."""
+    primary, S = torch.rand(2, 9, K, D), torch.rand(K, D)
+    by_sum, by_mean = (similarity(small_caae(merge=merge).class_embeddings(primary), S) for merge in ("sum", "mean"))
+    torch.testing.assert_close(by_sum, by_mean)
+
+
 @pytest.mark.parametrize("kind", ["activation", "attention", "both"])
 def test_final_maps(kind):
     model = Segmentor(small_backbone(64), n_classes=K, class_dim=D).eval()

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -74,26 +75,25 @@ def mlflow_server(folder: Path) -> Iterator[MlflowServer]:
 
 
 @contextmanager
-def postgres(folder: Path) -> Iterator[str]:
+def postgres() -> Iterator[str]:
     """The MLflow URI of an empty database. Skips the test where Debian's PostgreSQL is missing."""
     if not (POSTGRES / "initdb").exists():
         pytest.skip(f"no PostgreSQL in {POSTGRES}")
-    as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
-    data, port = folder / "data", free_port()
-    if as_user:
-        shutil.chown(folder, "postgres")
-        for parent in folder.parents:  # pytest's folders are its user's own
-            if parent.stat().st_uid == 0 and parent != Path(parent.root):
-                parent.chmod(parent.stat().st_mode | 0o011)
+    as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []  # it refuses to be root's
+    with tempfile.TemporaryDirectory(prefix="postgres-") as folder:
+        if as_user:
+            shutil.chown(folder, "postgres")
+        data, port = f"{folder}/data", free_port()
 
-    def run(*command: str) -> None:
-        subprocess.run([*as_user, *command], cwd=folder, check=True, stdout=subprocess.DEVNULL, timeout=60)
+        def run(program: str, *arguments: str) -> None:
+            command = [*as_user, str(POSTGRES / program), *arguments]
+            subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, timeout=60)
 
-    run(str(POSTGRES / "initdb"), "-D", str(data), "-A", "trust", "-U", "postgres", "--no-sync")
-    options = f"-c listen_addresses=127.0.0.1 -p {port} -k {folder} -c fsync=off"
-    run(str(POSTGRES / "pg_ctl"), "-D", str(data), "-o", options, "-w", "-l", str(folder / "log"), "start")
-    try:
-        run(str(POSTGRES / "createdb"), "-h", "127.0.0.1", "-p", str(port), "-U", "postgres", "mlflow")
-        yield f"postgresql+psycopg2://postgres@127.0.0.1:{port}/mlflow"
-    finally:
-        run(str(POSTGRES / "pg_ctl"), "-D", str(data), "-m", "immediate", "stop")
+        run("initdb", "-D", data, "-A", "trust", "-U", "postgres", "--no-sync")
+        options = f"-c listen_addresses=127.0.0.1 -p {port} -k {folder} -c fsync=off"
+        run("pg_ctl", "-D", data, "-o", options, "-w", "-l", f"{folder}/log", "start")
+        try:
+            run("createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "postgres", "mlflow")
+            yield f"postgresql+psycopg2://postgres@127.0.0.1:{port}/mlflow"
+        finally:
+            run("pg_ctl", "-D", data, "-m", "immediate", "stop")

@@ -117,6 +117,7 @@ def test_what_a_server_that_stays_away_did_not_get_is_delivered_later(sweep, ser
 
 DRIVER = """
 import sys, time
+from pathlib import Path
 from tests.test_delivery import *
 tracker = Recorded(Path(sys.argv[1]), sys.argv[2]).tracker()
 tracker.begin()
@@ -170,14 +171,10 @@ def test_two_drivers_with_the_same_table_make_every_run_once(sweep):
     assert sorted(p.name for p in first.folder.glob("*.jsonl")) == ["events-1.jsonl", "events-2.jsonl"]
 
 
-def test_postgres_records_the_same(folder, tmp_path):  # noqa: F811
-    with postgres(tmp_path) as uri:
-        recorded = Recorded(folder, "on postgres")
-        recorded.uri = uri
-        tracker = Tracker(
-            uri, plan_of(folder), recorded.store, f"{tmp_path.name}", folder=tmp_path.parent / f"{tmp_path.name}-sweep"
-        )
-        recorded.name = tmp_path.name
+def test_postgres_records_the_same(folder, tmp_path, request):  # noqa: F811
+    recorded = Recorded(folder, request.node.name)
+    with postgres() as recorded.uri:
+        tracker = recorded.tracker()
         tracker.begin()
         for trial in tracker.plan.trials:
             run_through(tracker, trial)

@@ -24,7 +24,6 @@ def columns(metric: str, fields: Sequence[str]) -> list[str]:
         f"metrics.`{metric}`",
         *(f"tags.`{tag}`" for tag in tags),
         *(f"params.`{field}`" for field in fields),
-        "attributes.`Dataset`",
     ]
 
 
@@ -43,7 +42,8 @@ def url(uri: str, experiment_id: str) -> str | None:
     """The page of the runs, grouped under their sweep, with `columns`; None where no server shows it."""
     if not uri.startswith(("http://", "https://")):
         return None
-    return f"{without_password(uri).rstrip('/')}/#/experiments/{experiment_id}/runs?viewStateShareKey={SHARE_KEY}"
+    page = f"{without_password(uri).rstrip('/')}/#/experiments/{experiment_id}/runs"
+    return f"{page}?workflowType=machine_learning&viewStateShareKey={SHARE_KEY}"
 
 
 def note(plan: Plan, metric: str) -> str:
@@ -62,7 +62,8 @@ def note(plan: Plan, metric: str) -> str:
             "",
             "- Each run below this one is a trial (`semformer.kind` is `trial`) or a stage that was trained for several"
             " of them (`stage`).",
-            f"- Columns to pick: `{metric}`, `semformer.rows`, `semformer.status`, `semformer.stages_found`"
+            "- Columns to pick (the address that the sweep prints has them picked):"
+            f" `{metric}`, `semformer.rows`, `semformer.status`, `semformer.stages_found`"
             + (f", {fields}." if fields else "."),
             "- Of a trial, look at the charts `segmentor/loss/...` and `evaluate/threshold_curve/...` (step: threshold"
             " in percent), and at the artifacts `pictures/` and `class_iou.json`.",

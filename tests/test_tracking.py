@@ -2,19 +2,21 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
 import torch
 from mlflow import MlflowClient
+from mlflow.data import get_source
 
 from semformer import pipeline
 from semformer.config import flatten
 from semformer.errors import UserError
 from semformer.store import Store
 from sweeps.axes import load_table
-from sweeps.plan import Plan, make_plan
+from sweeps.plan import Cell, Plan, make_plan
 from sweeps.tracking import Tracker, without_password
 
 MINE = """\
@@ -321,6 +323,75 @@ def test_what_cannot_be_written_is_told_and_loses_nothing_else(recorded, tmp_pat
     (error,) = tracker.errors
     assert str(a.keys["caae"]) in error
     assert recorded.runs("trial")["b"].data.tags["semformer.reason"] == "no data"
+
+
+def test_what_a_trial_tells_of_its_machine_is_recorded_once(recorded):
+    tracker = recorded.tracker()
+    trial = tracker.plan.trials[0]
+    tracker.begin()
+    tracker.tell(trial, {"event": "start", "host": "node-7", "pid": 3, "gpu": "2"})
+    for value in (10.0, 20.0):
+        tracker.tell(trial, {"event": "system", "values": {"system/cpu_utilization_percentage": value}})
+        time.sleep(1.1)
+    tracker.tell(trial, {"event": "progress", "values": {"not": 1.0}})  # not for MLflow
+    tracker.end("KILLED")
+    run = recorded.runs("trial")["a"]
+    assert (run.data.tags["semformer.host"], run.data.tags["semformer.gpu"]) == ("node-7", "2")
+    (first, _), (second, _) = recorded.series(run, "system/cpu_utilization_percentage")
+    assert 0 <= first < second <= 5  # seconds
+    assert "not" not in run.data.metrics
+
+
+def test_the_data_sets_are_recorded_with_their_digests(recorded):
+    tracker = recorded.tracker()
+    tracker.begin()
+    tracker.end("KILLED")
+    trial = tracker.plan.trials[0]
+    inputs = recorded.runs("trial")["a"].inputs.dataset_inputs
+    told = {i.tags[0].value: (i.dataset.name.split()[-1], i.dataset.digest) for i in inputs}
+    digests = {stage: trial.keys[stage].spec["data"]["images"][:12] for stage in ("segmentor", "evaluate")}
+    assert told == {"training": ("train", digests["segmentor"]), "evaluation": ("val", digests["evaluate"])}
+    assert get_source(inputs[0].dataset).load() == str(trial.data)
+
+
+def test_the_parent_keeps_files_progress_and_a_view(recorded, tmp_path):
+    tracker = recorded.tracker()
+    tracker.begin()
+    (tmp_path / "plot.png").write_bytes(b"a picture")
+    tracker.log_file(tmp_path / "plot.png", "study/plot.png")
+    (tmp_path / "plot.png").unlink()  # it was taken over at once
+    tracker.log_file("first", "table.md")
+    tracker.log_file("second", "table.md")
+    tracker.progress({"sweep/finished": 0.0})
+    tracker.progress({"sweep/finished": 1.0})  # too soon
+    tracker.end("FINISHED", {"sweep/finished": 2.0})
+    assert tracker.errors == []
+    (parent,) = recorded.runs("sweep").values()
+    files = recorded.files(parent)
+    assert files["study/plot.png"].read_bytes() == b"a picture"
+    assert files["table.md"].read_text() == "second"
+    assert [value for _, value in recorded.series(parent, "sweep/finished")] == [0.0, 2.0]
+    assert "`cam/val/miou`" in parent.data.tags["mlflow.note.content"]
+    tags = MlflowClient(recorded.uri).get_experiment(parent.info.experiment_id).tags
+    columns = json.loads(tags["mlflow.sharedViewState.semformer"])["selectedColumns"]
+    assert {"metrics.`cam/val/miou`", "tags.`semformer.rows`", "params.`segmentor.sigma`"} <= set(columns)
+    assert tracker.view_url is None  # no server shows an sqlite database
+
+
+def test_trials_of_a_search_are_added_as_it_goes_on(recorded):
+    plan = plan_of(recorded.folder)
+    found = replace(plan.trials[0], cells=(Cell("my study", "trial-7", 0),))
+    tracker = recorded.tracker(replace(plan, name="my study", tables=(), trials=()))
+    tracker.begin()
+    tracker.add(found)
+    run_through(tracker, found)
+    tracker.tell(found, {"event": "finished", "objectives": {"gpu_hours": 0.5}})
+    tracker.end("FINISHED")
+    assert tracker.errors == []
+    (run,) = recorded.runs("trial").values()
+    assert run.info.run_name == "my study/trial-7, seed 0"
+    assert run.data.tags["semformer.search"] == "my study"
+    assert run.data.metrics["objective/gpu_hours"] == 0.5
 
 
 # MLflow that cannot be used

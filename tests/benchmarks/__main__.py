@@ -2,7 +2,7 @@
 
 import torch
 
-from tests.benchmarks import bench_thresholds, bench_training
+from tests.benchmarks import bench_thresholds, bench_tracking, bench_training
 
 
 def main() -> None:
@@ -12,6 +12,7 @@ def main() -> None:
         plain, ours = row["plain"], row["ours"]
         print(f"| {row['what']} | {plain:.1f} images/s | {ours:.1f} images/s | {row['ratio']:.1f}x |", flush=True)
     bench_thresholds.main()
+    bench_tracking.main()
 
 
 if __name__ == "__main__":

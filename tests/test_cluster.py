@@ -44,7 +44,8 @@ DRIVER = """
 import json, sys
 from pathlib import Path
 from semformer.errors import UserError
-from sweeps.cluster import connect, nodes, preflight, trial_share
+from sweeps.cluster import connect, nodes, trial_share
+from sweeps.preflight import preflight
 
 address, told = sys.argv[1], json.loads(sys.argv[2])
 try:
@@ -95,6 +96,13 @@ def cluster(env: dict[str, str], nodes: list[dict]) -> Iterator[str]:
 def drive(env: dict[str, str], address: str, folder: Path, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", DRIVER, address, json.dumps(options)]
     return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=100)
+
+
+def raylets(folder: Path) -> list[psutil.Process]:
+    """The process of the node that was started in `folder`."""
+    found = [p for p in psutil.process_iter(["name"]) if p.info["name"] == "raylet" and p.cwd() == str(folder)]
+    assert found
+    return found
 
 
 # Connecting
@@ -159,6 +167,26 @@ def test_what_is_no_cluster_is_told_in_time(tmp_path, no_ray):
         assert driver.returncode == 2, driver.stderr
         assert driver.stderr.startswith(f"--address {address}: ")
         assert told in driver.stderr
+
+
+def test_a_cluster_without_a_node_on_this_machine_is_told_in_time(tmp_path):
+    env = environment(tmp_path / "home")
+    with cluster(env, [{"folder": str(tmp_path), "num_cpus": 1}]) as address:
+        for raylet in raylets(tmp_path):
+            raylet.kill()
+        driver = drive(env, address, tmp_path, connect_timeout=6)
+    assert driver.returncode == 2
+    assert "no living node of the cluster is on this machine" in driver.stderr
+
+
+def test_a_cluster_of_another_ray_is_told(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import ray\nray.__version__ = '2.0.0'\n")
+    env = environment(tmp_path / "home")
+    other = env | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}
+    with cluster(other, [{"folder": str(tmp_path), "num_cpus": 1}]) as address:
+        driver = drive(env, address, ROOT)
+    assert driver.returncode == 2
+    assert "the cluster runs ray 2.0.0 (here " in driver.stderr
 
 
 # Preflight
@@ -241,9 +269,15 @@ def test_every_node_makes_the_embedded_data(three, tmp_path):
     assert list((Path(three.env["HOME"]) / ".cache" / "semformer").glob("shapes-*-train2-val1-size48-seed0"))
 
 
-def test_gpus_that_are_not_there_are_told(three):
-    assert list(faults(three.ask(share={"cpu": 1, "gpu": 1}))) == ["127.0.0.3"]
-    driver = drive(three.env, three.address, Path.cwd(), gpus=100)
+def test_a_full_disk_and_gpus_that_are_not_there_are_told(three):
+    found = faults(three.ask(share={"cpu": 1, "gpu": 1}, min_free=2**60))
+    assert len(found) == 3
+    assert all("GiB of free disk" in told for told in found.values())
+    assert "Ray counts 99 GPUs" in found["127.0.0.3"]
+
+
+def test_a_share_that_no_node_can_hold_is_told(three, tmp_path):
+    driver = drive(three.env, three.address, tmp_path, gpus=100)
     assert driver.returncode == 2
     assert "--gpus-per-trial 100: no node can hold that" in driver.stderr
 
@@ -257,12 +291,6 @@ def test_gpus_that_the_autoscaler_may_launch_count(three, tmp_path):
     (tmp_path / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump({"available_node_types": kinds}))
     driver = drive(env, three.address, tmp_path, gpus=100)
     assert json.loads(driver.stdout) == {"cpu": 1, "gpu": 100}
-
-
-def test_a_full_disk_is_told_for_every_node(three):
-    found = faults(three.ask(min_free=2**60))
-    assert len(found) == 3
-    assert all("GiB of free disk" in told for told in found.values())
 
 
 def test_each_node_at_fault_is_named_with_its_fault(site, tmp_path):
@@ -300,10 +328,7 @@ def test_each_node_at_fault_is_named_with_its_fault(site, tmp_path):
 
 def test_a_node_that_does_not_answer_is_named(three, site):
     """The last of `three`'s tests, as its third node may be given up by the head."""
-    frozen = [
-        p for p in psutil.process_iter(["name"]) if p.info["name"] == "raylet" and p.cwd() == str(site.folder / "third")
-    ]
-    assert frozen
+    frozen = raylets(site.folder / "third")
     for process in frozen:
         process.suspend()
     try:
@@ -393,5 +418,6 @@ def test_every_node_gets_the_same_files_and_pinned_versions(config):
 
 def test_the_shell_commands_parse(config):
     for command in [*config["head_setup_commands"], *config["worker_setup_commands"], *start_commands(config)]:
-        parsed = subprocess.run(["bash", "-n"], input=command, capture_output=True, text=True)
+        inside = f"true && ({command})"  # as Ray runs it
+        parsed = subprocess.run(["bash", "-n"], input=inside, capture_output=True, text=True)
         assert (parsed.returncode, parsed.stderr) == (0, ""), command

@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +32,7 @@ ENVIRONMENT = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # only some reports carry what a scheduler looks at
     "TUNE_GLOBAL_CHECKPOINT_S": "86400",  # the store holds all state; Tune's own snapshots are not used
 }
 """Of the driver and the trials' processes."""
@@ -190,6 +191,12 @@ def trial_share(cpus: int, gpus: float | None, *, address: str | None = None) ->
         known = ", ".join(sorted({f"{c:g} CPUs and {g:g} GPUs" for c, g in there}))
         raise UserError(f"{option}: no node can hold that; there are nodes with {known}")
     return {"cpu": cpus, "gpu": gpus}
+
+
+def places(share: Mapping[str, float]) -> int:
+    """How many trials of such a share the living nodes hold at once."""
+    wanted = {kind: part for kind, part in share.items() if part}
+    return sum(int(min(getattr(node, f"{kind}s") / part for kind, part in wanted.items()) + 1e-9) for node in nodes())
 
 
 def _launchable() -> list[tuple[float, float]]:

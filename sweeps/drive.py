@@ -163,7 +163,7 @@ class Drive:
         options = self.options
         with ExitStack() as stack:
             with self.console.status("starting Ray"):
-                from sweeps import cluster, runner
+                from sweeps import cluster, preflight, runner
 
                 stack.enter_context(cluster.connect(options.address))
             share = cluster.trial_share(options.cpus_per_trial, options.gpus_per_trial, address=options.address)
@@ -171,7 +171,7 @@ class Drive:
                 with self.console.status("asking every node of the cluster"):
                     gpu_memory = self._preflight(share)
             else:
-                gpu_memory = cluster.gpu_memory()
+                gpu_memory = preflight.gpu_memory()
             if 0 < share["gpu"] < 1 and gpu_memory:
                 fits = check_packing(self.plan, self.store, gpus_per_trial=share["gpu"], gpu_bytes=min(gpu_memory))
                 self._print(fits)
@@ -193,14 +193,14 @@ class Drive:
 
     def _preflight(self, share: Mapping[str, float]) -> tuple[int, ...]:
         """The memory of every GPU of the cluster, in bytes. Raises UserError that names the nodes at fault."""
-        from sweeps import cluster
+        from sweeps.preflight import preflight
 
         found: list[int] = []
         by_shapes = {trial.config.data.shapes: trial for trial in self.missing}
         for shapes, trial in by_shapes.items():
             data = open_data(trial.config, trial.data)
             splits = (trial.config.data.train_split, trial.config.data.eval_split)
-            reports = cluster.preflight(
+            reports = preflight(
                 data=trial.data or shapes.model_dump(),
                 digests={name: data[name].digest for name in splits},
                 store=self.store.location,

@@ -20,7 +20,7 @@ import semformer
 from semformer.data.shapes import cached_shapes
 from semformer.data.voc import open_devkit
 from semformer.errors import UserError
-from semformer.store import Store
+from semformer.store import Store, open_store
 from sweeps.cluster import Node, nodes
 
 PACKAGES = ("ray", "semformer-sweeps", "torch", "torchvision", "timm", "numpy", "pillow")
@@ -97,7 +97,7 @@ def _look(
     min_free: int,
 ) -> NodeReport:
     """`preflight`'s part on the node; `here` are the versions of the driver."""
-    versions, gpu_memory, faults = _versions(), _gpu_memory(), []
+    versions, memory, faults = _versions(), gpu_memory(), []
     if different := [f"{k} {versions.get(k)} (driver: {v})" for k, v in here.items() if versions.get(k) != v]:
         faults.append(f"has {', '.join(different)}: install the same everywhere (constraints.txt)")
     try:
@@ -109,23 +109,23 @@ def _look(
     except (UserError, OSError) as error:
         faults.append(str(error))
     try:
-        opened = Store(Path(store))
+        opened = open_store(store)
         if f"{run}-driver" not in _marks(opened):
             faults.append(f"does not see what the driver wrote into the store {store}: {_SHARE_STORE}")
         else:
             _mark(opened, f"{run}-{node.id}")
     except (UserError, OSError) as error:
         faults.append(str(error))
-    if share["gpu"] and node.gpus != len(gpu_memory):
+    if share["gpu"] and node.gpus != len(memory):
         faults.append(
-            f"Ray counts {node.gpus:g} GPUs, nvidia-smi shows {len(gpu_memory)}: "
+            f"Ray counts {node.gpus:g} GPUs, nvidia-smi shows {len(memory)}: "
             "mend the driver, or start Ray there with the right --num-gpus"
         )
     cache = Path(os.environ.get("SEMFORMER_CACHE") or "~").expanduser()
     disk = next(folder for folder in (cache, *cache.parents) if folder.exists())
     if (free := shutil.disk_usage(disk).free) < min_free:
         faults.append(f"has {free / 2**30:.1f} GiB of free disk in {disk}; needed are {min_free / 2**30:.1f}")
-    return NodeReport(node, versions, gpu_memory, free, tuple(faults))
+    return NodeReport(node, versions, memory, free, tuple(faults))
 
 
 def _versions() -> dict[str, str]:
@@ -143,7 +143,7 @@ def _versions() -> dict[str, str]:
     return versions | {"code": digest.hexdigest()[:12]}
 
 
-def _gpu_memory() -> tuple[int, ...]:
+def gpu_memory() -> tuple[int, ...]:
     """Bytes of each GPU, whichever of them Ray lets this process use."""
     command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
     try:
@@ -157,21 +157,21 @@ def _gpu_memory() -> tuple[int, ...]:
 
 
 def _mark(store: Store, name: str) -> None:
-    (store.root / "tmp" / name).touch()
+    store.storage.create(f"tmp/{name}", b"")
 
 
 def _marks(store: Store) -> set[str]:
-    return {path.name for path in (store.root / "tmp").iterdir()}
+    return {name.removeprefix("tmp/") for name in store.storage.entries("tmp/")}
 
 
 def _unmark(store: Store, name: str) -> None:
-    (store.root / "tmp" / name).unlink()
+    store.storage.remove(f"tmp/{name}")
 
 
 @contextmanager
 def _marking(location: str, run: str) -> Iterator[Callable[[set[str]], set[str]]]:
     """Marks the store for the driver; yields a function that waits for nodes' marks and tells which there are."""
-    store = Store(Path(location))
+    store = open_store(location)
     _mark(store, f"{run}-driver")
 
     def marked(wanted: set[str]) -> set[str]:

@@ -142,13 +142,16 @@ def price(plan: Plan, store: Store, *, gpus: int, tflops: float = TFLOPS) -> Pri
     )
 
 
-def check_budget(price: Price, budget: str) -> None:
-    """Raises UserError where the missing work costs more than `budget` of GPU time ("40h", "1.5h", "30m"), and for any
-    other form of a budget."""
+def budget_hours(budget: str) -> float:
+    """GPU-hours of "40h", "1.5h" or "30m". Raises UserError for any other form."""
     if not (parts := re.fullmatch(r"(\d+(?:\.\d+)?)([hm])", budget.strip())):
         raise UserError(f"--budget {budget}: write GPU-hours or minutes, such as 40h, 1.5h or 30m")
-    hours = float(parts[1]) / (60 if parts[2] == "m" else 1)
-    if price.missing.gpu_hours > hours:
+    return float(parts[1]) / (60 if parts[2] == "m" else 1)
+
+
+def check_budget(price: Price, budget: str) -> None:
+    """Raises UserError where the missing work costs more than `budget` of GPU time, and as `budget_hours`."""
+    if price.missing.gpu_hours > budget_hours(budget):
         raise UserError(
             f"--budget {budget}: the plan costs {_duration(price.missing.gpu_hours)} of GPU time ({price.basis}). "
             "Raise the budget, or run fewer rows or seeds."

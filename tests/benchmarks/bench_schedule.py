@@ -12,6 +12,7 @@ import argparse
 import functools
 import heapq
 import itertools
+import os
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,16 +22,40 @@ from typing import Any
 import ray
 from ray import tune
 
+from semformer.data.shapes import make_shapes
+from semformer.flops import Images, stage_work
 from semformer.keys import StageKey
+from semformer.pipeline import STAGES
 from semformer.store import Store
 from sweeps import runner
 from sweeps.axes import load_all_tables
+from sweeps.cluster import ENVIRONMENT
 from sweeps.plan import Trial, make_plan
-from sweeps.price import estimate
+from sweeps.price import PIXELS_PER_SECOND, TFLOPS
 from sweeps.trial import payload
-from tests.devkits import small_voc
 
 GPUS = 4
+
+
+VOC = {
+    "train_split": Images(count=10_582, width=500, height=375, classes_per_image=2.5, n_classes=21),
+    "eval_split": Images(count=1_464, width=500, height=375, classes_per_image=2.5, n_classes=21),
+}
+
+
+def paper_splits(folder: Path) -> Path:
+    """A small devkit with the paper's splits: enough for keys."""
+    make_shapes(folder, train=4, val=2, size=48)
+    splits = folder / "VOC2012" / "ImageSets" / "Segmentation"
+    (splits / "trainaug.txt").write_text((splits / "train.txt").read_text())
+    return folder
+
+
+def paper_hours(key: StageKey, trial: Trial) -> float:
+    """Of a stage on VOC, as a price counts it."""
+    split = next(stage.split for stage in STAGES if stage.name == key.stage)
+    operations = stage_work(key.stage, trial.config, VOC[split])
+    return operations / (PIXELS_PER_SECOND if key.stage == "evaluate" else TFLOPS * 1e12) / 3600
 
 
 def work(config: Mapping[str, Any], seconds: Mapping[str, float], specs: Mapping[str, Any], share: bool) -> None:
@@ -124,14 +149,14 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="semformer-schedule-") as name:
         folder = Path(name)
-        store = Store(folder / "plan")
-        plan = make_plan(load_all_tables(), "paper", {}, [0], small_voc(folder / "voc"), store)
-        hours = {digest: one.seconds / 3600 for digest, one in estimate(plan, store, tflops=40).items()}
+        plan = make_plan(load_all_tables(), "paper", {}, [0], paper_splits(folder / "voc"), Store(folder / "plan"))
+        hours = {key.digest: paper_hours(key, trial) for trial in plan.trials for key in trial.keys.values()}
         rows = [trial for trial in plan.trials for _ in trial.cells]
         total = sum(hours[key.digest] for trial in rows for key in trial.keys.values())
         scale = options.naive_seconds * GPUS / total
         seconds = {digest: value * scale for digest, value in hours.items()}
         bound = list_schedule(plan.trials, lambda key: seconds[key.digest])
+        os.environ.update(ENVIRONMENT)
         ray.init(num_gpus=GPUS, num_cpus=GPUS, include_dashboard=False, log_to_driver=False, logging_level="critical")
         ways = {"naive": rows, "lock": plan.trials, "ours": plan.trials}
         measured = {way: measure(way, trials, seconds, folder) for way, trials in ways.items()}

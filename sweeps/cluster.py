@@ -40,7 +40,7 @@ OBJECT_STORE = 100 * 2**20
 """Bytes. Trials exchange nothing through Ray's object store."""
 LAUNCHABLE = Path("~/ray_bootstrap_config.yaml")
 """Where `ray up` leaves, on the head, what the autoscaler may launch."""
-PLACEHOLDER = re.compile(r"\S*CHANGE_ME\S*")
+PLACEHOLDER = re.compile(r"[\w:/-]*CHANGE_ME[\w/]*")
 
 # Connecting
 
@@ -229,6 +229,7 @@ def check_cluster_file(path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m sweeps.cluster", description=__doc__, allow_abbrev=False)
     parser.add_argument("file", type=Path, help="a cluster file for `ray up`")
+    logging.getLogger("ray").setLevel(logging.ERROR)
     try:
         check_cluster_file(parser.parse_args(arguments).file)
     except UserError as error:

@@ -1,12 +1,10 @@
 """What all tests share."""
 
-import logging
 import os
 import secrets
 import socket
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ import pytest
 import torch
 
 from semformer.store import Store, open_store
+from tests.servers import S3Server
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)
@@ -29,37 +28,6 @@ def golden():
 @pytest.fixture
 def store(tmp_path) -> Store:
     return Store(tmp_path / "store", heartbeat=0.05, expiry=20)
-
-
-class S3Server:
-    """moto's server, which enforces conditional puts, with the bucket "tests"; what is in it survives `stop`."""
-
-    def __init__(self):
-        from moto.server import ThreadedMotoServer
-
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)
-        self._moto = ThreadedMotoServer
-        self._server, self.port = None, 0
-        self.start()
-        urllib.request.urlopen(urllib.request.Request(f"{self.url}/tests", method="PUT")).close()
-
-    def start(self) -> None:
-        self._server = self._moto(ip_address="127.0.0.1", port=self.port, verbose=False)
-        self._server.start()
-        self.port = self._server.get_host_and_port()[1]
-
-    def stop(self) -> None:
-        self._server.stop()
-
-    def require_permission(self, required: bool) -> None:
-        """Whether to refuse credentials that the server has not given out itself."""
-        body = b"0" if required else b"1000000000"
-        request = urllib.request.Request(f"{self.url}/moto-api/reset-auth", body, {"Content-Type": "text/plain"})
-        urllib.request.urlopen(request).close()
-
-    @property
-    def url(self) -> str:
-        return f"http://127.0.0.1:{self.port}"
 
 
 @pytest.fixture(scope="session")
@@ -103,6 +71,7 @@ from pathlib import Path
 from semformer.errors import UserError
 from semformer.leases import LeaseLost
 from semformer.store import Store, open_store
+from tests.servers import S3Server
 from tests.artifacts import build, caae, eventually, make_weights
 key = caae()
 """

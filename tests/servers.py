@@ -1,5 +1,6 @@
-"""MLflow servers and databases that a test starts for itself, each in a process group that ends with the test."""
+"""Servers that a test starts for itself: MLflow, its databases, and S3."""
 
+import logging
 import os
 import shutil
 import signal
@@ -97,3 +98,34 @@ def postgres() -> Iterator[str]:
             yield f"postgresql+psycopg2://postgres@127.0.0.1:{port}/mlflow"
         finally:
             run("pg_ctl", "-D", data, "-m", "immediate", "stop")
+
+
+class S3Server:
+    """moto's server, which enforces conditional puts, with the bucket "tests"; what is in it survives `stop`."""
+
+    def __init__(self):
+        from moto.server import ThreadedMotoServer
+
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
+        self._moto = ThreadedMotoServer
+        self._server, self.port = None, 0
+        self.start()
+        urllib.request.urlopen(urllib.request.Request(f"{self.url}/tests", method="PUT")).close()
+
+    def start(self) -> None:
+        self._server = self._moto(ip_address="127.0.0.1", port=self.port, verbose=False)
+        self._server.start()
+        self.port = self._server.get_host_and_port()[1]
+
+    def stop(self) -> None:
+        self._server.stop()
+
+    def require_permission(self, required: bool) -> None:
+        """Whether to refuse credentials that the server has not given out itself."""
+        body = b"0" if required else b"1000000000"
+        request = urllib.request.Request(f"{self.url}/moto-api/reset-auth", body, {"Content-Type": "text/plain"})
+        urllib.request.urlopen(request).close()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"

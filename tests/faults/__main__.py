@@ -17,11 +17,11 @@ def main(words: list[str]) -> int:
     chosen = {name: case for name, case in CASES.items() if not words or any(word in name for word in words)}
     print("| fault | epochs redone | stages | MLflow | remark | time |\n|---|---:|---|---|---|---:|", flush=True)
     failures = []
-    with tempfile.TemporaryDirectory(prefix="semformer-faults-") as folder, three_nodes() as cluster:
+    with tempfile.TemporaryDirectory(prefix="semformer-faults-") as folder, three_nodes() as site:
         for n, (name, case) in enumerate(chosen.items()):
             started = time.monotonic()
             try:
-                result = case(Path(folder) / str(n), cluster)
+                result = case(Path(folder) / str(n), site)
                 cells = (result.redone, result.stages, result.mlflow, result.remark)
             except Exception:
                 failures.append(f"{name}:\n{traceback.format_exc()}")

@@ -5,21 +5,18 @@ was trained again, and that MLflow has one run for each trial and series without
 """
 
 import os
-import shutil
 import signal
-import socket
 import subprocess
-import sys
 import time
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
-from ray.cluster_utils import Cluster
 
-from tests.faults.scene import TABLE, Scene, add_node, eventually
+from tests.faults.scene import TABLE, Scene, Site
+from tests.servers import MlflowServer
 
 STAGES = {"caae": 1, "segmentor": 2, "cams": 3, "evaluate": 3}
 
@@ -33,9 +30,9 @@ class Outcome(NamedTuple):
     remark: str = ""
 
 
-def worker_killed(stage: str) -> Callable[[Path, Cluster], Outcome]:
-    def case(folder: Path, cluster: Cluster) -> Outcome:
-        scene = Scene(folder, cluster)
+def worker_killed(stage: str) -> Callable[[Path, Site], Outcome]:
+    def case(folder: Path, site: Site) -> Outcome:
+        scene = Scene(folder, site)
         driver = scene.start()
         os.kill(scene.maker(stage), signal.SIGKILL)
         assert scene.finish(driver) == 0, scene.output()
@@ -45,16 +42,16 @@ def worker_killed(stage: str) -> Callable[[Path, Cluster], Outcome]:
     return case
 
 
-def node_killed(folder: Path, cluster: Cluster) -> Outcome:
+def node_killed(folder: Path, site: Site) -> Outcome:
     """The node that trains, with all its processes. Another one comes, as from an autoscaler."""
-    scene = Scene(folder, cluster)
+    scene = Scene(folder, site)
     driver = scene.start()
     pid = scene.maker("segmentor")
     scene.after_epoch("segmentor", 1)
     raylet = next(parent.pid for parent in psutil.Process(pid).parents() if "raylet" in parent.name())
-    node = next(n for n in cluster.worker_nodes if any(p.process.pid == raylet for p in raylets(n)))
-    cluster.remove_node(node, allow_graceful=False)
-    add_node(cluster)
+    node = next(n for n in site.cluster.worker_nodes if any(p.process.pid == raylet for p in raylets(n)))
+    site.cluster.remove_node(node, allow_graceful=False)
+    site.add_node()
     assert scene.finish(driver) == 0, scene.output()
     return outcome(scene)
 
@@ -63,8 +60,8 @@ def raylets(node) -> list:
     return node.all_processes.get("raylet", [])
 
 
-def driver_killed(folder: Path, cluster: Cluster) -> Outcome:
-    scene = Scene(folder, cluster)
+def driver_killed(folder: Path, site: Site) -> Outcome:
+    scene = Scene(folder, site)
     driver = scene.start()
     scene.after_epoch("segmentor", 2)
     os.killpg(driver.pid, signal.SIGKILL)
@@ -73,62 +70,49 @@ def driver_killed(folder: Path, cluster: Cluster) -> Outcome:
     return outcome(scene)
 
 
-def tracking_down(seconds: float) -> Callable[[Path, Cluster], Outcome]:
-    def case(folder: Path, cluster: Cluster) -> Outcome:
-        port = free_port()
-        scene = Scene(folder, cluster, uri=f"http://127.0.0.1:{port}")
-        with tracking_server(folder, port):
+def tracking_down(seconds: float) -> Callable[[Path, Site], Outcome]:
+    def case(folder: Path, site: Site) -> Outcome:
+        folder.mkdir()
+        server = MlflowServer(folder)
+        scene = Scene(folder, site, uri=server.uri)
+        server.start()
+        try:
             driver = scene.start()
             scene.after_epoch("caae", 1)
-        time.sleep(seconds)
-        with tracking_server(folder, port):
+            server.stop()
+            time.sleep(seconds)
+            server.start()
             assert scene.finish(driver) == 0, scene.output()
             return outcome(scene)
+        finally:
+            server.stop()
 
     return case
 
 
-@contextmanager
-def tracking_server(folder: Path, port: int):
-    database = f"sqlite:///{folder / 'server.db'}"
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    command += ["--backend-store-uri", database, "--artifacts-destination", str(folder / "artifacts")]
-    with (folder / "server.txt").open("a") as out:
-        server = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
-    try:
-        eventually(lambda: listening(port), 60)
-        yield
-    finally:
-        os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
-
-
-def store_unreachable(seconds: float) -> Callable[[Path, Cluster], Outcome]:
+def store_unreachable(seconds: float) -> Callable[[Path, Site], Outcome]:
     """On S3, while a network is trained; the server comes back with all that it held."""
 
-    def case(folder: Path, cluster: Cluster) -> Outcome:
-        from tests.s3 import s3_bucket
-
-        with s3_bucket() as bucket:
-            scene = Scene(folder, cluster, store=f"s3://{bucket.name}/sweeps")
-            driver = scene.start()
-            scene.after_epoch("segmentor", 1)
-            bucket.stop()
-            time.sleep(seconds)
-            bucket.start()
-            assert scene.finish(driver) == 0, scene.output()
-            return outcome(scene)
+    def case(folder: Path, site: Site) -> Outcome:
+        scene = Scene(folder, site, store=f"s3://tests/{folder.name}/store")
+        driver = scene.start()
+        scene.after_epoch("segmentor", 1)
+        site.s3.stop()
+        time.sleep(seconds)
+        site.s3.start()
+        assert scene.finish(driver) == 0, scene.output()
+        return outcome(scene)
 
     return case
 
 
-def disk_full(folder: Path, cluster: Cluster) -> Outcome:
+def disk_full(folder: Path, site: Site) -> Outcome:
     """The store's disk fills up while a network is trained; later there is room again."""
     disk = folder / "disk"
     disk.mkdir(parents=True)
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", str(disk)], check=True)
     try:
-        scene = Scene(folder, cluster, store=str(disk / "store"))
+        scene = Scene(folder, site, store=str(disk / "store"))
         driver = scene.start()
         scene.after_epoch("segmentor", 1)
         filler = disk / "filler"
@@ -147,10 +131,10 @@ def disk_full(folder: Path, cluster: Cluster) -> Outcome:
         subprocess.run(["umount", "-l", str(disk)], check=False)
 
 
-def trial_raises(folder: Path, cluster: Cluster) -> Outcome:
+def trial_raises(folder: Path, site: Site) -> Outcome:
     """One row diverges: it alone fails, at once, and the others are finished."""
     bad = TABLE + "  - {id: bad, label: bad, set: {segmentor.optimizer.lr: 1.0e+9}, paper: {miou: null}}\n"
-    scene = Scene(folder, cluster, text=bad)
+    scene = Scene(folder, site, text=bad)
     assert scene.finish(scene.start()) == 1, scene.output()
     out = scene.output()
     assert "bad: failed: segmentor: TrainingDiverged" in out
@@ -159,9 +143,9 @@ def trial_raises(folder: Path, cluster: Cluster) -> Outcome:
     return outcome(scene, "that row failed with its reason", failed=("faults/bad",))
 
 
-def trial_hangs(folder: Path, cluster: Cluster) -> Outcome:
+def trial_hangs(folder: Path, site: Site) -> Outcome:
     """Its process is stopped, but not dead."""
-    scene = Scene(folder, cluster)
+    scene = Scene(folder, site)
     driver = scene.start("--silence", "15")
     pid = scene.maker("segmentor")
     scene.after_epoch("segmentor", 1)
@@ -175,8 +159,8 @@ def trial_hangs(folder: Path, cluster: Cluster) -> Outcome:
     return outcome(scene)
 
 
-def two_drivers(folder: Path, cluster: Cluster) -> Outcome:
-    scene = Scene(folder, cluster)
+def two_drivers(folder: Path, site: Site) -> Outcome:
+    scene = Scene(folder, site)
     drivers = [scene.start(), scene.start()]
     assert [scene.finish(driver) for driver in drivers] == [0, 0], scene.output()
     return outcome(scene)
@@ -192,22 +176,10 @@ def outcome(scene: Scene, remark: str = "", failed: tuple[str, ...] = ()) -> Out
     result = Outcome(scene.redone(), "; ".join(told) or "each once", "; ".join(wrong) or "complete", remark)
     assert (result.stages, result.mlflow) == ("each once", "complete"), f"{result}\n{scene.output()}"
     assert result.redone <= 1, f"{result}\n{scene.output()}"
-    shutil.rmtree(scene.folder / "artifacts", ignore_errors=True)
     return result
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def listening(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex(("127.0.0.1", port)) == 0
-
-
-CASES: dict[str, Callable[[Path, Cluster], Outcome]] = {
+CASES: dict[str, Callable[[Path, Site], Outcome]] = {
     **{f"worker killed in {stage}": worker_killed(stage) for stage in STAGES},
     "node killed": node_killed,
     "driver killed, then resume": driver_killed,

@@ -21,6 +21,7 @@ from ray.cluster_utils import Cluster
 from semformer.store import Store, open_store
 from sweeps.axes import load_tables
 from sweeps.plan import Plan, make_plan
+from tests.servers import S3Server
 
 ROOT = Path(__file__).parents[2]
 EPOCHS = 5
@@ -43,36 +44,48 @@ ENVIRONMENT = {
     "RAY_health_check_period_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
     "OMP_NUM_THREADS": "1",
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
 }
 
 
-@contextmanager
-def three_nodes() -> Iterator[Cluster]:
-    """A head without work, and two nodes that hold one trial each."""
-    before = {name: os.environ.get(name) for name in ENVIRONMENT}
-    os.environ.update(ENVIRONMENT)
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80 * 2**20})
-    try:
+class Site:
+    """A Ray cluster of a head without work and two nodes that hold one trial each; and an S3 server."""
+
+    def __init__(self):
+        self.s3 = S3Server()
+        os.environ.update(ENVIRONMENT, AWS_ENDPOINT_URL=self.s3.url)
+        self.cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": 80 * 2**20})
         for _ in range(2):
-            add_node(cluster)
-        cluster.wait_for_nodes()
-        yield cluster
+            self.add_node()
+        self.cluster.wait_for_nodes()
+
+    def add_node(self) -> None:
+        self.cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+
+    def close(self) -> None:
+        self.cluster.shutdown()
+        self.s3.stop()
+
+
+@contextmanager
+def three_nodes() -> Iterator[Site]:
+    before = dict(os.environ)
+    site = Site()
+    try:
+        yield site
     finally:
-        cluster.shutdown()
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-def add_node(cluster: Cluster):
-    return cluster.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+        site.close()
+        os.environ.clear()
+        os.environ.update(before)
 
 
 class Scene:
     """One sweep of TABLE, in a folder of its own."""
 
-    def __init__(self, folder: Path, cluster: Cluster, *, store: str = "", uri: str = "", text: str = TABLE):
+    def __init__(self, folder: Path, site: Site, *, store: str = "", uri: str = "", text: str = TABLE):
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.cluster = folder, cluster
+        self.folder, self.site = folder, site
         self.location, self.uri = store or str(folder / "store"), uri or f"sqlite:///{folder / 'mlflow.db'}"
         self.table = folder / "faults.yaml"
         self.table.write_text(text)
@@ -84,7 +97,7 @@ class Scene:
         arguments = [command, "--sweeps", str(self.folder / "sweeps")]
         if command == "run":
             arguments += [str(self.table), "--preset", "micro", "--store", self.location, "--tracking-uri", self.uri]
-            arguments += ["--address", self.cluster.address, *options]
+            arguments += ["--address", self.site.cluster.address, *options]
         self.outputs.append(self.folder / f"output-{len(self.outputs)}.txt")
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
         with self.outputs[-1].open("w") as out:

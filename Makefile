@@ -3,11 +3,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo tables faults test lint format bench clean
 
 demo: $(READY)  ## one CAAE, eight segmentation networks, Table 3
 	$(BIN)/semformer-sweep run table03 --preset tiny
-	$(BIN)/semformer-tables tables table03 --preset tiny --log
+
+tables: $(READY)  ## all 14 tables on toy networks
+	$(BIN)/semformer-sweep run --all --preset micro
+
+faults: $(READY)  ## what a cluster does to a sweep, and what that costs
+	$(BIN)/python -m tests.faults
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile

@@ -319,10 +319,16 @@ def _sync(options: argparse.Namespace, console: Console) -> int:
     folder = find_sweep(options.sweeps, options.sweep)
     if driver := folder.driver():
         raise UserError(f"{driver} drives {folder.name} and delivers its records itself: `stop` it first")
+    from semformer.store import open_store
     from sweeps.tracking import deliver
 
+    cwd, arguments = folder.started()
+    started, path = _parser().parse_args(arguments), folder.path.absolute()
+    os.chdir(cwd)
     with console.status("delivering to MLflow"):
-        count = deliver(folder.path, options.tracking_uri)
+        count = deliver(path, open_store(started.store), options.tracking_uri or started.tracking_uri)
+    if options.json:
+        print(json.dumps({"sweep": folder.name, "delivered": count}))
     console.print(f"{count} records delivered", highlight=False)
     return 0
 

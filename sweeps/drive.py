@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from sweeps.gate import Gate
     from sweeps.search import Search
 
+PATIENCE = 120.0
+"""Seconds for which MLflow may be away at the end, before its records are left for `sync`."""
 SHARE_OF_TIME = 0.05
 """Of the driver's time, at most, that goes into writing its state."""
 
@@ -82,7 +84,8 @@ class Drive:
             finally:
                 self.folder.save(self.state.as_json())
                 self._report_search()
-                self.tracker.end(status, self.state.counts())
+                with self.console.status("delivering the last records to MLflow"):
+                    self.tracker.end(status, self.state.counts(), patience=PATIENCE)
         self.display.summary()
         return self._conclude(self.state.counts(), failed=not self.state.complete)
 
@@ -227,8 +230,7 @@ class Drive:
     def _conclude(self, counts: Mapping[str, float], *, failed: bool) -> int:
         """Where everything is, and the tables."""
         options, tracker = self.options, self.tracker
-        uri = without_password(options.tracking_uri)
-        where = uri if uri.startswith("http") else f"mlflow ui --backend-store-uri {uri}"
+        where = without_password(tracker.view_url or f"mlflow ui --backend-store-uri {options.tracking_uri}")
         self._print(f"Runs, curves and pictures: {where} (experiment {tracker.experiment!r})")
         if tracker.undelivered:
             self._print(

@@ -24,9 +24,10 @@ from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_LOGGED_ARTIFACTS,
 from semformer.config import Config, LossName, flatten
 from semformer.errors import UserError
 from semformer.keys import StageKey
+from semformer.leases import Lease
 from semformer.store import Artifact, Store
 from sweeps import exhibits
-from sweeps.connection import TAG, connecting, open_experiment, search_runs
+from sweeps.connection import TAG, connecting, open_experiment, search_runs, without_password
 from sweeps.journal import Event
 from sweeps.plan import Cell, Trial
 
@@ -68,7 +69,7 @@ class Recorder:
         self._started: set[str] = set()  # keys of the trials that this sweep has running
         self._found: dict[str, dict[str, bool]] = {}  # by trial key
         self.forget()
-        with connecting(uri):
+        with connecting(uri), self._alone():  # the first client of a new database makes its tables
             self._client = MlflowClient(tracking_uri=uri)
 
     # Reading
@@ -78,11 +79,16 @@ class Recorder:
 
         Returns its runs by kind ("sweep", "trial" or "stage") and key; of several, a finished one, else the oldest.
         """
-        with connecting(self.uri):
+        with connecting(self.uri), self._alone():
             self.experiment, self.experiment_id = experiment, open_experiment(self._client, experiment)
             for run in search_runs(self._client, self.experiment_id):
                 self._keep(run)
         return dict(self._runs)
+
+    def _alone(self) -> Lease:
+        """Among the drivers on this store that write to this MLflow."""
+        key = StageKey("mlflow", {"uri": without_password(self.uri)})
+        return self.store.lease(key, wait=lambda holder: None)
 
     def answers(self) -> bool:
         """Whether MLflow can be reached."""
@@ -280,8 +286,7 @@ class Recorder:
         if run := self._runs.get((kind, key)):
             return run
         if not self._has_lease:  # on making runs, among the drivers on this store; until the end of `write`
-            lease = self.store.lease(StageKey("mlflow", {"experiment": self.experiment}), wait=lambda holder: None)
-            self._leases.enter_context(lease)
+            self._leases.enter_context(self._alone())
             self._has_lease = True
         if run := self._reread(kind, key):
             return run

@@ -21,8 +21,10 @@ from sweeps.plan import Trial
 from sweeps.schedule import Queue, Seconds
 
 log = logging.getLogger(__name__)
-LOOKS = 50
+LOOKS = 10
 """Trials that are looked up in the store each time Tune asks; the others are held back until it asks again."""
+LOOK_AGAIN = 2.0
+"""Seconds after which a stage that another sweep was making is looked up again."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class Gate(Searcher):
         self.attempts: Counter[str] = Counter()  # failures by stage digest
         self.broken: dict[str, Failure] = {}  # stages that will not be tried again
         self.elsewhere: dict[str, str] = {}  # stage digest -> who makes it in another sweep on this store
+        self._looked = 0.0  # when `elsewhere` was emptied last
         self.stopped = False
         self._ended: set[str] = set()  # running trials that have said that they are finished
         self._reported: dict[str, Failure] = {}
@@ -165,7 +168,9 @@ class Gate(Searcher):
         if not self.live and self.claims:
             log.warning("dropping the claims of trials that are gone: %s", self.claims)
             self.claims.clear()
-        self._looks, self.elsewhere = 0, {}
+        self._looks = 0
+        if time.monotonic() - self._looked > LOOK_AGAIN:
+            self.elsewhere, self._looked = {}, time.monotonic()
         while not self.stopped:
             trial = self.queue.next(self.ready, self.claims, self._held)
             if trial is None:
@@ -195,6 +200,8 @@ class Gate(Searcher):
 
     def _held(self, trial: Trial) -> bool:
         """Whether another sweep on this store makes a stage of it; should that one die, its lease expires."""
+        if any(key.digest in self.elsewhere for key in trial.keys.values()):
+            return True
         self._looks += 1
         if self._looks > LOOKS:
             return True

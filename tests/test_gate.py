@@ -121,7 +121,8 @@ def test_max_concurrent_is_kept(store):
     assert [sweep.suggest() for _ in range(2)] == ["c", None]
 
 
-def test_a_stage_that_another_sweep_makes_is_waited_for_without_starting(store):
+def test_a_stage_that_another_sweep_makes_is_waited_for_without_starting(store, monkeypatch):
+    monkeypatch.setattr("sweeps.gate.LOOK_AGAIN", 0.0)
     trials = [trial("a", caae="x"), trial("b")]
     sweep = Sweep(trials, store)
     with Store(store.root).lease(trials[0].keys["caae"]):

@@ -80,14 +80,19 @@ class Drive:
                         if self.plan.is_cached(trial):
                             self.tell(trial, {"event": "found"})
                     run_trials()
-                status = "FINISHED" if self.state.complete else "FAILED"
+                status = "FAILED" if self.failed else "FINISHED"
             finally:
                 self.folder.save(self.state.as_json())
                 self._report_search()
                 with self.console.status("delivering the last records to MLflow"):
                     self.tracker.end(status, self.state.counts(), patience=PATIENCE)
         self.display.summary()
-        return self._conclude(self.state.counts(), failed=not self.state.complete)
+        return self._conclude(self.state.counts(), failed=self.failed)
+
+    @property
+    def failed(self) -> bool:
+        """Whether a row has no result. A search goes on without those that failed."""
+        return not self.search and not self.state.complete
 
     # While it runs
 
@@ -147,14 +152,11 @@ class Drive:
     # Before and after
 
     def _announce(self) -> None:
-        if self.search:
-            self._print(f"{self.plan.name}, preset {self.plan.preset}: {self.search.plan.title}")
-            return
         to_make = {name: count.distinct - count.cached for name, count in self.plan.stages.items()}
         told = ", ".join(f"{n} {name}" for name, n in to_make.items() if n) or "nothing, only to record"
         rows = f"{self.plan.summary()['rows']} rows, " if len(self.plan.tables) > 1 else ""
-        head = f"{self.plan.name}, preset {self.plan.preset}: {rows}{len(self.plan.trials)} trials; to make: {told}"
-        self._print(head)
+        told = self.plan.title if self.search else f"{rows}{len(self.plan.trials)} trials; to make: {told}"
+        self._print(f"{self.plan.name}, preset {self.plan.preset}: {told}")
         self._print(f"sweep {self.folder.name}: semformer-sweep status, stop or resume {self.folder.name}")
 
     @contextmanager
@@ -170,7 +172,7 @@ class Drive:
 
                 stack.enter_context(cluster.connect(options.address))
             share = cluster.trial_share(options.cpus_per_trial, options.gpus_per_trial, address=options.address)
-            if options.address and self.missing:
+            if options.address:
                 with self.console.status("asking every node of the cluster"):
                     gpu_memory = self._preflight(share)
             else:
@@ -199,12 +201,12 @@ class Drive:
         from sweeps.preflight import preflight
 
         found: list[int] = []
-        by_shapes = {trial.config.data.shapes: trial for trial in self.missing}
-        for shapes, trial in by_shapes.items():
-            data = open_data(trial.config, trial.data)
-            splits = (trial.config.data.train_split, trial.config.data.eval_split)
+        configs = [self.search.own] if self.search else [trial.config for trial in self.missing]
+        for options in {config.data: config for config in configs}.values():
+            data, shapes = open_data(options, self.options.data), options.data.shapes
+            splits = (options.data.train_split, options.data.eval_split)
             reports = preflight(
-                data=trial.data or shapes.model_dump(),
+                data=self.options.data or shapes.model_dump(),
                 digests={name: data[name].digest for name in splits},
                 store=self.store.location,
                 share=share,

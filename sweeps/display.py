@@ -97,16 +97,18 @@ def grid(trials: Sequence[TrialState], seconds: float, left: float) -> Grid:
     shown = trials
     if len(trials) > SHOWN:
         shown = sorted(trials, key=lambda trial: ORDER.index(trial.status))[:SHOWN]
-    lines = []
-    for trial in shown:
-        left_here = duration(trial.left) if trial.left == trial.left else ""
-        told = trial.reason or trial.told
-        lines.append((trial.name, trial.status, trial.stage, trial.epoch, left_here, trial.host, told))
-    heads = ("row", "status", "stage", "epoch", "left", "host", "tells")
+    heads = ("row", "status", "host", "tells")
+    lines = [(trial.name, trial.status, trial.host, _told(trial)) for trial in shown]
     table = Grid(caption=caption, caption_justify="left", expand=False)
     for name, cells in zip(heads, zip(heads, *lines, strict=True), strict=True):
         width = None if name == "tells" else min(WIDEST, max(map(len, cells)))
-        table.add_column(name, min_width=width, max_width=width, overflow="ellipsis", no_wrap=True)
+        table.add_column(name, min_width=width, max_width=width, no_wrap=name != "tells")  # that one may be narrowed
     for trial, cells in zip(shown, lines, strict=True):
-        table.add_row(*(Text(cell) for cell in cells), style=STYLES[trial.status])
+        table.add_row(*(Text(c, no_wrap=True, overflow="ellipsis") for c in cells), style=STYLES[trial.status])
     return table
+
+
+def _told(trial: TrialState) -> str:
+    at = [trial.stage, f"epoch {trial.epoch}" if trial.epoch else "", trial.told]
+    left = [f"{duration(trial.left)} left"] if trial.left == trial.left else []
+    return trial.reason or ", ".join([*filter(None, at if trial.status == "running" else at[2:]), *left])

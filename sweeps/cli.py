@@ -32,7 +32,7 @@ SHORT = 8
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
-    options = _parser().parse_args(arguments, argparse.Namespace(arguments=arguments))
+    options = _parser().parse_args(arguments, argparse.Namespace(arguments=arguments, folder=None))
     console = Console(stderr=options.json)
     try:
         return options.command(options, console)
@@ -268,7 +268,9 @@ def _search(options: argparse.Namespace, console: Console) -> int:
 
 
 def _folder(options: argparse.Namespace, name: str) -> SweepFolder:
-    """The same for the same sweep; more seeds or trials extend it."""
+    """That of a resumed sweep; else the same for the same sweep, so that more seeds or trials extend it."""
+    if options.folder:
+        return options.folder
     what = [options.preset, sorted(options.set), str(options.data), options.store, options.tracking_uri]
     digest = sha256(json.dumps([*what, options.experiment]).encode()).hexdigest()
     return new_sweep(options.sweeps, f"{name}-{options.preset}-{digest[:6]}")
@@ -278,12 +280,21 @@ def _resume(options: argparse.Namespace, console: Console) -> int:
     folder = find_sweep(options.sweeps, options.sweep)
     if driver := folder.driver():
         raise UserError(f"the sweep {folder.name} is driven already, by {driver}")
+    started = _go_back(folder)
+    started.json |= options.json
+    told = f"semformer-sweep {' '.join(started.arguments)}"
+    console.print(told, highlight=False, markup=False, soft_wrap=True)
+    return started.command(started, console)
+
+
+def _go_back(folder: SweepFolder) -> argparse.Namespace:
+    """Changes to where the sweep was started; returns the options that it was started with."""
     cwd, arguments = folder.started()
     if not Path(cwd).is_dir():
         raise UserError(f"the folder that {folder.name} was started in, {cwd}, is not there any more")
+    folder = SweepFolder(folder.path.absolute())
     os.chdir(cwd)
-    console.print(f"semformer-sweep {' '.join(arguments)}", highlight=False, markup=False, soft_wrap=True)
-    return main([*arguments, "--json"] if options.json and "--json" not in arguments else arguments)
+    return _parser().parse_args(arguments, argparse.Namespace(arguments=arguments, folder=folder))
 
 
 # Looking after
@@ -303,15 +314,16 @@ def _status(options: argparse.Namespace, console: Console) -> int:
 
 def _stop(options: argparse.Namespace, console: Console) -> int:
     folder = find_sweep(options.sweeps, options.sweep)
-    driver = folder.driver()
-    if not driver:
+    if driver := folder.driver():
+        folder.ask_to_stop()
+        with console.status(f"waiting for {driver} to end {folder.name}"):
+            if not folder.wait_for_driver(120):
+                raise UserError(f"{driver} has not ended {folder.name} within 120 s: is it alive? `status` tells")
+        console.print(f"{folder.name} is stopped: semformer-sweep resume {folder.name}", highlight=False)
+    else:
         console.print(f"nobody drives {folder.name}", highlight=False)
-        return 0
-    folder.ask_to_stop()
-    with console.status(f"waiting for {driver} to end {folder.name}"):
-        if not folder.wait_for_driver(120):
-            raise UserError(f"{driver} has not ended {folder.name} within 120 s: is it alive? `status` tells")
-    console.print(f"{folder.name} is stopped: semformer-sweep resume {folder.name}", highlight=False)
+    if options.json:
+        print(json.dumps({"sweep": folder.name, "stopped": driver}))
     return 0
 
 
@@ -322,14 +334,13 @@ def _sync(options: argparse.Namespace, console: Console) -> int:
     from semformer.store import open_store
     from sweeps.tracking import deliver
 
-    cwd, arguments = folder.started()
-    started, path = _parser().parse_args(arguments), folder.path.absolute()
-    os.chdir(cwd)
+    started = _go_back(folder)
     with console.status("delivering to MLflow"):
-        count = deliver(path, open_store(started.store), options.tracking_uri or started.tracking_uri)
+        uri = options.tracking_uri or started.tracking_uri
+        count = deliver(started.folder.path, open_store(started.store), uri)
+    console.print(f"{count} records delivered", highlight=False)
     if options.json:
         print(json.dumps({"sweep": folder.name, "delivered": count}))
-    console.print(f"{count} records delivered", highlight=False)
     return 0
 
 
@@ -346,7 +357,7 @@ def _gc(options: argparse.Namespace, console: Console) -> int:
         for name in options.drop:
             store.drop(name)
     if options.json:
-        print(json.dumps([asdict(one) for one in found]))
+        print(json.dumps({"store": store.location, "applied": options.apply, "found": [asdict(one) for one in found]}))
         return 0
     listed = Grid()
     for name in ("stage", "key", "MB", "why"):

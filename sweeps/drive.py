@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import subprocess
 import sys
 import time
@@ -43,9 +44,13 @@ class Drive:
         folder: SweepFolder,
         search: "Search | None" = None,
     ):
-        """`search` suggests trials beyond those of the plan. Raises UserError when MLflow cannot be used."""
+        """`search` suggests trials beyond those of the plan.
+
+        Raises UserError for a budget that cannot be read, and when MLflow cannot be used.
+        """
         self.options, self.console, self.plan, self.store = options, console, plan, store
         self.folder, self.search = folder, search
+        self.budget = budget_hours(options.budget) if options.budget else math.inf
         self.state = SweepState(plan)
         self.display = Display(self.state, console)
         self.missing = [trial for trial in plan.trials if not plan.is_cached(trial)]
@@ -129,7 +134,7 @@ class Drive:
         """Another suggestion, unless the search has none or has used up its budget."""
         assert self.search
         spent = self.search.saving()["spent_seconds"] / 3600
-        if self.options.budget and spent >= budget_hours(self.options.budget):
+        if spent >= self.budget:
             self._print(f"--budget {self.options.budget} is used up: nothing more is suggested")
             return None
         trial = self.search.ask()
@@ -152,11 +157,12 @@ class Drive:
     # Before and after
 
     def _announce(self) -> None:
-        to_make = {name: count.distinct - count.cached for name, count in self.plan.stages.items()}
+        plan = self.plan
+        to_make = {name: count.distinct - count.cached for name, count in plan.stages.items()}
         told = ", ".join(f"{n} {name}" for name, n in to_make.items() if n) or "nothing, only to record"
-        rows = f"{self.plan.summary()['rows']} rows, " if len(self.plan.tables) > 1 else ""
-        told = self.plan.title if self.search else f"{rows}{len(self.plan.trials)} trials; to make: {told}"
-        self._print(f"{self.plan.name}, preset {self.plan.preset}: {told}")
+        rows = f"{plan.summary()['rows']} rows, " if len(plan.tables) > 1 else ""
+        what = plan.title if self.search else f"{rows}{len(plan.trials)} trials; to make: {told}"
+        self._print(f"{plan.name}, preset {plan.preset}: {what}")
         self._print(f"sweep {self.folder.name}: semformer-sweep status, stop or resume {self.folder.name}")
 
     @contextmanager
@@ -202,11 +208,12 @@ class Drive:
 
         found: list[int] = []
         configs = [self.search.own] if self.search else [trial.config for trial in self.missing]
-        for options in {config.data: config for config in configs}.values():
-            data, shapes = open_data(options, self.options.data), options.data.shapes
-            splits = (options.data.train_split, options.data.eval_split)
+        folder = self.options.data
+        for shapes, config in {config.data.shapes: config for config in configs}.items():
+            data = open_data(config, folder)
+            splits = (config.data.train_split, config.data.eval_split)
             reports = preflight(
-                data=self.options.data or shapes.model_dump(),
+                data=folder or shapes.model_dump(),
                 digests={name: data[name].digest for name in splits},
                 store=self.store.location,
                 share=share,
@@ -245,7 +252,8 @@ class Drive:
             self._compile_tables()
         if options.json:
             told = {"sweep": self.folder.name, "experiment": tracker.experiment, "parent_run_id": tracker.parent_run_id}
-            print(json.dumps({**self.plan.summary(), **counts, **told}))
+            planned = {"trials": len(self.state.trials)} if self.search else self.plan.summary()
+            print(json.dumps({**planned, **counts, **told}))
         return 1 if failed or tracker.undelivered or tracker.errors else 0
 
     def _compile_tables(self) -> None:

@@ -1,70 +1,25 @@
 """Whole sweeps: real Ray, real MLflow, real training, in preset micro."""
 
-import contextlib
-import io
 import os
 import re
 import signal
-import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
 
 import pytest
-import ray
 import torch
-from mlflow import MlflowClient
 
 from analysis.cli import main as analysis_main
 from semformer import pipeline
 from semformer.config import load_config
-from semformer.store import Artifact, Store
-from sweeps import cli, runner
+from semformer.store import Store
+from sweeps import runner
 from sweeps.axes import load_table
 from sweeps.cluster import connect
 from sweeps.plan import make_plan
 from sweeps.tracking import Tracker
-
-ROW = "  - {{id: {id}, label: {id}, set: {{{set}}}, paper: {{miou: null}}}}\n"
-
-
-class Workplace:
-    """A folder with a store and an MLflow database, and sweeps run in it by their command line."""
-
-    def __init__(self, folder: Path):
-        self.folder, self.uri = folder, f"sqlite:///{folder / 'mlflow.db'}"
-        self.store = Store(folder / "store")
-
-    def arguments(self, table: str | Path, *options: str) -> list[str]:
-        places = ["--store", str(self.store.root), "--tracking-uri", self.uri, "--sweeps", str(self.folder / "sweeps")]
-        return ["run", str(table), "--preset", "micro", *places, *options]
-
-    def sweep(self, table: str | Path, *options: str) -> tuple[int, str]:
-        """Exit status and output."""
-        out = io.StringIO()
-        with contextlib.redirect_stdout(out):
-            status = cli.main(self.arguments(table, *options))
-        assert not ray.is_initialized()
-        return status, out.getvalue()
-
-    def table(self, name: str, **rows: str) -> Path:
-        """A table whose rows set the given fields."""
-        head = f"name: {name}\ntitle: {name}\nmetrics: [{{name: miou, header: mIoU}}]\nrows:\n"
-        path = self.folder / f"{name}.yaml"
-        path.write_text(head + "".join(ROW.format(id=row, set=fields) for row, fields in rows.items()))
-        return path
-
-    def artifacts(self) -> list[Artifact]:
-        return list(self.store.artifacts())
-
-    def runs(self, experiment: str, kind: str) -> list:
-        client = MlflowClient(self.uri)
-        runs = client.search_runs([client.get_experiment_by_name(experiment).experiment_id])
-        return [run for run in runs if run.data.tags["semformer.kind"] == kind]
-
-    def steps(self, run, metric: str) -> list[int]:
-        return [point.step for point in MlflowClient(self.uri).get_metric_history(run.info.run_id, metric)]
+from tests.workplace import Workplace
 
 
 @pytest.fixture(scope="module")
@@ -239,11 +194,8 @@ def test_a_killed_worker_is_replaced_and_goes_on_from_its_last_epoch(place, tabl
 
 def test_a_sweep_stopped_by_ctrl_c_goes_on_later(place, table03):
     table = place.table("stopped", only="segmentor.epochs: 20")
-    command = [sys.executable, "-m", "sweeps.cli", *place.arguments(table)]
     lines = []
-    with subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONUNBUFFERED": "1"}
-    ) as sweep:
+    with place.start("run", table) as sweep:
         for line in sweep.stdout:
             lines.append(line)
             if "epoch 4/20" in line:
@@ -262,10 +214,3 @@ def test_a_sweep_stopped_by_ctrl_c_goes_on_later(place, table03):
     assert [run.info.status for run in place.runs("stopped micro", "sweep")] == ["FINISHED"]
     (run,) = place.runs("stopped micro", "trial")
     assert sorted(place.steps(run, "segmentor/loss/total")) == list(range(1, 21))
-
-
-def test_asking_for_a_gpu_that_is_not_there_leaves_no_trace(place, capsys):
-    fresh = place.arguments("table03", "--set", "segmentor.epochs=3", "--experiment", "greedy")
-    assert cli.main([*fresh, "--gpus-per-trial", "64"]) == 2
-    assert "--gpus-per-trial 64: no node can hold that" in capsys.readouterr().err
-    assert place.runs("greedy", "sweep") == place.runs("greedy", "trial") == []

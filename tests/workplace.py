@@ -19,6 +19,12 @@ ROOT = Path(__file__).parents[1]
 ROW = "  - {{id: {id}, label: {id}, set: {{{set}}}, paper: {{miou: null}}}}\n"
 
 
+def table_text(name: str, **rows: str) -> str:
+    """A table file whose rows set the given fields."""
+    head = f"name: {name}\ntitle: {name}\nmetrics: [{{name: miou, header: mIoU}}]\nrows:\n"
+    return head + "".join(ROW.format(id=row, set=fields) for row, fields in rows.items())
+
+
 class Answer(NamedTuple):
     """Of a command: its exit status and what it printed."""
 
@@ -81,9 +87,8 @@ class Workplace:
 
     def table(self, name: str, **rows: str) -> Path:
         """A table whose rows set the given fields."""
-        head = f"name: {name}\ntitle: {name}\nmetrics: [{{name: miou, header: mIoU}}]\nrows:\n"
         path = self.folder / f"{name}.yaml"
-        path.write_text(head + "".join(ROW.format(id=row, set=fields) for row, fields in rows.items()))
+        path.write_text(table_text(name, **rows))
         return path
 
     def artifacts(self) -> list[Artifact]:

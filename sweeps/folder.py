@@ -30,9 +30,16 @@ class SweepFolder:
 
     @contextmanager
     def drive(self, arguments: Sequence[str]) -> Iterator[None]:
-        """Be the driver of this sweep, started with such arguments. Raises UserError when another process is."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "driver.lock", "a+", encoding="utf-8") as lock:
+        """Be the driver of this sweep, started with such arguments.
+
+        Raises UserError when another process is, and when the folder cannot be written to.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock = open(self.path / "driver.lock", "a+", encoding="utf-8")  # noqa: SIM115
+        except OSError as error:
+            raise UserError(f"cannot use {self.path} as the sweep's folder: {error.strerror}") from error
+        with lock:
             for attempt in range(20):  # `driver` holds the lock for a moment
                 try:
                     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -63,10 +63,13 @@ class Workplace:
         return [command, *places.get(command, sweeps), *map(str, options)]
 
     def call(self, command: str, *options: str | Path) -> Answer:
-        """Options of one's own go over those of this folder."""
+        """The command in this process; options of one's own go over those of this folder."""
         out, err = io.StringIO(), io.StringIO()
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-            status = cli.main(self.arguments(command, *options))
+            try:
+                status = cli.main(self.arguments(command, *options))
+            except SystemExit as refused:  # by argparse
+                status = refused.code
         assert not ray.is_initialized()
         return Answer(status, out.getvalue(), err.getvalue())
 

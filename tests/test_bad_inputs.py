@@ -1,0 +1,142 @@
+"""What a user gets wrong: told in one sentence that names it, with exit status 2, before anything is started."""
+
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from mlflow import MlflowClient
+
+from tests.test_cluster import cluster, environment
+from tests.workplace import Answer, Workplace
+
+
+@pytest.fixture
+def ray_folder(monkeypatch):
+    """Where Ray would leave its files, if it were started."""
+    folder = Path(tempfile.mkdtemp(prefix="ray-"))  # a socket's path must be short
+    monkeypatch.setenv("RAY_TMPDIR", str(folder))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def place(tmp_path) -> Workplace:
+    return Workplace(tmp_path)
+
+
+def assert_refused(answer: Answer, told: str, place: Workplace) -> None:
+    assert answer.status == 2, answer
+    assert "Traceback" not in answer.out + answer.err
+    last = answer.err.splitlines()[-1]
+    assert "error: " in last
+    assert told in last
+    assert place.artifacts() == []
+    if (place.folder / "mlflow.db").exists():
+        client = MlflowClient(place.uri)
+        assert client.search_runs([one.experiment_id for one in client.search_experiments()]) == []
+
+
+MISTAKES = {
+    "name an unknown field": ("segmentor.sigm: 0.1", "{miou: null}", "row 'a': unknown field 'segmentor.sigm'"),
+    "have a value of the wrong type": ("segmentor.sigma: wide", "{miou: null}", "row 'a': segmentor.sigma = 'wide'"),
+    "lack the paper's value": ("", "{}", "row 'a': the paper's value of 'miou' is missing"),
+    "set the seed": ("seed: 1", "{miou: null}", "row 'a': seeds are given by --seeds"),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_rows_that(place, ray_folder, command, mistake):
+    fields, paper, told = MISTAKES[mistake]
+    table = place.table("mine", a=fields)
+    table.write_text(table.read_text().replace("{miou: null}", paper))
+    answer = place.call(command, table)
+    assert_refused(answer, told, place)
+    assert f"{table}:5: " in answer.err
+    assert list(ray_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["plan"], "name one or more tables, or give --all"),
+        (["run", "table03", "--all"], "name one or more tables, or give --all"),
+        (["run", "table99"], "table99"),
+        (["run", "none.yaml"], "none.yaml"),
+        (["run", "table03", "table03"], "the table table03 is given twice"),
+        (["run", "table03", "--set", "sigma=0.1"], "--set: unknown field 'sigma'"),
+        (["run", "table03", "--set", "sigma"], "--set sigma"),
+        (["run", "table03", "--data", "nowhere"], "nowhere"),
+        (["run", "table03", "--seeds", "0,0"], "argument --seeds: '0,0'"),
+        (["run", "table03", "--max-concurrent", "0"], "argument --max-concurrent"),
+        (["run", "table03", "--budget", "soon"], "--budget soon: write GPU-hours or minutes"),
+        (["run", "table03", "--budget", "1h", "--tflops", "1e-9"], "--budget 1h: the plan costs "),
+        (["run", "table03", "--address", "nowhere"], "--address nowhere: write HOST:PORT"),
+        (["run", "table03", "--tracking-uri", "nonsense://x"], "--tracking-uri nonsense://x: MLflow cannot be used"),
+        (["run", "table03", "--tracking-uri", "sqlite:////proc/no/x.db"], "--tracking-uri sqlite:////proc/no/x.db: "),
+        (["run", "table03", "--sweeps", "/proc/no"], "cannot use /proc/no/table03-micro-"),
+        (["search", "--axes", "sgma"], "--axes: no axis is named 'sgma': did you mean sigma?"),
+        (["search", "--objectives", "miou"], "--objectives: 'miou' is none of cam/val/miou"),
+        (["search", "--trials", "0"], "--trials 0: a search needs at least one"),
+        (["search", "--study", "my study"], "--study 'my study': a name is letters, digits"),
+        (["search", "--budget", "soon"], "--budget soon: write GPU-hours or minutes"),
+        (["search", "--storage", "sqlite:////proc/no/x.db"], "--storage sqlite:////proc/no/x.db: "),
+        (["search", "--scheduler", "hyperband"], "argument --scheduler: invalid choice: 'hyperband'"),
+        (["status"], "there is no sweep in "),
+        (["resume"], "there is no sweep in "),
+        (["stop"], "there is no sweep in "),
+        (["sync"], "there is no sweep in "),
+        (["gc"], "has no roots"),
+        (["gc", "--drop", "mine"], "--drop mine: the store keeps nothing for it, only for nobody"),
+    ],
+)
+def test_options_that_make_no_sense(place, ray_folder, arguments, told):
+    assert_refused(place.call(*arguments), told, place)
+    assert list(ray_folder.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["status", "resume", "stop", "sync"])
+def test_a_sweep_of_another_name(place, command):
+    place.call("run", "table03", "--address", "nowhere")  # which is refused, but may be looked at and resumed
+    (name,) = (path.name for path in (place.folder / "sweeps").iterdir())
+    answer = place.call(command, "mine")
+    assert_refused(answer, f"there is no sweep 'mine' in {place.folder / 'sweeps'}: there are {name}", place)
+
+
+def test_a_store_below_a_file(place):
+    blocked = place.folder / "file" / "store"
+    blocked.parent.write_text("")
+    for command in (["plan", "table03"], ["run", "table03"], ["search"], ["gc"]):
+        assert_refused(place.call(*command, "--store", blocked), f"cannot use {blocked} as the store", place)
+
+
+def test_a_bucket_that_is_not_there(place, bucket):
+    answer = place.call("run", "table03", "--store", "s3://no-such-bucket/store")
+    assert_refused(answer, "s3://no-such-bucket/store", place)
+
+
+def test_servers_that_do_not_answer(place, ray_folder, unused_port):
+    address = f"127.0.0.1:{unused_port}"
+    answer = place.call("run", "table03", "--address", address)
+    assert_refused(answer, f"--address {address}: nothing answers there", place)
+    uri = f"http://{address}"
+    answer = place.call("run", "table03", "--tracking-uri", uri)
+    assert_refused(answer, f"--tracking-uri {uri}: MLflow cannot be used there", place)
+    assert list(ray_folder.iterdir()) == []
+
+
+def test_a_gpu_that_is_not_there(place, ray_folder):
+    for command in (["run", "table03"], ["search"]):
+        answer = place.call(*command, "--gpus-per-trial", "64")
+        assert_refused(answer, "--gpus-per-trial 64: no node can hold that; there are nodes with ", place)
+    assert list(ray_folder.iterdir()) != []  # which had to be asked
+
+
+def test_a_wrong_token(place, monkeypatch, tmp_path):
+    right, wrong = environment(tmp_path / "head", "a" * 64), environment(tmp_path / "here", "b" * 64)
+    with cluster(right, [{"folder": str(tmp_path), "num_cpus": 1}]) as address:
+        for name in ("HOME", "RAY_AUTH_MODE"):
+            monkeypatch.setenv(name, wrong[name])
+        answer = place.call("run", "table03", "--address", address)
+        assert_refused(answer, f"--address {address}: the token here is not the cluster's: copy ", place)

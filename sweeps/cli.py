@@ -132,7 +132,7 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_search(parser: argparse.ArgumentParser) -> None:
-    from sweeps.search_space import add_arguments
+    from sweeps.search.space import add_arguments
 
     add_arguments(parser)
     asha = "stop poor trials early, by their maps after each segmentation epoch (ASHA)"
@@ -254,7 +254,7 @@ def _search(options: argparse.Namespace, console: Console) -> int:
     overrides = parse_overrides(options.set)
     from semformer.store import open_store
     from sweeps.drive import Drive
-    from sweeps.search import make_search
+    from sweeps.search.study import make_search
 
     store = open_store(options.store)
     with console.status("opening the study"):
@@ -332,7 +332,7 @@ def _sync(options: argparse.Namespace, console: Console) -> int:
     if driver := folder.driver():
         raise UserError(f"{driver} drives {folder.name} and delivers its records itself: `stop` it first")
     from semformer.store import open_store
-    from sweeps.tracking import deliver
+    from sweeps.tracking.tracker import deliver
 
     started = _go_back(folder)
     with console.status("delivering to MLflow"):

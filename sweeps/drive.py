@@ -20,11 +20,11 @@ from sweeps.folder import SweepFolder
 from sweeps.plan import Plan, Trial
 from sweeps.price import budget_hours, check_budget, check_packing, estimate, price
 from sweeps.state import SweepState, duration
-from sweeps.tracking import Tracker, without_password
+from sweeps.tracking.tracker import Tracker, without_password
 
 if TYPE_CHECKING:
     from sweeps.gate import Gate
-    from sweeps.search import Search
+    from sweeps.search.study import Search
 
 PATIENCE = 120.0
 """Seconds for which MLflow may be away at the end, before its records are left for `sync`."""

@@ -12,8 +12,8 @@ from mlflow import MlflowClient
 
 from semformer.errors import UserError
 from semformer.store import Store
-from sweeps.journal import Journal, has_backlog
-from sweeps.tracking import Tracker, deliver
+from sweeps.tracking.journal import Journal, has_backlog
+from sweeps.tracking.tracker import Tracker, deliver
 from tests.artifacts import eventually
 from tests.conftest import ROOT
 from tests.servers import mlflow_server, postgres

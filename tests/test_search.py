@@ -21,8 +21,8 @@ from semformer.errors import UserError
 from semformer.stages import segmentor
 from semformer.store import Store
 from sweeps.axes import load_table, resolve
-from sweeps.search import Search
-from sweeps.search_space import AXES, DEFAULT_AXES, own_value, read_axes, read_objectives
+from sweeps.search.space import AXES, DEFAULT_AXES, own_value, read_axes, read_objectives
+from sweeps.search.study import Search
 
 ROOT = Path(__file__).parents[1]
 SECONDS = {"caae": 100.0, "segmentor": 200.0, "cams": 10.0, "evaluate": 5.0}

@@ -18,7 +18,7 @@ from sweeps import runner
 from sweeps.axes import load_table
 from sweeps.cluster import connect
 from sweeps.plan import make_plan
-from sweeps.tracking import Tracker
+from sweeps.tracking.tracker import Tracker
 from tests.workplace import Workplace
 
 

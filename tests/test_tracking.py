@@ -17,7 +17,7 @@ from semformer.errors import UserError
 from semformer.store import Store
 from sweeps.axes import load_table
 from sweeps.plan import Cell, Plan, make_plan
-from sweeps.tracking import Tracker, without_password
+from sweeps.tracking.tracker import Tracker, without_password
 
 MINE = """\
 name: mine

@@ -13,7 +13,7 @@ import torch
 from semformer.store import Store
 from sweeps.axes import load_table
 from sweeps.plan import Plan, make_plan
-from sweeps.tracking import Tracker
+from sweeps.tracking.tracker import Tracker
 from tests.servers import mlflow_server
 
 REPORTS_A_TRIAL, SECONDS_A_TRIAL = 50, 60.0

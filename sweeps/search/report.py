@@ -10,10 +10,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from optuna.trial import FrozenTrial, TrialState
 
-from sweeps.search_space import own_value
+from sweeps.search.space import own_value
 
 if TYPE_CHECKING:
-    from sweeps.search import Search
+    from sweeps.search.study import Search
 
 TABLE = "best.yaml"
 METRICS = {

@@ -26,10 +26,10 @@ from semformer.errors import UserError
 from semformer.keys import StageKey
 from semformer.leases import Lease
 from semformer.store import Artifact, Store
-from sweeps import exhibits
-from sweeps.connection import TAG, connecting, open_experiment, search_runs, without_password
-from sweeps.journal import Event
 from sweeps.plan import Cell, Trial
+from sweeps.tracking import exhibits
+from sweeps.tracking.connection import TAG, connecting, open_experiment, search_runs, without_password
+from sweeps.tracking.journal import Event
 
 LOSSES = {*get_args(LossName), "recon", "total"}
 METRICS_A_CALL, PARAMS_A_CALL, TAGS_A_CALL = 800, 100, 100  # MLflow takes 1000 items in all
@@ -222,12 +222,12 @@ class Recorder:
         self._to(run).status, self._to(run).ended = "FINISHED", time
 
     def _register(self, event: Event, time: int) -> None:
-        from sweeps import models  # PyTorch's exporter takes seconds to import
+        from sweeps.tracking import registry  # PyTorch's exporter takes seconds to import
 
         self._flush()
         trial, run = self._trials[event["key"]], self._run_of(event)
         trained, evaluate = (self._artifact(trial, stage) for stage in ("segmentor", "evaluate"))
-        models.register(self.uri, event["name"], run, trial, trained, evaluate)
+        registry.register(self.uri, event["name"], run, trial, trained, evaluate)
 
     def _retry(self, event: Event, time: int) -> None:
         reason = _cut(f"tried again after {event['reason']}")

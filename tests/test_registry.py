@@ -11,7 +11,7 @@ import torch
 from mlflow import MlflowClient
 
 from semformer.stages import segmentor
-from sweeps.models import DEFAULT_NAME
+from sweeps.tracking.registry import DEFAULT_NAME
 from tests.test_tracking import Recorded, folder  # noqa: F401 (a fixture)
 
 

@@ -32,7 +32,7 @@ from semformer.errors import UserError
 from semformer.keys import StageKey, differences
 from semformer.store import Artifact, Store
 from sweeps.plan import Cell, Plan, Trial
-from sweeps.search_space import own_value, read_axes, read_objectives
+from sweeps.search.space import own_value, read_axes, read_objectives
 
 log = logging.getLogger(__name__)
 NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]*"
@@ -189,8 +189,8 @@ class Search:
         return {self.axes[name].field: _clean(value, self.axes[name].distribution) for name, value in params.items()}
 
     def write_report(self, folder: Path) -> list[Path]:
-        """The best configs as a table file that can be run, and pictures of the study; see `sweeps.search_report`."""
-        from sweeps.search_report import write  # matplotlib takes a while to import
+        """The best configs as a table file that can be run, and pictures of the study; see `sweeps.search.report`."""
+        from sweeps.search.report import write  # matplotlib takes a while to import
 
         with _quiet():
             return write(self, Path(folder))
@@ -337,7 +337,7 @@ def make_search(
     progress: Callable[[int, int], None] | None = None,
     found: Callable[[Trial], None] = lambda trial: None,
 ) -> Search:
-    """From `search_space.add_arguments`, --preset and --data. `progress` is of making the embedded data set."""
+    """From `space.add_arguments`, --preset and --data. `progress` is of making the embedded data set."""
     data = pipeline.open_data(load_config(options.preset, overrides), options.data, progress)
     return Search(
         options.study or f"search-{options.preset}",
@@ -398,7 +398,7 @@ def _storage_errors(url: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # whatever SQLAlchemy and the database's driver raise
-        from sweeps.tracking import without_password
+        from sweeps.tracking.tracker import without_password
 
         first = str(error).strip().partition("\n")[0]
         told = f"--storage {url}: no study can be kept there: {type(error).__name__}: {first}"

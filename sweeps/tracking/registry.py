@@ -22,9 +22,9 @@ from torch import Tensor, nn
 
 from semformer.stages import segmentor
 from semformer.store import Artifact
-from sweeps import exhibits
-from sweeps.connection import TAG
 from sweeps.plan import Trial
+from sweeps.tracking import exhibits
+from sweeps.tracking.connection import TAG
 
 DEFAULT_NAME = "semformer-segmentor"
 EXAMPLES = 2

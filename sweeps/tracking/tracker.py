@@ -1,7 +1,7 @@
 """Records a sweep in MLflow: one parent run, one run per trial and one per distinct trained stage, found again by key.
 
 Only the driver writes, so that no trial ever waits for the tracking server. What is told is put into a journal on disk
-(`sweeps.journal`) and delivered by a background thread (`sweeps.recorder`), in order and many at a time: a server that
+(`journal`) and delivered by a background thread (`recorder`), in order and many at a time: a server that
 is away delays nothing, and what a dead driver did not deliver, the next one does. When a stage is done, its series are
 completed from the artifact in the store, so that they have neither gaps nor doubles, whether the stage was trained,
 resumed or found.
@@ -26,11 +26,11 @@ from semformer import pipeline
 from semformer.config import load_config
 from semformer.errors import UserError
 from semformer.store import Store
-from sweeps import views
-from sweeps.connection import TAG, without_password
-from sweeps.journal import Journal, has_backlog
 from sweeps.plan import Plan, Trial
-from sweeps.recorder import MissingArtifact, Recorder, trial_event, version_tags
+from sweeps.tracking import views
+from sweeps.tracking.connection import TAG, without_password
+from sweeps.tracking.journal import Journal, has_backlog
+from sweeps.tracking.recorder import MissingArtifact, Recorder, trial_event, version_tags
 
 log = logging.getLogger(__name__)
 EVENTS_A_TIME = 200

@@ -3,8 +3,8 @@
 import json
 from collections.abc import Sequence
 
-from sweeps.connection import TAG, without_password
 from sweeps.plan import Plan
+from sweeps.tracking.connection import TAG, without_password
 
 SHARE_KEY = "semformer"
 """Of the view in the page's address, and in the experiment's tag that holds the view."""

@@ -1,0 +1,1 @@
+"""A sweep in MLflow: `tracker` is told, `journal` keeps, `recorder` writes."""

@@ -59,11 +59,12 @@ def datasets(trial: Trial) -> list[DatasetInput]:
         if images is None:  # an imported network: what it was trained on is not known
             continue
         split = trial.config.data.train_split if context == "training" else trial.config.data.eval_split
+        made = {"semformer.data.shapes": trial.config.data.model_dump(mode="json")["shapes"]}
         dataset = Dataset(
             name=f"{trial.data_name.partition(' (')[0]} {split}",
             digest=images[:DIGEST_LENGTH],
-            source_type="local",
-            source=json.dumps({"uri": str(trial.data)}),
+            source_type="local" if trial.data else "code",
+            source=json.dumps({"uri": str(trial.data)} if trial.data else {"tags": made}),
             profile=json.dumps({"split": split, "sha256": images}),
         )
         inputs.append(DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, context)]))

@@ -384,7 +384,7 @@ def trial_event(trial: Trial) -> Event:
     return {
         "key": trial.key,
         "config": trial.config.model_dump(mode="json"),
-        "data": str(trial.data),
+        "data": str(trial.data or ""),
         "data_name": trial.data_name,
         "keys": {name: key.spec for name, key in trial.keys.items()},
         "cells": trial.cells,
@@ -398,7 +398,8 @@ def version_tags(versions: Mapping[str, str]) -> dict[str, str]:
 def _trial_of(event: Event) -> Trial:
     keys = {name: StageKey(name, spec) for name, spec in event["keys"].items()}
     cells = tuple(Cell(*cell) for cell in event["cells"])
-    return Trial(Config.model_validate(event["config"]), Path(event["data"]), event["data_name"], keys, cells)
+    data = Path(event["data"]) if event["data"] else None
+    return Trial(Config.model_validate(event["config"]), data, event["data_name"], keys, cells)
 
 
 def _history(artifact: Artifact) -> Iterator[Point]:

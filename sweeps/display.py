@@ -86,11 +86,14 @@ def show_status(console: Console, name: str, driver: str, told: Mapping[str, Any
     else:
         head = f"{name}: ended"
     console.print(head, highlight=False, soft_wrap=True)
-    console.print(grid(snapshot.trials, snapshot.seconds, snapshot.left))
+    console.print(grid(snapshot.trials, snapshot.seconds, snapshot.left, cut=False))
 
 
-def grid(trials: Sequence[TrialState], seconds: float, left: float) -> Grid:
-    """The trials, at most SHOWN of them; `seconds` since the sweep began, and those that it may still take (or NaN)."""
+def grid(trials: Sequence[TrialState], seconds: float, left: float, *, cut: bool = True) -> Grid:
+    """The trials, at most SHOWN of them; `seconds` since the sweep began, and those that it may still take (or NaN).
+
+    `cut`: what a trial tells gets a single line.
+    """
     done = sum(trial.status not in ("queued", "running") for trial in trials)
     caption = f"{done} of {len(trials)} trials, {duration(seconds)}"
     caption += f", about {duration(left)} left" if left == left and done < len(trials) else ""
@@ -101,10 +104,13 @@ def grid(trials: Sequence[TrialState], seconds: float, left: float) -> Grid:
     lines = [(trial.name, trial.status, trial.host, _told(trial)) for trial in shown]
     table = Grid(caption=caption, caption_justify="left", expand=False)
     for name, cells in zip(heads, zip(heads, *lines, strict=True), strict=True):
-        width = None if name == "tells" else min(WIDEST, max(map(len, cells)))
-        table.add_column(name, min_width=width, max_width=width, no_wrap=name != "tells")  # that one may be narrowed
-    for trial, cells in zip(shown, lines, strict=True):
-        table.add_row(*(Text(c, no_wrap=True, overflow="ellipsis") for c in cells), style=STYLES[trial.status])
+        if name == "tells":  # the one that gives way where the terminal is narrow
+            table.add_column(name)
+        else:
+            table.add_column(name, width=min(WIDEST, max(map(len, cells))), overflow="ellipsis", no_wrap=True)
+    for trial, (*cells, told) in zip(shown, lines, strict=True):
+        last = Text(told, no_wrap=cut, overflow="ellipsis" if cut else "fold")
+        table.add_row(*map(Text, cells), last, style=STYLES[trial.status])
     return table
 
 

@@ -1,5 +1,6 @@
 """What `status` tells, from the reports of trials."""
 
+import io
 import json
 import math
 
@@ -7,7 +8,7 @@ import pytest
 from rich.console import Console
 
 from sweeps.axes import load_table
-from sweeps.display import show_status
+from sweeps.display import grid, show_status
 from sweeps.plan import make_plan
 from sweeps.state import Snapshot, SweepState, duration
 from tests.workplace import table_text
@@ -127,6 +128,24 @@ def test_status_says_whether_anyone_drives_it(plan, state, capsys):
     for trial in plan.trials:
         state.tell(trial, {"event": "finished", "metrics": {}})
     assert "mine: ended\n" in shown("", state.as_json())
+
+
+def test_in_a_narrow_terminal_nothing_is_lost_but_the_end_of_a_line(plan, state):
+    a, b, _ = plan.trials
+    state.tell(a, {"event": "start", "host": "machine-with-a-name"})
+    state.tell(a, epoch(3))
+    state.explain({b.key: ("segmentor", a.key)})
+    console = Console(width=80, record=True, file=io.StringIO())
+    show_status(console, "mine", "process 7 on here", state.as_json())
+    shown = console.export_text()
+    for told in ("│ a ", "│ b ", "machine-with-a-name", "3/20"):
+        assert told in shown
+    cells = [line.rpartition("│")[0].rpartition("│")[2].strip() for line in shown.splitlines()]
+    assert "waits for segmentor, which a makes, epoch 3/20" in " ".join(cells)
+    console.print(grid(list(state.trials.values()), 1.0, 2.0))
+    live = console.export_text().splitlines()
+    assert len(live) == 3 + len(plan.trials) + 2
+    assert "│ a   │ running │ machine-with-a-name │ segmentor, epoch 3/20, " in "\n".join(live)
 
 
 def test_more_than_thirty_trials_are_cut_to_those_that_matter(plan, state, capsys):

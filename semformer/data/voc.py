@@ -77,7 +77,7 @@ class Devkit:
     folder: Path
     classes: tuple[str, ...]
 
-    @property
+    @cached_property
     def name(self) -> str:
         """ "VOC 2012" by its classes, else the name of the folder that holds VOC2012."""
         return "VOC 2012" if self.classes[1:] == VOC_CLASSES else self.folder.resolve().parent.name

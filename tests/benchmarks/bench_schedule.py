@@ -122,7 +122,7 @@ def list_schedule(trials: Sequence[Trial], seconds: Callable[[StageKey], float])
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--naive-seconds", type=float, default=480.0, help="of wall time, to which all is scaled")
+    parser.add_argument("--naive-seconds", type=float, default=1200.0, help="of wall time, to which all is scaled")
     parser.add_argument("--ways", nargs="+", default=WAYS, choices=WAYS)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="semformer-schedule-") as name:

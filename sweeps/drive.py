@@ -68,9 +68,10 @@ class Drive:
     def run(self) -> int:
         """Run what is missing; returns the exit status. Raises UserError when the budget or the cluster forbids it."""
         if not self.missing and not self.search and self.tracker.is_complete():
-            count = len(self.plan.trials)
-            self._print(f"nothing to do: all {count} trials are finished and recorded")
-            return self._conclude({}, failed=False)
+            self._tell_found()
+            self.folder.save(self.state.as_json())
+            self._print(f"nothing to do: all {len(self.plan.trials)} trials are finished and recorded")
+            return self._conclude(self.state.counts(), failed=False)
         if self.options.budget and self.plan.trials:
             cost = price(self.plan, self.store, gpus=self.options.gpus, tflops=self.options.tflops)
             check_budget(cost, self.options.budget)
@@ -81,9 +82,7 @@ class Drive:
             status = "KILLED"
             try:
                 with self.display:
-                    for trial in self.plan.trials:
-                        if self.plan.is_cached(trial):
-                            self.tell(trial, {"event": "found"})
+                    self._tell_found()
                     run_trials()
                 status = "FAILED" if self.failed else "FINISHED"
             finally:
@@ -142,6 +141,11 @@ class Drive:
         if trial:
             self.tracker.add(trial)
         return trial
+
+    def _tell_found(self) -> None:
+        for trial in self.plan.trials:
+            if self.plan.is_cached(trial):
+                self.tell(trial, {"event": "found"})
 
     def _found_by_search(self, trial: Trial) -> None:
         """The study knows it already."""

@@ -11,6 +11,7 @@ from optuna.trial import TrialState
 
 from analysis.cli import main as analysis_main
 from semformer.data.shapes import make_shapes
+from sweeps.folder import SweepFolder
 from tests.artifacts import eventually
 from tests.servers import mlflow_server
 from tests.workplace import Answer, Workplace
@@ -157,6 +158,8 @@ def test_tables_that_were_run_are_not_run_again(place, tables):
     answer = place.call("run", *tables.paths, "--seeds", "0,1", "--json")
     assert "nothing to do: all 4 trials are finished and recorded" in answer.err
     assert answer.json()["sweep"] == tables.answer.json()["sweep"]
+    assert answer.json()["sweep/found"] == 4
+    assert Counter(trial["status"] for trial in place.call("status", "--json").json()["trials"]) == {"found": 4}
     assert [artifact.path.stat().st_mtime_ns for artifact in place.artifacts()] == before
 
 
@@ -294,6 +297,19 @@ def test_no_stage_was_trained_twice_and_no_series_has_a_gap(life):
     assert Counter(run.info.status for run in runs) == {"FINISHED": 3}
     for run in runs:
         assert sorted(life.place.steps(run, "segmentor/loss/total")) == list(range(1, 41))
+
+
+def test_the_second_of_two_like_sweeps_is_resumed_as_itself(tmp_path):
+    place = Workplace(tmp_path)
+    nowhere = ["table03", "--address", "nowhere"]  # which is refused, before anything is started
+    place.call("run", *nowhere)
+    first = SweepFolder(tmp_path / "sweeps" / sweep_name(place, "table03"))
+    with first.drive(["by the first"]):
+        place.call("run", *nowhere)
+    answer = place.call("resume", f"{first.name}-2")
+    assert answer.out.startswith("semformer-sweep run ")
+    assert "--address nowhere" in answer.err
+    assert first.started()[1] == ["by the first"]
 
 
 # What a store keeps; last, because it deletes

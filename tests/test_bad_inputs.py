@@ -1,8 +1,11 @@
 """What a user gets wrong: told in one sentence that names it, with exit status 2, before anything is started."""
 
 import shutil
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from mlflow import MlflowClient
@@ -28,9 +31,8 @@ def place(tmp_path) -> Workplace:
 def assert_refused(answer: Answer, told: str, place: Workplace) -> None:
     assert answer.status == 2, answer
     assert "Traceback" not in answer.out + answer.err
-    last = answer.err.splitlines()[-1]
-    assert "error: " in last
-    assert told in last
+    assert "error: " in answer.err
+    assert told in answer.err.splitlines()[-1]
     assert place.artifacts() == []
     if (place.folder / "mlflow.db").exists():
         client = MlflowClient(place.uri)
@@ -127,16 +129,33 @@ def test_servers_that_do_not_answer(place, ray_folder, unused_port):
 
 
 def test_a_gpu_that_is_not_there(place, ray_folder):
-    for command in (["run", "table03"], ["search"]):
-        answer = place.call(*command, "--gpus-per-trial", "64")
-        assert_refused(answer, "--gpus-per-trial 64: no node can hold that; there are nodes with ", place)
+    answer = place.call("run", "table03", "--gpus-per-trial", "64")
+    assert_refused(answer, "--gpus-per-trial 64: no node can hold that; there are nodes with ", place)
     assert list(ray_folder.iterdir()) != []  # which had to be asked
 
 
-def test_a_wrong_token(place, monkeypatch, tmp_path):
-    right, wrong = environment(tmp_path / "head", "a" * 64), environment(tmp_path / "here", "b" * 64)
-    with cluster(right, [{"folder": str(tmp_path), "num_cpus": 1}]) as address:
-        for name in ("HOME", "RAY_AUTH_MODE"):
-            monkeypatch.setenv(name, wrong[name])
-        answer = place.call("run", "table03", "--address", address)
-        assert_refused(answer, f"--address {address}: the token here is not the cluster's: copy ", place)
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory):
+    """A cluster that asks for a token, and counts GPUs that are not there."""
+    folder = tmp_path_factory.mktemp("guarded")
+    env = environment(folder / "head", token="a" * 64)
+    with cluster(env, [{"folder": str(folder), "num_cpus": 1, "num_gpus": 99}]) as address:
+        yield SimpleNamespace(address=address, env=env)
+
+
+def test_a_wrong_token(place, guarded, monkeypatch, tmp_path):
+    wrong = environment(tmp_path / "here", "b" * 64)
+    for name in ("HOME", "RAY_AUTH_MODE"):
+        monkeypatch.setenv(name, wrong[name])
+    answer = place.call("run", "table03", "--address", guarded.address)
+    assert_refused(answer, f"--address {guarded.address}: the token here is not the cluster's: copy ", place)
+
+
+@pytest.mark.parametrize("command", [["run", "table03"], ["search"]])
+def test_nodes_that_cannot_run_the_sweep(place, guarded, command):
+    arguments = place.arguments(*command, "--address", guarded.address, "--gpus-per-trial", "0.5")
+    driver = [sys.executable, "-m", "sweeps.cli", *arguments]
+    done = subprocess.run(driver, env=guarded.env, capture_output=True, text=True, timeout=100)
+    answer = Answer(done.returncode, done.stdout, done.stderr)
+    assert_refused(answer, "Ray counts 99 GPUs, nvidia-smi shows ", place)
+    assert "error: 1 of 1 nodes cannot run this sweep." in answer.err

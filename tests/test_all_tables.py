@@ -5,6 +5,8 @@ import io
 import re
 from collections import Counter
 
+import pytest
+
 from semformer.store import Store
 from sweeps import cli
 
@@ -27,6 +29,7 @@ def times_begun(store: Store) -> dict[str, int]:
     return {artifact.key.digest: store.leases.latest(artifact.key) for artifact in store.artifacts()}
 
 
+@pytest.mark.timeout(1200)
 def test_all_tables_are_filled_and_every_stage_is_made_once(tmp_path):
     status, out = sweep(tmp_path)
     assert status == 0, out

@@ -151,9 +151,8 @@ def test_a_wrong_token(place, guarded, monkeypatch, tmp_path):
     assert_refused(answer, f"--address {guarded.address}: the token here is not the cluster's: copy ", place)
 
 
-@pytest.mark.parametrize("command", [["run", "table03"], ["search"]])
-def test_nodes_that_cannot_run_the_sweep(place, guarded, command):
-    arguments = place.arguments(*command, "--address", guarded.address, "--gpus-per-trial", "0.5")
+def test_nodes_that_cannot_run_the_trials_of_a_search(place, guarded):
+    arguments = place.arguments("search", "--address", guarded.address, "--gpus-per-trial", "0.5")
     driver = [sys.executable, "-m", "sweeps.cli", *arguments]
     done = subprocess.run(driver, env=guarded.env, capture_output=True, text=True, timeout=100)
     answer = Answer(done.returncode, done.stdout, done.stderr)

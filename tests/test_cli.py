@@ -213,15 +213,15 @@ def life(tmp_path_factory):
         place = Workplace(folder, server.uri)
         life = Life(place)
         try:
-            run = place.start("run", life.table, "--set", "segmentor.epochs=40", "--max-concurrent", "1")
-            life.until(run, "a: segmentor epoch 3/40")
-            waits = lambda: "waits for segmentor" in life.note("running", "status", "--json").out  # noqa: E731
+            run = place.start("run", life.table, "--set", "segmentor.epochs=60", "--max-concurrent", "1")
+            life.until(run, "a: segmentor epoch 3/60")
+            waits = lambda: "which a makes, epoch" in life.note("running", "status", "--json").out  # noqa: E731
             eventually(waits)
             life.note("running as text", "status")
             life.note("sync while running", "sync")
             life.note("resume while running", "resume")
             server.stop()
-            life.until(run, "a: segmentor epoch 20/40")
+            life.until(run, "a: segmentor epoch 30/60")
             run.kill()
             life.lines += run.communicate()[0].splitlines(keepends=True)
             life.note("killed", "status")
@@ -231,7 +231,7 @@ def life(tmp_path_factory):
             life.note("sync", "sync", "--json")
             life.note("sync again", "sync")
             resumed = place.start("resume")
-            life.until(resumed, "c: segmentor epoch 3/40")
+            life.until(resumed, "c: segmentor epoch 3/60")
             life.note("stop", "stop")
             life.lines += resumed.communicate()[0].splitlines(keepends=True)
             life.status_of_stopped = resumed.returncode
@@ -250,7 +250,7 @@ def trials(answer: Answer) -> dict[str, dict]:
 def test_status_tells_what_trials_do_and_why_they_wait(life):
     told = trials(life.answers["running"])
     assert {name: trial["status"] for name, trial in told.items()} == {"a": "running", "b": "queued", "c": "queued"}
-    assert re.match(r"waits for segmentor, which a makes, epoch \d+/40", told["b"]["told"])
+    assert re.match(r"waits for segmentor, which a makes, epoch \d+/60", told["b"]["told"])
     assert told["c"]["told"] == "waits for a free place"
     assert told["a"]["stage"] == "segmentor"
     text = life.answers["running as text"].out
@@ -290,13 +290,13 @@ def test_stop_ends_a_sweep_that_can_be_resumed(life):
 def test_no_stage_was_trained_twice_and_no_series_has_a_gap(life):
     made = Counter(artifact.key.stage for artifact in life.place.artifacts())
     assert made == {"caae": 2, "segmentor": 2, "cams": 3, "evaluate": 3}
-    epochs = Counter(re.findall(r"([abc]): segmentor epoch (\d+)/40, total", "".join(life.lines)))
+    epochs = Counter(re.findall(r"([abc]): segmentor epoch (\d+)/60, total", "".join(life.lines)))
     assert sum(epochs.values()) - len(epochs) <= 2  # the epochs that the kill and the stop cut short
-    assert {n for _, n in epochs} == {str(n) for n in range(1, 41)}
+    assert {n for _, n in epochs} == {str(n) for n in range(1, 61)}
     runs = life.place.runs("life micro", "trial")
     assert Counter(run.info.status for run in runs) == {"FINISHED": 3}
     for run in runs:
-        assert sorted(life.place.steps(run, "segmentor/loss/total")) == list(range(1, 41))
+        assert sorted(life.place.steps(run, "segmentor/loss/total")) == list(range(1, 61))
 
 
 def test_the_second_of_two_like_sweeps_is_resumed_as_itself(tmp_path):

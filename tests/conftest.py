@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from semformer.store import Store, open_store
+from tests.devkits import paper_splits
 from tests.servers import S3Server
 
 ROOT = Path(__file__).parents[1]
@@ -28,6 +29,11 @@ def golden():
 @pytest.fixture
 def store(tmp_path) -> Store:
     return Store(tmp_path / "store", heartbeat=0.05, expiry=20)
+
+
+@pytest.fixture(scope="session")
+def devkit(tmp_path_factory) -> Path:
+    return paper_splits(tmp_path_factory.mktemp("voc"))
 
 
 @pytest.fixture(scope="session")
@@ -71,6 +77,7 @@ from pathlib import Path
 from semformer.errors import UserError
 from semformer.leases import LeaseLost
 from semformer.store import Store, open_store
+from tests.devkits import paper_splits
 from tests.servers import S3Server
 from tests.artifacts import build, caae, eventually, make_weights
 key = caae()

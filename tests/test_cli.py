@@ -10,7 +10,6 @@ import pytest
 from optuna.trial import TrialState
 
 from analysis.cli import main as analysis_main
-from semformer.data.shapes import make_shapes
 from sweeps.folder import SweepFolder
 from tests.artifacts import eventually
 from tests.servers import mlflow_server
@@ -34,15 +33,6 @@ def sweep_name(place: Workplace, start: str) -> str:
 
 
 # Planning
-
-
-@pytest.fixture(scope="module")
-def devkit(tmp_path_factory):
-    """A devkit with the paper's splits; what is in it decides no count."""
-    folder = make_shapes(tmp_path_factory.mktemp("voc"), train=4, val=2, size=48)
-    splits = folder / "VOC2012" / "ImageSets" / "Segmentation"
-    (splits / "trainaug.txt").write_text((splits / "train.txt").read_text())
-    return folder
 
 
 def test_the_plan_of_all_tables_of_the_paper(tmp_path, devkit):

@@ -3,7 +3,6 @@
 import pytest
 
 from semformer.config import flatten, load_config
-from semformer.data.shapes import make_shapes
 from semformer.errors import UserError
 from sweeps.axes import load_all_tables, load_table, load_tables, resolve
 from sweeps.plan import make_plan
@@ -35,15 +34,6 @@ def configs(preset):
     return {
         (table.name, row.id): resolve(table, row, preset, {}, 0) for table in load_all_tables() for row in table.rows
     }
-
-
-@pytest.fixture(scope="module")
-def devkit(tmp_path_factory):
-    """A devkit with the paper's splits; what is in it decides no count."""
-    folder = make_shapes(tmp_path_factory.mktemp("voc"), train=4, val=2, size=48)
-    splits = folder / "VOC2012" / "ImageSets" / "Segmentation"
-    (splits / "trainaug.txt").write_text((splits / "train.txt").read_text())
-    return folder
 
 
 @pytest.fixture

@@ -22,7 +22,6 @@ from typing import Any
 import ray
 from ray import tune
 
-from semformer.data.shapes import make_shapes
 from semformer.flops import Images, stage_work
 from semformer.keys import StageKey
 from semformer.pipeline import STAGES
@@ -34,6 +33,7 @@ from sweeps.plan import Trial, make_plan
 from sweeps.price import PIXELS_PER_SECOND, TFLOPS
 from sweeps.trial import payload
 from tests.benchmarks.sleeper import work
+from tests.devkits import paper_splits
 
 GPUS = 4
 WAYS = ("naive", "lock", "ours")
@@ -43,14 +43,6 @@ VOC = {
     "train_split": Images(count=10_582, width=500, height=375, classes_per_image=2.5, n_classes=21),
     "eval_split": Images(count=1_464, width=500, height=375, classes_per_image=2.5, n_classes=21),
 }
-
-
-def paper_splits(folder: Path) -> Path:
-    """A small devkit with the paper's splits: enough for keys."""
-    make_shapes(folder, train=4, val=2, size=48)
-    splits = folder / "VOC2012" / "ImageSets" / "Segmentation"
-    (splits / "trainaug.txt").write_text((splits / "train.txt").read_text())
-    return folder
 
 
 def paper_hours(key: StageKey, trial: Trial) -> float:

@@ -87,9 +87,12 @@ class Drive:
                 status = "FAILED" if self.failed else "FINISHED"
             finally:
                 self.folder.save(self.state.as_json())
-                self._report_search()
-                with self.console.status("delivering the last records to MLflow"):
-                    self.tracker.end(status, self.state.counts(), patience=PATIENCE)
+                counts = self.state.counts()
+                try:
+                    counts |= self._report_search()
+                finally:
+                    with self.console.status("delivering the last records to MLflow"):
+                        self.tracker.end(status, counts, patience=PATIENCE)
         self.display.summary()
         return self._conclude(self.state.counts(), failed=self.failed)
 
@@ -225,10 +228,10 @@ class Drive:
             found = [size for report in reports for size in report.gpu_memory]
         return tuple(found)
 
-    def _report_search(self) -> None:
-        """Best configs, importances and pictures, in the folder and with the parent run."""
+    def _report_search(self) -> dict[str, float]:
+        """Best configs, importances and pictures, in the folder and with the parent run; what sharing saved."""
         if not self.search:
-            return
+            return {}
         for path in self.search.write_report(self.folder.path / "report"):
             self.tracker.log_file(path, path.name)
             self._print(f"wrote {escape(str(path))}")
@@ -238,7 +241,7 @@ class Drive:
             f"made in {duration(spent)} what would have taken {duration(unshared)} without sharing; "
             f"{saving['trials_inference_only']:g} trials needed no training"
         )
-        self.tracker.progress({f"search/{name}": value for name, value in saving.items()})
+        return {f"search/{name}": value for name, value in saving.items()}
 
     def _conclude(self, counts: Mapping[str, float], *, failed: bool) -> int:
         """Where everything is, and the tables."""

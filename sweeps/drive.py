@@ -54,7 +54,7 @@ class Drive:
         self.state = SweepState(plan)
         self.display = Display(self.state, console)
         self.missing = [trial for trial in plan.trials if not plan.is_cached(trial)]
-        self._kept: set[str] = set()
+        self._kept: set[str] | None = None  # digests that the store keeps for this sweep
         self._told: set[str] = set()  # keys of trials that the search found by itself
         self._next_save = 0.0
         experiment = options.experiment or (plan.name if search else None)
@@ -156,10 +156,13 @@ class Drive:
         self.tell(trial, {"event": "found"})
 
     def _keep(self, digests: set[str]) -> None:
-        """Tell the store what this sweep reaches, for `gc`."""
-        if digests != self._kept:
-            self._kept = digests
-            self.store.keep(self.folder.name, digests, {"plan": self.plan.name, "preset": self.plan.preset})
+        """Tell the store, for `gc`, that this sweep reaches these too: it may have reached others with other seeds."""
+        if self._kept is None:
+            known = self.store.roots().get(self.folder.name)
+            self._kept = set(known.digests) if known else set()
+        if not digests <= self._kept:
+            self._kept |= digests
+            self.store.keep(self.folder.name, self._kept, {"plan": self.plan.name, "preset": self.plan.preset})
 
     # Before and after
 

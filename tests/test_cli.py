@@ -205,7 +205,7 @@ def life(tmp_path_factory):
         try:
             run = place.start("run", life.table, "--set", "segmentor.epochs=60", "--max-concurrent", "1")
             life.until(run, "a: segmentor epoch 3/60")
-            waits = lambda: "which a makes, epoch" in life.note("running", "status", "--json").out  # noqa: E731
+            waits = lambda: "waits for segmentor, which a makes, epoch" in life.note("running", "status", "--json").out  # noqa: E731
             eventually(waits)
             life.note("running as text", "status")
             life.note("sync while running", "sync")

@@ -79,6 +79,8 @@ class Drive:
         with self._ray() as run_trials:
             self._keep({key.digest for trial in self.plan.trials for key in trial.keys.values()})
             self.tracker.begin()
+            for name, text in (self.search.documents if self.search else {}).items():
+                self.tracker.log_file(text, name)
             status = "KILLED"
             try:
                 with self.display:

@@ -15,7 +15,7 @@ from semformer.config import Config
 from semformer.errors import UserError
 from semformer.keys import StageKey
 from semformer.store import Store
-from sweeps.axes import Table, resolve
+from sweeps.axes import SEVERAL, Table, resolve
 
 
 class Cell(NamedTuple):
@@ -70,7 +70,7 @@ class Plan:
     """Of the rows of tables, or (without tables) of a search, whose trials become known as it goes."""
 
     name: str
-    """Of the sweep: that of its table, "tables" for several, or that of the search."""
+    """Of the sweep: that of its table, `axes.SEVERAL`, or that of the search."""
     title: str
     tables: tuple[Table, ...]
     preset: str
@@ -179,5 +179,5 @@ def make_plan(
     keys = {key for trial in trials.values() for key in trial.keys.values()}
     published = store.published({key.stage for key in keys})
     cached = frozenset(key.digest for key in keys if key.digest in published and store.find(key, verify=False))
-    name, title = (tables[0].name, tables[0].title) if len(tables) == 1 else ("tables", f"{len(tables)} tables")
+    name, title = (tables[0].name, tables[0].title) if len(tables) == 1 else (SEVERAL, f"{len(tables)} tables")
     return Plan(name, title, tuple(tables), preset, dict(overrides), tuple(seeds), tuple(trials.values()), cached)

@@ -23,12 +23,6 @@ def to_tensor(image: Image.Image) -> Tensor:
     return torch.from_numpy(pixels.transpose(2, 0, 1).copy())
 
 
-def to_image(tensor: Tensor) -> Image.Image:
-    """The inverse of `to_tensor`, clipped to valid colours."""
-    pixels = (tensor.detach().cpu().numpy().transpose(1, 2, 0) + _OFFSET) / _SCALE
-    return Image.fromarray(pixels.round().clip(0, 255).astype(np.uint8))
-
-
 def caae_crop(image: Image.Image, config: CaaeConfig, rng: np.random.Generator) -> Tensor:
     """Colour jitter, random enlargement, random resized crop, flip -> (3, S, S), S = `image_size`."""
     image = _color_jitter(image, config.color_jitter, rng)

@@ -47,7 +47,7 @@ class Search:
     """`trials` suggestions in all, those of earlier runs of the study included; the first is the preset's own config.
 
     A trial of the study has the attributes trial_key and stage_keys, missing (the stages that the store did not have
-    when it was asked), stage_seconds, metrics, reason, mlflow_run_id, driver and retry_of (the trial of a killed driver
+    when it was asked), stage_seconds, metrics, reason, driver and retry_of (the trial of a killed driver
     that it repeats), as far as they are known.
 
     `folder` is that of `data` where it is a devkit of the user's. `found` hears of trials that were told from the
@@ -118,13 +118,12 @@ class Search:
         metrics: Mapping[str, float] | None,
         reason: str = "",
         pruned: bool = False,
-        run_id: str = "",
     ) -> None:
-        """The final metrics of stage evaluate, or None and the reason why there are none. `run_id` is MLflow's."""
+        """The final metrics of stage evaluate, or None and the reason why there are none."""
         state = TrialState.PRUNED if pruned else TrialState.FAIL if metrics is None else TrialState.COMPLETE
         artifacts = self._artifacts(trial)
         for asked in self._live[trial.key]:
-            self._tell(asked, artifacts, metrics, reason, state, run_id)
+            self._tell(asked, artifacts, metrics, reason, state)
         del self._live[trial.key]  # not before: where the database was away, the caller may tell again
 
     def report(self, trial: Trial, epoch: int, values: Mapping[str, float]) -> None:
@@ -241,10 +240,9 @@ class Search:
         metrics: Mapping[str, float] | None,
         reason: str,
         state: TrialState,
-        run_id: str = "",
     ) -> None:
         seconds = {stage: artifact.info["seconds"] for stage, artifact in artifacts.items() if artifact}
-        attributes = {"stage_seconds": seconds, "metrics": metrics, "reason": reason, "mlflow_run_id": run_id}
+        attributes = {"stage_seconds": seconds, "metrics": metrics, "reason": reason}
         values = None
         if state == TrialState.COMPLETE:
             measured = {**metrics, "gpu_hours": sum(seconds.values()) / 3600}

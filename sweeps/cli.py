@@ -273,7 +273,8 @@ def _folder(options: argparse.Namespace, name: str) -> SweepFolder:
         return options.folder
     what = [options.preset, sorted(options.set), str(options.data), options.store, options.tracking_uri]
     digest = sha256(json.dumps([*what, options.experiment]).encode()).hexdigest()
-    return new_sweep(options.sweeps, f"{name}-{options.preset}-{digest[:6]}")
+    name = f"{name.removesuffix(f'-{options.preset}')}-{options.preset}"  # studies have it in their names already
+    return new_sweep(options.sweeps, f"{name}-{digest[:6]}")
 
 
 def _resume(options: argparse.Namespace, console: Console) -> int:

@@ -176,6 +176,7 @@ class Recorder:
         trial, stage, run = self._trials[event["key"]], event["stage"], self._run_of(event)
         artifact = self._artifact(trial, stage, verify=False)
         points = list(_history(artifact))
+        self._hold()
         self._refresh(run, points)
         self._measure(run, points, time)
         found = self._found.setdefault(trial.key, {})
@@ -285,9 +286,7 @@ class Recorder:
     ) -> Run:
         if run := self._runs.get((kind, key)):
             return run
-        if not self._has_lease:  # on making runs, among the drivers on this store; until the end of `write`
-            self._leases.enter_context(self._alone())
-            self._has_lease = True
+        self._hold()
         if run := self._reread(kind, key):
             return run
         tags = {**tags, f"{TAG}kind": kind, f"{TAG}{kind}_key": key}
@@ -296,6 +295,12 @@ class Recorder:
         self._to(run).status = status
         self._keep(run)
         return run
+
+    def _hold(self) -> None:
+        """Make runs, and complete series, alone among the drivers on this store; until the end of `write`."""
+        if not self._has_lease:
+            self._leases.enter_context(self._alone())
+            self._has_lease = True
 
     def _reread(self, kind: str, key: str) -> Run | None:
         for run in search_runs(self._client, self.experiment_id, f"tags.`{TAG}{kind}_key` = '{key}'"):

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from semformer.config import PRESETS, parse_overrides
 from semformer.errors import UserError
-from sweeps.axes import Table, load_all_tables, load_tables
+from sweeps.plan.table import Table, load_all_tables, load_tables
 
 if TYPE_CHECKING:  # pandas and MLflow take seconds to import
     from analysis.tables import CompiledTable

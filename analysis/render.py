@@ -15,7 +15,7 @@ import pandas as pd
 from analysis.runs import SHORT, TAG
 from analysis.tables import Cell, CompiledTable, Line, mark_text
 from semformer.errors import UserError
-from sweeps.axes import Mark
+from sweeps.plan.table import Mark
 
 OURS, NO_VALUE, MISSING = "SemFormer (ours)", "–", "—"  # noqa: RUF001
 

@@ -18,7 +18,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from semformer.config import Config, flatten
 from semformer.errors import UserError
-from sweeps.axes import Table, resolve
+from sweeps.plan.table import Table, resolve
 
 TAG = "semformer."
 SHORT = 8

@@ -17,7 +17,7 @@ import pandas as pd
 from analysis.runs import choose_runs, parameter_text, plain_text, read_trials
 from semformer.config import flatten
 from semformer.errors import UserError
-from sweeps.axes import SEVERAL, Metric, PaperRow, Row, Table, resolve
+from sweeps.plan.table import SEVERAL, Metric, PaperRow, Row, Table, resolve
 
 MASKS = "pixel masks read by"
 FINAL_MAPS = {

@@ -16,13 +16,13 @@ from rich.table import Table as Grid
 
 from semformer.config import PRESETS, parse_overrides
 from semformer.errors import UserError
-from sweeps.axes import load_all_tables, load_tables, table_names
-from sweeps.folder import SWEEPS, SweepFolder, find_sweep, new_sweep
+from sweeps.plan.table import load_all_tables, load_tables, table_names
+from sweeps.tracking.folder import SWEEPS, SweepFolder, find_sweep, new_sweep
 
 if TYPE_CHECKING:  # torch, Ray and MLflow take seconds to import
     from semformer.keys import StageKey
     from semformer.store import Store
-    from sweeps.plan import Plan
+    from sweeps.plan.trials import Plan
 
 STORE = "runs/store"
 TRACKING_URI = "sqlite:///mlflow.db"
@@ -179,7 +179,7 @@ def _make_plan(options: argparse.Namespace, console: Console) -> "tuple[Plan, St
     tables = load_all_tables() if options.all else load_tables(options.tables)
     overrides = parse_overrides(options.set)
     from semformer.store import open_store
-    from sweeps.plan import make_plan
+    from sweeps.plan.trials import make_plan
 
     store = open_store(options.store)
     with console.status("reading the data") as status:
@@ -197,7 +197,7 @@ def _make_plan(options: argparse.Namespace, console: Console) -> "tuple[Plan, St
 
 def _plan(options: argparse.Namespace, console: Console) -> int:
     plan, store = _make_plan(options, console)
-    from sweeps.price import price
+    from sweeps.plan.price import price
 
     with console.status("counting the price"):
         cost = price(plan, store, gpus=options.gpus, tflops=options.tflops)
@@ -307,7 +307,7 @@ def _status(options: argparse.Namespace, console: Console) -> int:
     if options.json:
         print(json.dumps({"sweep": folder.name, "driver": driver, **(told or {})}))
         return 0
-    from sweeps.display import show_status
+    from sweeps.tracking.display import show_status
 
     show_status(console, folder.name, driver, told)
     return 0

@@ -15,15 +15,15 @@ from rich.markup import escape
 
 from semformer.pipeline import open_data
 from semformer.store import Store
-from sweeps.display import Display
-from sweeps.folder import SweepFolder
-from sweeps.plan import Plan, Trial
-from sweeps.price import budget_hours, check_budget, check_packing, estimate, price
-from sweeps.state import SweepState, duration
+from sweeps.plan.price import budget_hours, check_budget, check_packing, estimate, price
+from sweeps.plan.trials import Plan, Trial
+from sweeps.tracking.display import Display
+from sweeps.tracking.folder import SweepFolder
+from sweeps.tracking.state import SweepState, duration
 from sweeps.tracking.tracker import Tracker, without_password
 
 if TYPE_CHECKING:
-    from sweeps.gate import Gate
+    from sweeps.schedule.gate import Gate
     from sweeps.search.study import Search
 
 PATIENCE = 120.0
@@ -186,10 +186,10 @@ class Drive:
         options = self.options
         with ExitStack() as stack:
             with self.console.status("starting Ray"):
-                from sweeps import cluster, preflight, runner
+                from sweeps.cluster import connect, nodes, preflight, runner
 
-                stack.enter_context(cluster.connect(options.address))
-            share = cluster.trial_share(options.cpus_per_trial, options.gpus_per_trial, address=options.address)
+                stack.enter_context(connect.connect(options.address))
+            share = nodes.trial_share(options.cpus_per_trial, options.gpus_per_trial, address=options.address)
             if options.address:
                 with self.console.status("asking every node of the cluster"):
                     gpu_memory = self._preflight(share)
@@ -206,7 +206,7 @@ class Drive:
                 self.tell,
                 share=share,
                 more=self._ask if self.search else None,
-                ahead=2 * cluster.places(share),  # what is held back was drawn without knowing the latest results
+                ahead=2 * nodes.places(share),  # what is held back was drawn without knowing the latest results
                 seconds=lambda key: seconds.get(key.digest, 1.0),
                 max_concurrent=options.max_concurrent,
                 silence=options.silence,
@@ -216,7 +216,7 @@ class Drive:
 
     def _preflight(self, share: Mapping[str, float]) -> tuple[int, ...]:
         """The memory of every GPU of the cluster, in bytes. Raises UserError that names the nodes at fault."""
-        from sweeps.preflight import preflight
+        from sweeps.cluster.preflight import preflight
 
         found: list[int] = []
         configs = [self.search.own] if self.search else [trial.config for trial in self.missing]

@@ -19,7 +19,7 @@ from analysis.render import to_frame, to_latex, to_markdown, write_files
 from analysis.tables import compile_from_mlflow
 from semformer.config import flatten, load_config
 from semformer.errors import UserError
-from sweeps.axes import load_table, resolve
+from sweeps.plan.table import load_table, resolve
 
 TINY = load_config("tiny")
 SCALES = ", ".join(map(str, TINY.cams.scales))

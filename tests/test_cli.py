@@ -10,7 +10,7 @@ import pytest
 from optuna.trial import TrialState
 
 from analysis.cli import main as analysis_main
-from sweeps.folder import SweepFolder
+from sweeps.tracking.folder import SweepFolder
 from tests.artifacts import eventually
 from tests.servers import mlflow_server
 from tests.workplace import Answer, Workplace

@@ -25,7 +25,7 @@ from semformer.data.shapes import make_shapes
 from semformer.data.voc import open_devkit
 from semformer.errors import UserError
 from semformer.store import Store
-from sweeps.cluster import check_cluster_file
+from sweeps.cluster.file import check_cluster_file
 
 ROOT = Path(__file__).parents[1]
 CLUSTER = """
@@ -44,8 +44,9 @@ DRIVER = """
 import json, sys
 from pathlib import Path
 from semformer.errors import UserError
-from sweeps.cluster import connect, nodes, trial_share
-from sweeps.preflight import preflight
+from sweeps.cluster.connect import connect
+from sweeps.cluster.nodes import nodes, trial_share
+from sweeps.cluster.preflight import preflight
 
 address, told = sys.argv[1], json.loads(sys.argv[2])
 try:

@@ -8,13 +8,13 @@ import time
 import pytest
 
 from semformer.errors import UserError
-from sweeps.folder import SweepFolder, find_sweep, new_sweep
+from sweeps.tracking.folder import SweepFolder, find_sweep, new_sweep
 from tests.workplace import ROOT
 
 DRIVER = """
 import sys, time
 from pathlib import Path
-from sweeps.folder import SweepFolder
+from sweeps.tracking.folder import SweepFolder
 folder = SweepFolder(Path(sys.argv[1]))
 with folder.drive(["run", "table03"]):
     print("driving", flush=True)

@@ -9,8 +9,8 @@ from ray.tune.search import Searcher
 from semformer.config import load_config
 from semformer.keys import StageKey
 from semformer.store import Store
-from sweeps.gate import Gate
-from sweeps.plan import Cell, Trial
+from sweeps.plan.trials import Cell, Trial
+from sweeps.schedule.gate import Gate
 
 CONFIG = load_config("micro")
 STAGES = ("caae", "segmentor", "cams", "evaluate")
@@ -122,7 +122,7 @@ def test_max_concurrent_is_kept(store):
 
 
 def test_a_stage_that_another_sweep_makes_is_waited_for_without_starting(store, monkeypatch):
-    monkeypatch.setattr("sweeps.gate.LOOK_AGAIN", 0.0)
+    monkeypatch.setattr("sweeps.schedule.gate.LOOK_AGAIN", 0.0)
     trials = [trial("a", caae="x"), trial("b")]
     sweep = Sweep(trials, store)
     with Store(store.root).lease(trials[0].keys["caae"]):

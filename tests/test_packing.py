@@ -8,9 +8,9 @@ from ray import tune
 from semformer.config import load_config
 from semformer.keys import StageKey
 from semformer.store import Store
-from sweeps import runner
-from sweeps.cluster import ENVIRONMENT
-from sweeps.plan import Cell, Trial
+from sweeps.cluster import runner
+from sweeps.cluster.connect import ENVIRONMENT
+from sweeps.plan.trials import Cell, Trial
 from tests.benchmarks.sleeper import work
 
 STAGES = ("caae", "evaluate")

@@ -8,8 +8,8 @@ import pytest
 from semformer.errors import UserError
 from semformer.store import Store
 from sweeps import cli
-from sweeps.axes import load_table, resolve, table_names
-from sweeps.plan import Cell, make_plan
+from sweeps.plan.table import load_table, resolve, table_names
+from sweeps.plan.trials import Cell, make_plan
 
 MINE = """\
 name: mine

@@ -17,9 +17,9 @@ from semformer.keys import StageKey
 from semformer.pipeline import open_data
 from semformer.stages import caae, segmentor
 from semformer.store import Store
-from sweeps.axes import load_table
-from sweeps.plan import Cell, make_plan
-from sweeps.price import SECONDS_A_PASS, Cost, Price, check_budget, check_packing, estimate, price
+from sweeps.plan.price import SECONDS_A_PASS, Cost, Price, check_budget, check_packing, estimate, price
+from sweeps.plan.table import load_table
+from sweeps.plan.trials import Cell, make_plan
 
 K, B, PAIRS = 21, 4, 10
 META = torch.device("meta")

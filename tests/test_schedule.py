@@ -4,8 +4,8 @@ import pytest
 
 from semformer.config import load_config
 from semformer.keys import StageKey
-from sweeps.plan import Cell, Trial
-from sweeps.schedule import simulate
+from sweeps.plan.trials import Cell, Trial
+from sweeps.schedule.queue import simulate
 
 CONFIG = load_config("micro")
 HOURS = {"caae": 4.0, "segmentor": 2.0, "cams": 0.5, "evaluate": 0.25}

@@ -20,7 +20,7 @@ from semformer.data.shapes import make_shapes
 from semformer.errors import UserError
 from semformer.stages import segmentor
 from semformer.store import Store
-from sweeps.axes import load_table, resolve
+from sweeps.plan.table import load_table, resolve
 from sweeps.search.space import AXES, DEFAULT_AXES, own_value, read_axes, read_objectives
 from sweeps.search.study import Search
 

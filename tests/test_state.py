@@ -7,10 +7,10 @@ import math
 import pytest
 from rich.console import Console
 
-from sweeps.axes import load_table
-from sweeps.display import grid, show_status
-from sweeps.plan import make_plan
-from sweeps.state import Snapshot, SweepState, duration
+from sweeps.plan.table import load_table
+from sweeps.plan.trials import make_plan
+from sweeps.tracking.display import grid, show_status
+from sweeps.tracking.state import Snapshot, SweepState, duration
 from tests.workplace import table_text
 
 EPOCH = {"event": "epoch", "epochs": 20, "step": 4, "steps": 4, "images_per_second": 120.4, "note": ""}

@@ -14,10 +14,10 @@ from analysis.cli import main as analysis_main
 from semformer import pipeline
 from semformer.config import load_config
 from semformer.store import Store
-from sweeps import runner
-from sweeps.axes import load_table
-from sweeps.cluster import connect
-from sweeps.plan import make_plan
+from sweeps.cluster import runner
+from sweeps.cluster.connect import connect
+from sweeps.plan.table import load_table
+from sweeps.plan.trials import make_plan
 from sweeps.tracking.tracker import Tracker
 from tests.workplace import Workplace
 

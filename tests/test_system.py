@@ -2,7 +2,7 @@
 
 from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
 
-from sweeps.system import sample
+from sweeps.cluster.system import sample
 
 
 def test_names_and_units_are_mlflows_own():

@@ -4,8 +4,8 @@ import pytest
 
 from semformer.config import flatten, load_config
 from semformer.errors import UserError
-from sweeps.axes import load_all_tables, load_table, load_tables, resolve
-from sweeps.plan import make_plan
+from sweeps.plan.table import load_all_tables, load_table, load_tables, resolve
+from sweeps.plan.trials import make_plan
 
 ROWS = {3: 8, 4: 2, 5: 3, 6: 3, 7: 4, 8: 4, 10: 4, 11: 2, 12: 2, 13: 7, 14: 2, 15: 3, 16: 3, 17: 4}
 BEST = 63.7

@@ -15,8 +15,8 @@ from semformer import pipeline
 from semformer.config import flatten
 from semformer.errors import UserError
 from semformer.store import Store
-from sweeps.axes import load_table
-from sweeps.plan import Cell, Plan, make_plan
+from sweeps.plan.table import load_table
+from sweeps.plan.trials import Cell, Plan, make_plan
 from sweeps.tracking.tracker import Tracker, without_password
 
 MINE = """\

@@ -47,7 +47,7 @@ def write(search: "Search", folder: Path) -> list[Path]:
 
 
 def best_table(search: "Search") -> str:
-    """A table file (see `sweeps.axes`): the config that the search started from, and its best."""
+    """A table file (see `sweeps.plan.table`): the config that the search started from, and its best."""
     plan = search.plan
     metrics = [name.rpartition("/")[2] for name in search.objectives if name.startswith("cam/")] or ["miou"]
 

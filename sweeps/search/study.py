@@ -31,7 +31,7 @@ from semformer.config import flatten, load_config
 from semformer.errors import UserError
 from semformer.keys import StageKey, differences
 from semformer.store import Artifact, Store
-from sweeps.plan import Cell, Plan, Trial
+from sweeps.plan.trials import Cell, Plan, Trial
 from sweeps.search.space import own_value, read_axes, read_objectives
 
 log = logging.getLogger(__name__)

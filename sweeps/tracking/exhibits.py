@@ -10,7 +10,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
 from semformer.stages.evaluate import CLASS_IOU, CURVE
 from semformer.store import Artifact
-from sweeps.plan import Trial
+from sweeps.plan.trials import Trial
 
 CLASS_TABLE = "class_iou.json"
 CURVE_PICTURE = "threshold_curve.png"

@@ -26,7 +26,7 @@ from semformer.errors import UserError
 from semformer.keys import StageKey
 from semformer.leases import Lease
 from semformer.store import Artifact, Store
-from sweeps.plan import Cell, Trial
+from sweeps.plan.trials import Cell, Trial
 from sweeps.tracking import exhibits
 from sweeps.tracking.connection import TAG, connecting, open_experiment, search_runs, without_password
 from sweeps.tracking.journal import Event

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from semformer.stages import segmentor
 from semformer.store import Artifact
-from sweeps.plan import Trial
+from sweeps.plan.trials import Trial
 from sweeps.tracking import exhibits
 from sweeps.tracking.connection import TAG
 

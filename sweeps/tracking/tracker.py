@@ -26,7 +26,7 @@ from semformer import pipeline
 from semformer.config import load_config
 from semformer.errors import UserError
 from semformer.store import Store
-from sweeps.plan import Plan, Trial
+from sweeps.plan.trials import Plan, Trial
 from sweeps.tracking import views
 from sweeps.tracking.connection import TAG, without_password
 from sweeps.tracking.journal import Journal, has_backlog
@@ -52,7 +52,7 @@ REPORTS = {
     "failed": ("reason", "traceback"),
     "pruned": (),
 }
-"""What is kept of the reports of `sweeps.trial` and `sweeps.gate`, by their "event"; others are not recorded."""
+"""What is kept of the reports of trials and of the gate, by their "event"; others are not recorded."""
 
 
 class Tracker:
@@ -174,7 +174,7 @@ class Tracker:
         self.tell(trial, {"event": "finished"})
 
     def tell(self, trial: Trial, report: Mapping[str, Any]) -> None:
-        """Record what `sweeps.trial` or `sweeps.gate` reports."""
+        """Record what `sweeps.cluster.trial` or `sweeps.schedule.gate` reports."""
         kind = report["event"]
         if kind not in REPORTS:
             return

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 
-from sweeps.plan import Plan
+from sweeps.plan.trials import Plan
 from sweeps.tracking.connection import TAG, without_password
 
 SHARE_KEY = "semformer"

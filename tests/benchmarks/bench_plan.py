@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import TypeVar
 
 from semformer.store import Store
-from sweeps.axes import load_table
-from sweeps.folder import SweepFolder
-from sweeps.plan import make_plan
-from sweeps.price import price
-from sweeps.state import SweepState
+from sweeps.plan.price import price
+from sweeps.plan.table import load_table
+from sweeps.plan.trials import make_plan
+from sweeps.tracking.folder import SweepFolder
+from sweeps.tracking.state import SweepState
 
 T = TypeVar("T")
 NETWORKS, ON_EACH = 1000, 10

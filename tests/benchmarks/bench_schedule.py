@@ -26,12 +26,12 @@ from semformer.flops import Images, stage_work
 from semformer.keys import StageKey
 from semformer.pipeline import STAGES
 from semformer.store import Store
-from sweeps import runner
-from sweeps.axes import load_all_tables
-from sweeps.cluster import ENVIRONMENT
-from sweeps.plan import Trial, make_plan
-from sweeps.price import PIXELS_PER_SECOND, TFLOPS
-from sweeps.trial import payload
+from sweeps.cluster import runner
+from sweeps.cluster.connect import ENVIRONMENT
+from sweeps.cluster.trial import payload
+from sweeps.plan.price import PIXELS_PER_SECOND, TFLOPS
+from sweeps.plan.table import load_all_tables
+from sweeps.plan.trials import Trial, make_plan
 from tests.benchmarks.sleeper import work
 from tests.devkits import paper_splits
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 
 from semformer.store import Store
-from sweeps.axes import load_table
-from sweeps.plan import Plan, make_plan
+from sweeps.plan.table import load_table
+from sweeps.plan.trials import Plan, make_plan
 from sweeps.tracking.tracker import Tracker
 from tests.servers import mlflow_server
 

@@ -14,7 +14,7 @@ from semformer.store import Store
 def work(config: Mapping[str, Any], seconds: Mapping[str, float], specs: Mapping[str, Any], share: bool) -> None:
     """A trial that sleeps instead of training; tells how long it held its GPU, and how long of that it waited.
 
-    `config` is that of `sweeps.trial.payload`; `seconds` and `specs` of all stages, by digest.
+    `config` is that of `sweeps.cluster.trial.payload`; `seconds` and `specs` of all stages, by digest.
     """
     tune.report({"event": "start"})
     started, waited = time.monotonic(), 0.0

@@ -19,8 +19,8 @@ from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
 
 from semformer.store import Store, open_store
-from sweeps.axes import load_tables
-from sweeps.plan import Plan, make_plan
+from sweeps.plan.table import load_tables
+from sweeps.plan.trials import Plan, make_plan
 from tests.servers import S3Server
 
 ROOT = Path(__file__).parents[2]

@@ -18,7 +18,7 @@ from semformer.errors import UserError
 from semformer.flops import Images, stage_passes, stage_work
 from semformer.keys import StageKey
 from semformer.store import Artifact, Store
-from sweeps.plan import Plan, Trial
+from sweeps.plan.trials import Plan, Trial
 
 TFLOPS = 40.0
 """Effective throughput of one GPU in training, in 10^12 operations a second: an eighth of what an A100 can do in
@@ -235,7 +235,7 @@ def _wall_seconds(
     """Of trials that share stages, of which those in `ready` are there. Of many trials it is what no list schedule
     exceeds: work / m + (1 - 1 / m) * longest chain, for m GPUs (Graham, 1969)."""
     if len(trials) <= SIMULATED:
-        from sweeps.schedule import simulate
+        from sweeps.schedule.queue import simulate
 
         return simulate(trials, seconds, ready=ready, gpus=gpus)
     missing = [[key for key in trial.keys.values() if key.digest not in ready] for trial in trials]

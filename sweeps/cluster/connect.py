@@ -1,25 +1,17 @@
-"""The Ray that trials run on: one of this machine, or a cluster.
+"""The Ray that trials run on: one of this machine, or a cluster."""
 
-`python -m sweeps.cluster FILE` checks a cluster file for `ray up`: its form, and that every placeholder is filled.
-"""
-
-import argparse
 import json
 import logging
 import os
 import platform
-import re
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 
 import ray
-import yaml
 
 from semformer.errors import UserError
 
@@ -38,11 +30,6 @@ ENVIRONMENT = {
 """Of the driver and the trials' processes."""
 OBJECT_STORE = 100 * 2**20
 """Bytes. Trials exchange nothing through Ray's object store."""
-LAUNCHABLE = Path("~/ray_bootstrap_config.yaml")
-"""Where `ray up` leaves, on the head, what the autoscaler may launch."""
-PLACEHOLDER = re.compile(r"[\w:/-]*CHANGE_ME[\w/]*")
-
-# Connecting
 
 
 @contextmanager
@@ -150,93 +137,3 @@ def _explain_refusal(stderr: str, timeout: float) -> str:
     if "no authentication token was found" in stderr:
         return f"RAY_AUTH_MODE=token is set, but there is no token here: {copy}"
     return f"the token here is not the cluster's: {copy}"
-
-
-# Nodes
-
-
-@dataclass(frozen=True)
-class Node:
-    """A living node, as Ray counts it."""
-
-    id: str
-    address: str
-    cpus: float
-    gpus: float
-
-    def __str__(self) -> str:
-        return f"node {self.address} ({self.id[:8]})"
-
-
-def nodes() -> list[Node]:
-    """The living nodes of the connected Ray."""
-    return [
-        Node(n["NodeID"], n["NodeManagerAddress"], n["Resources"].get("CPU", 0.0), n["Resources"].get("GPU", 0.0))
-        for n in ray.nodes()
-        if n["Alive"]
-    ]
-
-
-def trial_share(cpus: int, gpus: float | None, *, address: str | None = None) -> dict[str, float]:
-    """A trial's share of a node, {"cpu": ..., "gpu": ...}; `gpus` is by default 1 where there are any.
-
-    `address` is what was given to `connect`. Raises UserError when no node can hold a trial, nor any that the
-    cluster's autoscaler may launch.
-    """
-    there = [(node.cpus, node.gpus) for node in nodes()] + (_launchable() if address else [])
-    if gpus is None:
-        gpus = min(1.0, max(g for _, g in there))
-    if not any(cpus <= c and gpus <= g for c, g in there):
-        option = f"--gpus-per-trial {gpus:g}" if gpus > max(g for _, g in there) else f"--cpus-per-trial {cpus}"
-        known = ", ".join(sorted({f"{c:g} CPUs and {g:g} GPUs" for c, g in there}))
-        raise UserError(f"{option}: no node can hold that; there are nodes with {known}")
-    return {"cpu": cpus, "gpu": gpus}
-
-
-def places(share: Mapping[str, float]) -> int:
-    """How many trials of such a share the living nodes hold at once."""
-    wanted = {kind: part for kind, part in share.items() if part}
-    return sum(int(min(getattr(node, f"{kind}s") / part for kind, part in wanted.items()) + 1e-9) for node in nodes())
-
-
-def _launchable() -> list[tuple[float, float]]:
-    """CPUs and GPUs of the node types that the autoscaler of this head may launch."""
-    try:
-        types = yaml.safe_load(LAUNCHABLE.expanduser().read_text(encoding="utf-8"))["available_node_types"].values()
-        resources = [t["resources"] for t in types if t.get("max_workers", 0) > 0]
-    except FileNotFoundError:
-        return []
-    return [(r.get("CPU", 0), r.get("GPU", 0)) for r in resources]
-
-
-# A cluster file
-
-
-def check_cluster_file(path: Path) -> None:
-    """Raises UserError if `ray up` would refuse the file, or for placeholders that are still in it."""
-    from ray.autoscaler._private.util import prepare_config, validate_config
-
-    try:
-        text = path.read_text(encoding="utf-8")
-        validate_config(prepare_config(yaml.safe_load(text)))
-    except Exception as error:  # Ray's own checks raise whatever they meet
-        raise UserError(f"{path} is no cluster file: {str(error).strip().splitlines()[0]}") from error
-    lines = enumerate((line.partition("#")[0] for line in text.splitlines()), start=1)
-    if left := [f"{path}:{n}: {found[0]}" for n, line in lines if (found := PLACEHOLDER.search(line))]:
-        raise UserError("fill in these placeholders; the comments beside them say with what:\n" + "\n".join(left))
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m sweeps.cluster", description=__doc__, allow_abbrev=False)
-    parser.add_argument("file", type=Path, help="a cluster file for `ray up`")
-    logging.getLogger("ray").setLevel(logging.ERROR)
-    try:
-        check_cluster_file(parser.parse_args(arguments).file)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

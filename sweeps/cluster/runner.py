@@ -14,10 +14,10 @@ import ray
 from ray import tune
 
 from semformer.store import Store
-from sweeps.gate import Gate
-from sweeps.plan import Trial
-from sweeps.schedule import Seconds
-from sweeps.trial import payload, run_trial
+from sweeps.cluster.trial import payload, run_trial
+from sweeps.plan.trials import Trial
+from sweeps.schedule.gate import Gate
+from sweeps.schedule.queue import Seconds
 
 log = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def run_trials(
     """Run `trials`, and those that `more` gives, to their ends, as many at once as fit by their `share` of Ray.
 
     `ahead`, `seconds` and `max_concurrent` are the gate's. tell(trial, report) hears, in this thread, every report of
-    `sweeps.trial` and `sweeps.gate`. A trial that says nothing for `silence` seconds is killed and counts as died.
+    trials and of the gate. A trial that says nothing for `silence` seconds is killed and counts as died.
     `every_second(gate)` is called about so often; true ends the sweep. Raises KeyboardInterrupt then, and on SIGINT or
     SIGTERM; a second signal acts as usual.
     """

@@ -15,7 +15,7 @@ from semformer.config import Config
 from semformer.errors import UserError
 from semformer.keys import StageKey
 from semformer.store import Store
-from sweeps.axes import SEVERAL, Table, resolve
+from sweeps.plan.table import SEVERAL, Table, resolve
 
 
 class Cell(NamedTuple):

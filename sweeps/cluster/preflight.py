@@ -17,11 +17,12 @@ import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 import semformer
+import sweeps
 from semformer.data.shapes import cached_shapes
 from semformer.data.voc import open_devkit
 from semformer.errors import UserError
 from semformer.store import Store, open_store
-from sweeps.cluster import Node, nodes
+from sweeps.cluster.nodes import Node, nodes
 
 PACKAGES = ("ray", "semformer-sweeps", "torch", "torchvision", "timm", "numpy", "pillow")
 """What must be the same everywhere."""
@@ -137,7 +138,7 @@ def _versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             versions[name] = "none"
     digest = hashlib.sha256()
-    for package in (Path(semformer.__file__).parent, Path(__file__).parent):
+    for package in (Path(semformer.__file__).parent, Path(sweeps.__file__).parent):
         for path in sorted(package.rglob("*.py")):
             digest.update(f"{package.name}/{path.relative_to(package)}\n".encode() + path.read_bytes())
     return versions | {"code": digest.hexdigest()[:12]}

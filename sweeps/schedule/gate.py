@@ -17,8 +17,8 @@ from ray.tune.search import Searcher
 
 from semformer.keys import StageKey
 from semformer.store import Store
-from sweeps.plan import Trial
-from sweeps.schedule import Queue, Seconds
+from sweeps.plan.trials import Trial
+from sweeps.schedule.queue import Queue, Seconds
 
 log = logging.getLogger(__name__)
 LOOKS = 10
@@ -112,7 +112,7 @@ class Gate(Searcher):
             return None
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Hears every report of `sweeps.trial`."""
+        """Hears every report of `sweeps.cluster.trial`."""
         event = result.get("event")
         if event == "stage":
             self.ready.add(result["key"])

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 from semformer.keys import StageKey
-from sweeps.plan import Trial
+from sweeps.plan.trials import Trial
 
 Seconds = Callable[[StageKey], float]
 """How long a stage takes on one GPU."""

@@ -26,13 +26,13 @@ from typing import TYPE_CHECKING, Any
 import ray
 from ray import tune
 
-from sweeps.system import sample
+from sweeps.cluster.system import sample
 
 if TYPE_CHECKING:  # torch takes seconds to import, which is for the trials' processes to do
     from semformer.pipeline import StageRun
     from semformer.stages.context import Progress
     from semformer.store import Store
-    from sweeps.plan import Trial
+    from sweeps.plan.trials import Trial
 
 EVERY = 1.0
 """Seconds between two reports of progress."""

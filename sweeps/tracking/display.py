@@ -12,10 +12,10 @@ from rich.markup import escape
 from rich.table import Table as Grid
 from rich.text import Text
 
-from sweeps.state import Snapshot, SweepState, TrialState, duration
+from sweeps.tracking.state import Snapshot, SweepState, TrialState, duration
 
 if TYPE_CHECKING:
-    from sweeps.plan import Trial
+    from sweeps.plan.trials import Trial
 
 SHOWN = 30
 """Trials in the table: the running ones first, then those that failed or wait, then those that ended."""
@@ -26,7 +26,7 @@ ORDER = ("running", "failed", "queued", "finished", "pruned", "found")
 
 
 class Display:
-    """Use as a context manager; `tell` takes the reports of `sweeps.trial` and `sweeps.gate`."""
+    """Use as a context manager; `tell` takes the reports of `sweeps.cluster.trial` and `sweeps.schedule.gate`."""
 
     def __init__(self, state: SweepState, console: Console):
         self.state, self.console = state, console

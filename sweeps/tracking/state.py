@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import TYPE_CHECKING, Any, Self
 
 if TYPE_CHECKING:  # which imports torch, and takes seconds
-    from sweeps.plan import Plan, Trial
+    from sweeps.plan.trials import Plan, Trial
 
 LINE_EVERY = 30.0
 """Seconds after which a trial gets a line without having ended an epoch."""
@@ -37,7 +37,7 @@ class TrialState:
 
 
 class SweepState:
-    """`tell` takes the reports of `sweeps.trial` and `sweeps.gate`."""
+    """`tell` takes the reports of `sweeps.cluster.trial` and `sweeps.schedule.gate`."""
 
     def __init__(self, plan: "Plan"):
         self.plan = plan

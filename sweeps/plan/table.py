@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 from semformer.config import PRESETS, Config, field_names, load_config, unknown_field
 from semformer.errors import UserError
 
-TABLES = Path(__file__).parent / "tables"
+TABLES = Path(__file__).parents[1] / "tables"
 SEVERAL = "tables"
 """The name of a sweep of several tables."""
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)

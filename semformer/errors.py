@@ -1,4 +1,4 @@
-"""The one exception for what a user can mend."""
+"""Exceptions for what a user, another machine, or time can mend."""
 
 
 class UserError(Exception):
@@ -6,3 +6,11 @@ class UserError(Exception):
 
     The command lines print the text without a traceback and exit with status 2.
     """
+
+
+class MachineError(UserError):
+    """This machine cannot do it, another may: it lacks data, memory or room."""
+
+
+class StoreError(UserError):
+    """The store is away, full or not writable; the same may succeed later."""

@@ -1,5 +1,6 @@
 """Memory: the peak of a stage, and what to do when it runs out."""
 
+import errno
 import platform
 import resource
 import sys
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from semformer.errors import UserError
+from semformer.errors import MachineError
 
 SMALLER = {
     "caae": "a smaller caae.image_size, caae.backbone or caae.decoder_depth",
@@ -19,27 +20,29 @@ SMALLER = {
     "evaluate": "smaller images",
 }
 STATUS = Path("/proc/self/status")
-EXHAUSTED = ("can't allocate memory", "could not create a primitive", "std::bad_alloc", "CUBLAS_STATUS_ALLOC_FAILED")
-"""How plain RuntimeErrors of torch, oneDNN and cuBLAS tell it."""
+EXHAUSTED = ("allocate memory", "out of memory", "ALLOC_FAILED", "could not create a primitive", "std::bad_alloc")
+"""How RuntimeErrors tell it: of torch, of CUDA where others fill the GPU, of cuBLAS, cuDNN and oneDNN, of C++."""
 
 
 def is_exhausted(error: BaseException) -> bool:
     """Whether the memory of the device, or of the machine, has run out."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
+    if isinstance(error, OSError):
+        return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(told in str(error) for told in EXHAUSTED)
 
 
 @contextmanager
 def explained(stage: str, device: torch.device) -> Iterator[None]:
-    """Turns running out of memory into a UserError that says what to make smaller."""
+    """Turns running out of memory into a MachineError that says what to make smaller."""
     try:
         yield
-    except (RuntimeError, MemoryError) as error:
+    except (RuntimeError, MemoryError, OSError) as error:
         if not is_exhausted(error):
             raise
         used = peak(device)
-        raise UserError(
+        raise MachineError(
             f"{stage}: out of memory on {used['name']}, with {used['peak_bytes'] / 2**30:.2f} GiB in use. "
             f"It needs {SMALLER[stage]}, or more memory (fewer trials at once)."
         ) from error

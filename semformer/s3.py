@@ -38,7 +38,7 @@ from semformer.artifact import (
     check_size,
     read_manifest,
 )
-from semformer.errors import UserError
+from semformer.errors import MachineError, StoreError, UserError
 from semformer.keys import StageKey
 from semformer.leases import Leases
 from semformer.storage import Entry, Folder, Storage, StorageUnreachable, T, patiently
@@ -80,7 +80,7 @@ class Bucket(Storage):
         return _is_away(error)
 
     def retry(self, call: Callable[[], T]) -> T:
-        """As every storage; boto3's exceptions become FileNotFoundError and UserError."""
+        """As every storage; boto3's exceptions become FileNotFoundError, StoreError and MachineError."""
         try:
             return super().retry(call)
         except (BotoCoreError, ClientError, Boto3Error) as error:
@@ -150,7 +150,7 @@ class Bucket(Storage):
             keys = [{"Key": self.prefix + name} for name in names[start : start + 1000]]
             told = self._client.delete_objects(Bucket=self.bucket, Delete={"Objects": keys, "Quiet": True})
             if errors := told.get("Errors"):
-                raise UserError(f"{errors[0]['Key']} in {self.location} cannot be removed: {errors[0]['Message']}")
+                raise StoreError(f"{errors[0]['Key']} in {self.location} cannot be removed: {errors[0]['Message']}")
 
     @patiently
     def upload(self, path: Path, name: str) -> None:
@@ -170,12 +170,14 @@ class Bucket(Storage):
         )
 
     def _explain(self, error: BaseException) -> UserError:
+        """What the bucket's server has answered is the store's fault, what could not even be sent the machine's."""
+        kind = StoreError if isinstance(error, ClientError) else MachineError
         advice = "Check the endpoint (AWS_ENDPOINT_URL) and the settings of AWS's tools"
         if _code(error) == "NoSuchBucket":
             advice = f"Make the bucket {self.bucket}, or check its name and the endpoint (AWS_ENDPOINT_URL)"
         elif _status(error) in {400, 401, 403} or "redential" in str(error):
             advice = "Check the credentials (AWS_ACCESS_KEY_ID ... or AWS_PROFILE) and what they may do in the bucket"
-        return UserError(f"cannot use the store {self.location}: {error}. {advice}.")
+        return kind(f"cannot use the store {self.location}: {error}. {advice}.")
 
 
 def _date(response: dict[str, Any]) -> datetime:
@@ -202,12 +204,15 @@ class S3Store(Store):
     """A store in a bucket. `root` is its local folder, below `cache` (default: $SEMFORMER_CACHE or ~/.cache/semformer).
 
     When the artifacts' files in it take more than `cache_bytes`, those that were not used for the longest time go.
-    `Artifact.file` marks a file as used, and fetches again what has gone. Raises UserError if the bucket or the folder
-    cannot be used, StorageUnreachable if the bucket cannot be reached within `patience_at_opening` seconds.
+    `Artifact.file` marks a file as used, and fetches again what has gone. Raises StoreError if the bucket cannot be
+    used, StorageUnreachable (which is one) if it cannot be reached within `patience_at_opening` seconds, and
+    MachineError if the folder cannot be used.
     """
 
     storage: Bucket
     BELOW_DIGEST = "/[0-9a-f]{16}"
+    ROOT, INSTEAD = "the cache", "another one with SEMFORMER_CACHE"
+    ROOT_ERROR = MachineError
 
     def __init__(
         self,

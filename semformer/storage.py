@@ -19,14 +19,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from semformer.errors import UserError
+from semformer.errors import StoreError
 
 T = TypeVar("T")
 AWAY = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH}
 log = logging.getLogger(__name__)
 
 
-class StorageUnreachable(UserError):
+class StorageUnreachable(StoreError):
     """The storage was away for longer than its patience. Nothing is lost; the same may succeed later."""
 
 

@@ -39,7 +39,7 @@ from semformer.artifact import (
     write_manifest,
 )
 from semformer.collection import Collected, Root
-from semformer.errors import UserError
+from semformer.errors import StoreError, UserError
 from semformer.keys import RESERVED, StageKey, differences
 from semformer.leases import Lease, LeaseHeld, LeaseHolder, Leases, is_alive, machine
 from semformer.storage import Folder, Storage
@@ -87,13 +87,15 @@ class Store:
 
     `heartbeat` and `expiry` are seconds: a lease not renewed for `expiry` may be taken over. A folder that is away (of
     a file server, say) is tried again for `patience` seconds before StorageUnreachable is raised. Opening a store
-    removes the workspaces of processes that died on this host. Raises UserError if the folder cannot be made or
-    written.
+    removes the workspaces of processes that died on this host. Raises StoreError if the folder cannot be made or
+    written, and so does every method if it is full or forbidden later.
     """
 
     storage: Storage
     leases: Leases
     BELOW_DIGEST = ""  # what follows <stage>/<digest> in the name of an artifact's folder, as a regular expression
+    ROOT, INSTEAD = "the store", "another store"  # what `root` is, and what to choose where it cannot be used
+    ROOT_ERROR: type[UserError] = StoreError  # whose fault that is
 
     def __init__(self, root: Path, *, heartbeat: float = 5.0, expiry: float = 60.0, patience: float = 300.0):
         self.root = Path(root).absolute()
@@ -105,9 +107,9 @@ class Store:
                 (self.root / name).mkdir(parents=True, exist_ok=True)
             self.storage.write("clock", b"")
         except OSError as error:
-            raise UserError(
-                f"cannot use {self.root} as the store: {error.strerror or error}. "
-                "Make it a writable folder with free space, or choose another folder."
+            raise self.ROOT_ERROR(
+                f"cannot use {self.root} as {self.ROOT}: {error.strerror or error}. "
+                f"Make it a writable folder with free space, or choose {self.INSTEAD}."
             ) from error
         self._remove_orphaned_workspaces()
 
@@ -128,7 +130,8 @@ class Store:
         try:
             return self.storage.retry(lambda: self._find(key, verify))
         except OSError as error:
-            raise UserError(f"cannot read {key} in {self._folder(key)}: {error.strerror or error}") from error
+            text = f"cannot read {key} in {self._folder(key)}: {error.strerror or error}"
+            raise self.ROOT_ERROR(text) from error
 
     def published(self, stages: Iterable[str] | None = None) -> set[str]:
         """The digests of all published artifacts (of some stages), by their names alone: nothing is read or checked."""
@@ -201,7 +204,7 @@ class Store:
     @contextmanager
     def writing(self, key: StageKey, workspace: Path) -> Iterator[None]:
         """Wrap what fills `workspace` and the checkpoints: any failure removes the workspace, never the
-        checkpoints; a full disk, or one that may not be written, becomes a UserError."""
+        checkpoints; a full disk, or one that may not be written, becomes a StoreError (see `ROOT_ERROR`)."""
         try:
             yield
         except BaseException as error:
@@ -215,7 +218,7 @@ class Store:
         """Make the files in `folder` (from `workspace`) the artifact of `key`, all at once or not at all.
 
         If another process has published `key` meanwhile, theirs is kept and returned. `info` must be JSON (no
-        NaN). Raises UserError if the disk is full or not writable; any failure removes `folder`.
+        NaN). Raises StoreError if the disk is full or not writable; any failure removes `folder`.
         """
         if folder.parent != self.root / "tmp":
             raise ValueError(f"{folder} is not a workspace of this store")
@@ -247,7 +250,8 @@ class Store:
 
     def holder(self, key: StageKey) -> LeaseHolder | None:
         """Who is building `key` now; None if nobody, or their lease has expired or their process is gone."""
-        return self.leases.holder(key)
+        with self._storage_errors(f"reading the lease on {key}"):
+            return self.leases.holder(key)
 
     # What is needed (`semformer.collection`)
 
@@ -391,14 +395,15 @@ class Store:
         return error if inside and error.errno in FULL | FORBIDDEN else None
 
     def _explain(self, cause: OSError, doing: str, written: int = 0) -> UserError:
+        """Of a full or forbidden `root`."""
         free = shutil.disk_usage(self.root).free
         size = f" (which takes at least {written / 1e6:.1f} MB)" if written else ""
         advice = (
             f"{free / 1e6:.1f} MB are free there now: free more (or raise the quota or the file-size limit)"
             if cause.errno in FULL
-            else "Make the folder writable"
+            else "Make the folder readable and writable"
         )
-        return UserError(
-            f"{doing}{size} failed in the store {self.root}: {cause.strerror}. {advice}, or choose another "
-            "store; then run again. Published stages stay, an unfinished one resumes from its checkpoints."
+        return self.ROOT_ERROR(
+            f"{doing}{size} failed in {self.ROOT} {self.root}: {cause.strerror}. {advice}, or choose {self.INSTEAD}; "
+            "then run again. Published stages stay, an unfinished one resumes from its checkpoints."
         )

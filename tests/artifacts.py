@@ -4,6 +4,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from semformer.keys import StageKey
@@ -85,6 +86,17 @@ def damage(artifact: Artifact, change: Callable[[Path], None], scratch: Path) ->
         if (scratch / name).exists():
             store.storage.upload(scratch / name, object_name)
     shutil.rmtree(artifact.path, ignore_errors=True)
+
+
+def fill(disk: Path) -> Path:
+    """Write until nothing more fits; returns the file to remove."""
+    path = disk / "filler"
+    with path.open("wb", buffering=0) as file:
+        for size in (2**16, 2**12, 1):
+            with suppress(OSError):
+                while file.write(bytes(size)):
+                    pass
+    return path
 
 
 def flip_a_bit(folder: Path) -> None:

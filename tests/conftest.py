@@ -5,6 +5,7 @@ import secrets
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -54,6 +55,18 @@ def bucket(s3_server, monkeypatch, tmp_path) -> str:
 
 
 @pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A disk of one megabyte. Skips the test where none may be mounted."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)]
+    if os.geteuid() or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("needs the right to mount a disk")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+@pytest.fixture
 def unused_port() -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
@@ -74,7 +87,7 @@ def start():
 import os
 import time
 from pathlib import Path
-from semformer.errors import UserError
+from semformer.errors import StoreError, UserError
 from semformer.leases import LeaseLost
 from semformer.store import Store, open_store
 from tests.devkits import paper_splits

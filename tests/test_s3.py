@@ -13,11 +13,11 @@ import torch
 from semformer import pipeline
 from semformer.config import load_config
 from semformer.data.shapes import make_shapes
-from semformer.errors import UserError
+from semformer.errors import MachineError, StoreError, UserError
 from semformer.s3 import IN_USE, Bucket
 from semformer.storage import StorageUnreachable
 from semformer.store import open_store
-from tests.artifacts import build, caae, eventually, make_weights, visible
+from tests.artifacts import build, caae, eventually, fill, make_weights, visible
 
 
 @pytest.fixture
@@ -216,14 +216,14 @@ def test_patience_ends(node, s3_server):
 
 
 def test_a_bucket_that_is_not_there_is_refused(bucket):
-    with pytest.raises(UserError, match=r"s3://no-such-bucket/x: .*NoSuchBucket.*Make the bucket no-such-bucket"):
+    with pytest.raises(StoreError, match=r"s3://no-such-bucket/x: .*NoSuchBucket.*Make the bucket no-such-bucket"):
         open_store("s3://no-such-bucket/x")
 
 
 def test_an_endpoint_where_nothing_listens_is_refused_within_seconds(bucket, monkeypatch, unused_port):
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{unused_port}")
     started = time.monotonic()
-    with pytest.raises(UserError, match=f"the store {bucket} could not be reached .*{unused_port}"):
+    with pytest.raises(StorageUnreachable, match=f"the store {bucket} could not be reached .*{unused_port}"):
         open_store(bucket, patience_at_opening=0.5)
     assert time.monotonic() - started < 5
 
@@ -233,14 +233,14 @@ def test_missing_credentials_are_told(bucket, monkeypatch, tmp_path):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    with pytest.raises(UserError, match=f"{bucket}: Unable to locate credentials.*Check the credentials"):
+    with pytest.raises(MachineError, match=f"{bucket}: Unable to locate credentials.*Check the credentials"):
         open_store(bucket)
 
 
 def test_a_forbidden_bucket_is_refused(bucket, s3_server):
     s3_server.require_permission(True)
     try:
-        with pytest.raises(UserError, match=rf"{bucket}: .*\(InvalidAccessKeyId\).*Check the credentials"):
+        with pytest.raises(StoreError, match=rf"{bucket}: .*\(InvalidAccessKeyId\).*Check the credentials"):
             open_store(bucket)
     finally:
         s3_server.require_permission(False)
@@ -272,14 +272,20 @@ def test_without_boto3_the_extra_is_named():
     assert "UserError: a store on S3 needs boto3: pip install 'semformer-sweeps[s3]'" in told.stderr
 
 
-def test_a_full_cache_disk_is_told(node, monkeypatch):
+def test_a_full_disk_of_the_cache_is_the_machines_fault(node, small_disk):
     build(node("a"), caae(), make_weights)
-    other = node("b")
-
-    def full(name, path):
-        raise OSError(28, "No space left on device", str(path))
-
-    monkeypatch.setattr(other.storage, "download", full)
-    with pytest.raises(UserError, match=r"fetching caae .*No space left"):
+    other = node("disk")
+    filler = fill(small_disk)
+    with pytest.raises(MachineError, match=rf"fetching caae .* failed in the cache {other.root}: .*SEMFORMER_CACHE"):
         other.find(caae())
+    with pytest.raises(MachineError, match=r"writing caae .*No space left"):
+        build(other, caae(decoder_depth=4), make_weights)
     assert list((other.root / "tmp").iterdir()) == []
+    filler.unlink()
+    assert other.find(caae())
+
+
+def test_a_cache_that_cannot_be_a_folder_is_the_machines_fault(bucket, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(MachineError, match=rf"cannot use {tmp_path}/file/.* as the cache: .*SEMFORMER_CACHE"):
+        open_store(bucket, cache=tmp_path / "file")

@@ -5,14 +5,15 @@ import hashlib
 import json
 import logging
 import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from semformer.errors import UserError
+from semformer.errors import StoreError
 from semformer.store import DamagedArtifact, Store, open_store
-from tests.artifacts import build, caae, damage, flip_a_bit, make_weights, outputs, segmentor, visible
+from tests.artifacts import build, caae, damage, fill, flip_a_bit, make_weights, outputs, segmentor, visible
 
 # Publish and find
 
@@ -230,7 +231,7 @@ def test_a_disk_that_fails_while_publishing_changes_nothing_visible(store, monke
 
     kept = build(store, caae(decoder_depth=4), make)
     fail_fsync_at(monkeypatch, call, code)
-    with pytest.raises(UserError) as told:
+    with pytest.raises(StoreError) as told:
         build(store, caae(), make)
     for word in (
         str(store.root),
@@ -273,7 +274,7 @@ def make(workspace, checkpoints, lease):
         save_file(dict(w=numpy.zeros(1_000_000, "uint8")), workspace / "weights.safetensors")
 try:
     build(Store(root), key, make)
-except UserError as error:
+except StoreError as error:
     print(error)
 """
     (words,) = outputs([start(store.root, code)])
@@ -287,6 +288,41 @@ except UserError as error:
     assert (store.checkpoints(caae()) / "epoch.pt").read_bytes() == b"state"
 
 
+@pytest.mark.parametrize("when", ["before the lease", "while it is made", "while it is published"])
+def test_a_disk_that_is_really_full_is_the_stores_fault_and_can_be_emptied(small_disk, when):
+    store, fillers = Store(small_disk / "store"), []
+
+    def make(workspace, checkpoints, lease):
+        if when == "while it is made":
+            fillers.append(fill(small_disk))
+        info = make_weights(workspace, checkpoints, lease)
+        if when == "while it is published":
+            fillers.append(fill(small_disk))
+        return info
+
+    if when == "before the lease":
+        fillers.append(fill(small_disk))
+    with pytest.raises(StoreError, match=rf"{caae()}.* failed in the store {store.root}: No space left .* free more"):
+        build(store, caae(), make)
+    assert visible(store) == []
+    fillers[0].unlink()
+    assert build(store, caae(), make_weights)
+
+
+def test_a_disk_that_is_really_read_only_is_the_stores_fault(small_disk):
+    store = Store(small_disk / "store")
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    for act in (
+        lambda: store.workspace(caae()),
+        lambda: store.checkpoints(caae()),
+        lambda: store.lease(caae()),
+        lambda: store.holder(caae()),
+        lambda: Store(store.root),
+    ):
+        with pytest.raises(StoreError, match=f"{store.root}.*Read-only file system.*writable"):
+            act()
+
+
 def test_a_full_disk_hidden_behind_another_error_is_told(store):
     def make(workspace, checkpoints, lease):
         try:
@@ -294,7 +330,7 @@ def test_a_full_disk_hidden_behind_another_error_is_told(store):
         finally:
             raise RuntimeError("unexpected pos 576 vs 534")
 
-    with pytest.raises(UserError, match="No space left"):
+    with pytest.raises(StoreError, match="No space left"):
         build(store, caae(), make)
 
 
@@ -309,12 +345,12 @@ def test_errors_that_are_not_the_stores_pass_unchanged(store, tmp_path):
 def test_a_root_that_cannot_be_a_folder_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     for root in (tmp_path / "file", tmp_path / "file" / "below"):
-        with pytest.raises(UserError, match=f"cannot use {root} as the store"):
+        with pytest.raises(StoreError, match=f"cannot use {root} as the store"):
             Store(root)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="nothing is forbidden to root")
 def test_a_forbidden_root_is_refused(tmp_path):
     tmp_path.chmod(0o500)
-    with pytest.raises(UserError, match="Permission denied"):
+    with pytest.raises(StoreError, match="Permission denied"):
         Store(tmp_path / "store")

@@ -1,16 +1,18 @@
 """Training when memory runs short, and the peak memory that stages record."""
 
+import errno
+import re
 import subprocess
 import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from semformer import memory, pipeline
 from semformer.config import load_config
 from semformer.data.shapes import make_shapes
-from semformer.errors import UserError
+from semformer.errors import MachineError
 from semformer.models.vit import Backbone
 from semformer.store import Store
 
@@ -66,20 +68,62 @@ def test_training_in_micro_batches_ends_the_same(shapes, tmp_path, limit, caplog
 def test_too_little_memory_for_one_image_says_what_to_make_smaller(shapes, store, limit, stage):
     run(shapes, store, until="caae")
     limit(0)
-    with pytest.raises(UserError, match=rf"^{stage}: out of memory on .* smaller {stage}\.image_size"):
+    with pytest.raises(MachineError, match=rf"^{stage}: out of memory on .* smaller {stage}\.image_size"):
         run(shapes, store, **({"seed": 1} if stage == "caae" else {}))
 
 
 def test_too_little_memory_for_maps_says_so(shapes, store, monkeypatch):
     run(shapes, store)
     monkeypatch.setattr(Backbone, "tokens", lambda self, images: torch.empty(MORE_THAN_THERE_IS))
-    with pytest.raises(UserError, match=r"^cams: out of memory on .* smaller cams\.scales"):
+    with pytest.raises(MachineError, match=r"^cams: out of memory on .* smaller cams\.scales"):
         run(shapes, store, until="cams")
 
 
-@pytest.mark.parametrize("error", [ValueError("bad"), RuntimeError("shapes do not fit")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        OSError(errno.ENOMEM, "Cannot allocate memory"),  # of a process that cannot be forked
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB."),
+        RuntimeError("CUDA error: out of memory"),  # where other processes have filled the GPU
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("could not create a primitive"),
+    ],
+)
+def test_whatever_says_that_memory_ran_out_is_the_machines_fault(error):
+    with pytest.raises(MachineError, match=r"caae: out of memory .*fewer trials"), memory.explained("caae", CPU):
+        raise error
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS")
+def test_weights_that_do_not_fit_into_memory_are_the_machines_fault(tmp_path):
+    save_file({"w": torch.zeros(2**24, dtype=torch.uint8)}, tmp_path / "weights.safetensors")
+    code = f"""
+import resource, sys
+from pathlib import Path
+import torch
+from safetensors.torch import load_file
+from semformer import memory
+from semformer.errors import MachineError
+in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (in_use + 3 * 2**23,) * 2)
+try:
+    with memory.explained("cams", torch.device("cpu")):
+        load_file({str(tmp_path / "weights.safetensors")!r})
+except MachineError as error:
+    print(error, error.__cause__)
+"""
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout
+    assert "cams: out of memory on" in told
+    assert "unable to mmap" in told
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("bad"), RuntimeError("shapes do not fit"), FileNotFoundError(errno.ENOENT, "weights")]
+)
 def test_other_errors_are_left_alone(error):
-    with pytest.raises(type(error), match=str(error)), memory.explained("caae", CPU):
+    with pytest.raises(type(error), match=re.escape(str(error))), memory.explained("caae", CPU):
         raise error
 
 

@@ -15,6 +15,7 @@ from urllib.parse import quote, unquote
 
 from semformer.artifact import Artifact, DamagedArtifact
 from semformer.errors import UserError
+from semformer.keys import DIGEST
 from semformer.leases import is_alive, machine
 from semformer.storage import Entry, Storage
 
@@ -22,15 +23,15 @@ if TYPE_CHECKING:
     from semformer.store import Store
 
 
-STAGE, DIGEST, SHORT = "(?P<stage>[a-z][a-z0-9_]*)", "(?P<digest>[0-9a-f]{64})", "(?P<digest>[0-9a-f]{12})"
+STAGE, WHOLE, SHORT = "(?P<stage>[a-z][a-z0-9_]*)", f"(?P<digest>{DIGEST})", "(?P<digest>[0-9a-f]{12})"
 NAMES = {
-    "leases": rf"leases/(?P<stage>){DIGEST}\.\d+",
+    "leases": rf"leases/(?P<stage>){WHOLE}/\d+(\.released)?",
     "workspaces": rf"tmp/{STAGE}-{SHORT}\.[^/]+",
     "tmp": r"tmp/(?P<stage>)(?P<digest>)(probe|removed|write)-[0-9a-f]{16}",
     "damaged": rf"damaged/{STAGE}-{SHORT}-[^/]+",
-    "checkpoints": rf"checkpoints/{STAGE}/{DIGEST}",
-    "manifests": rf"manifests/{STAGE}/{DIGEST}\.json",
-    "artifacts": rf"{STAGE}/{DIGEST}",
+    "checkpoints": rf"checkpoints/{STAGE}/{WHOLE}",
+    "manifests": rf"manifests/{STAGE}/{WHOLE}\.json",
+    "artifacts": rf"{STAGE}/{WHOLE}",
 }
 """What the names begin with that belong to a kind of thing; the first that fits."""
 

@@ -11,6 +11,8 @@ from typing import Any
 
 RESERVED = {"tmp", "leases", "damaged", "checkpoints", "roots", "manifests"}
 """The store's own folders, beside those of the stages."""
+DIGEST = "[0-9a-f]{64}"
+"""Of a key, as a regular expression."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,6 +36,11 @@ class StageKey:
     @cached_property
     def digest(self) -> str:
         return canonical_sha256({**self.spec, "stage": self.stage})
+
+    @property
+    def inputs(self) -> Mapping[str, str]:
+        """The digests of what it is made from, by stage."""
+        return self.spec.get("inputs", {})
 
     @property
     def short(self) -> str:

@@ -1,28 +1,33 @@
 """Leases: of the processes that want one key, one builds it.
 
-    leases/<digest>.<generation>   who builds the key (JSON); its age is the time since the last heartbeat
+    leases/<digest>/<number>            who builds the key (JSON); its age is the time since the last heartbeat
+    leases/<digest>/<number>.released   empty: nobody does any more
 
-Generations count up; the highest is the current one and is not removed, so a number is never given twice and a stale
-holder can only ever touch its own file.
+Numbers count up. The newest file of a key alone counts, and it is not removed: so a number is never given twice, and a
+stale holder can only ever touch its own file. Names and ages, which one listing tells, say what is being built.
 """
 
 import hashlib
 import json
 import logging
 import os
+import re
 import socket
 import threading
 import time
+from collections import defaultdict
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Self
+from typing import NamedTuple, Self
 
 from semformer.errors import UserError
-from semformer.keys import StageKey
+from semformer.keys import DIGEST, StageKey
 from semformer.storage import Storage
 
+NAME = re.compile(rf"leases/(?P<digest>{DIGEST})/(?P<number>\d+)(?P<released>\.released)?")
 log = logging.getLogger(__name__)
 
 
@@ -50,6 +55,18 @@ class LeaseLost(Exception):
     """The lease expired and another process has taken it over."""
 
 
+class LeaseFile(NamedTuple):
+    """One of the files of a key, which are written in this order."""
+
+    number: int
+    released: bool
+    name: str
+
+
+NEVER = LeaseFile(0, True, "")
+"""In place of the newest file of a key that was never taken."""
+
+
 class Leases:
     """The leases in a storage.
 
@@ -64,7 +81,8 @@ class Leases:
 
     def take(self, key: StageKey) -> "Lease | None":
         """The lease on `key`, or None if it is held or another process was faster; raises OSError."""
-        generation = self.latest(key) + 1
+        number = self.newest(key).number + 1
+        mine = LeaseFile(number, False, f"leases/{key.digest}/{number}")
         if self.holder(key) is not None:
             return None
         note = {
@@ -72,49 +90,46 @@ class Leases:
             "pid": os.getpid(),
             "machine": machine(),
             "since": time.time(),
-            "inputs": list(key.spec.get("inputs", {}).values()),
+            "inputs": list(key.inputs.values()),
         }
-        if not self.storage.create(self.name(key, generation), json.dumps(note).encode()):
+        if not self.storage.create(mine.name, json.dumps(note).encode()):
             return None
-        if self.latest(key) > generation:  # we looked too long ago: an old number
-            self.storage.remove(self.name(key, generation))
+        if self.tidy(key) > mine:  # we looked too long ago: an old number
             return None
-        self.remove_before(key, generation)
-        return Lease(self, key, generation)
+        return Lease(self, key, mine)
 
     def holder(self, key: StageKey) -> LeaseHolder | None:
         """Who is building `key` now; None if nobody, or their lease has expired or their process is gone."""
-        while generation := self.latest(key):
-            try:
-                content, age = self.storage.read(self.name(key, generation))
-            except FileNotFoundError:  # taken over and cleaned up between the two looks
-                continue
-            return self._holder(content, age)
+        while not (newest := self.newest(key)).released:
+            with suppress(FileNotFoundError):  # released or taken over between the two looks
+                return self._holder(*self.storage.read(newest.name))
         return None
 
     def live(self) -> dict[str, list[str]]:
         """Digest -> digests of its inputs, for every key that is being built now."""
-        found = {}
-        for name, entry in self.storage.entries("leases/").items():
-            if entry.age > self.expiry:
+        found, entries = {}, self.storage.entries("leases/")
+        for digest, files in _by_key(entries).items():
+            newest = max(files)
+            if newest.released or entries[newest.name].age > self.expiry:
                 continue
             with suppress(FileNotFoundError):
-                content, age = self.storage.read(name)
-                if holder := self._holder(content, age):
-                    found[Path(name).stem] = list(holder.inputs)
+                if holder := self._holder(*self.storage.read(newest.name)):
+                    found[digest] = list(holder.inputs)
         return found
 
-    def name(self, key: StageKey, generation: int) -> str:
-        return f"leases/{key.digest}.{generation}"
+    def newest(self, key: StageKey) -> LeaseFile:
+        """The file of `key` that counts; its number tells how often the key was taken."""
+        return max(self._files(key), default=NEVER)
 
-    def latest(self, key: StageKey) -> int:
-        """The current generation, 0 if `key` never had a lease."""
-        return max(self._generations(key), default=0)
+    def tidy(self, key: StageKey) -> LeaseFile:
+        """Remove the files of `key` but the newest, and return that."""
+        *older, newest = sorted(self._files(key)) or [NEVER]
+        for file in older:
+            self.storage.remove(file.name)
+        return newest
 
-    def remove_before(self, key: StageKey, generation: int) -> None:
-        for older in self._generations(key):
-            if older < generation:
-                self.storage.remove(self.name(key, older))
+    def _files(self, key: StageKey) -> list[LeaseFile]:
+        return _by_key(self.storage.entries(f"leases/{key.digest}/"))[key.digest]
 
     def _holder(self, content: bytes, age: float) -> LeaseHolder | None:
         try:
@@ -126,16 +141,12 @@ class Leases:
             return None
         return LeaseHolder(note["host"], note["pid"], note["since"], age, tuple(note.get("inputs", ())))
 
-    def _generations(self, key: StageKey) -> list[int]:
-        return [int(name.rpartition(".")[2]) for name in self.storage.entries(f"leases/{key.digest}.")]
-
 
 class Lease:
     """The right to build one key, kept by a heartbeat thread until `release` or the end of the `with` block."""
 
-    def __init__(self, leases: Leases, key: StageKey, generation: int):
-        self.key, self.generation = key, generation
-        self._leases, self._name = leases, leases.name(key, generation)
+    def __init__(self, leases: Leases, key: StageKey, file: LeaseFile):
+        self.key, self.file, self._leases = key, file, leases
         self._lost, self._stop = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._beat, name=f"lease {key}", daemon=True)
         self._thread.start()
@@ -154,8 +165,9 @@ class Lease:
         self._thread.join()
         leases = self._with_patience(self._leases.expiry)  # after which it has expired anyway
         try:
-            leases.storage.expire(self._name)
-            leases.remove_before(self.key, self.generation)
+            if leases.newest(self.key) == self.file:
+                leases.storage.create(f"{self.file.name}.released", b"")
+                leases.tidy(self.key)
         except (OSError, UserError) as error:
             if not self.lost:
                 log.warning("could not release the lease on %s (%s); it will expire", self.key, error)
@@ -164,10 +176,10 @@ class Lease:
         leases, failing = self._with_patience(0.0), False  # the next beat is the next try
         while not self._stop.wait(leases.heartbeat):
             try:
-                if leases.latest(self.key) != self.generation:
+                if leases.newest(self.key) != self.file:
                     self._lost.set()
                     return
-                leases.storage.touch(self._name)
+                leases.storage.touch(self.file.name)
                 failing = False
             except FileNotFoundError:
                 self._lost.set()
@@ -185,6 +197,15 @@ class Lease:
 
     def __exit__(self, *_: object) -> None:
         self.release()
+
+
+def _by_key(names: Iterable[str]) -> dict[str, list[LeaseFile]]:
+    """By the digest of the key; names of other files are left out."""
+    found: dict[str, list[LeaseFile]] = defaultdict(list)
+    for name in names:
+        if match := NAME.fullmatch(name):
+            found[match["digest"]].append(LeaseFile(int(match["number"]), bool(match["released"]), name))
+    return found
 
 
 @cache

@@ -113,7 +113,7 @@ class Bucket(Storage):
     def read(self, name: str) -> tuple[bytes, float]:
         found = self._client.get_object(**self._object(name))
         age = (_date(found) - found["LastModified"]).total_seconds()
-        return found["Body"].read(), math.inf if "expired" in found["Metadata"] else max(0.0, age)
+        return found["Body"].read(), max(0.0, age)
 
     @patiently
     def create(self, name: str, content: bytes) -> bool:
@@ -133,11 +133,10 @@ class Bucket(Storage):
 
     @patiently
     def touch(self, name: str) -> None:
-        self._set_metadata(name, {})
-
-    @patiently
-    def expire(self, name: str) -> None:
-        self._set_metadata(name, {"expired": "yes"})
+        """By a copy onto itself, which fails where a put would bring a removed object back."""
+        self._client.copy_object(
+            **self._object(name), CopySource=self._object(name), MetadataDirective="REPLACE", Metadata={}
+        )
 
     @patiently
     def remove(self, name: str) -> None:
@@ -162,12 +161,6 @@ class Bucket(Storage):
 
     def _object(self, name: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": self.prefix + name}
-
-    def _set_metadata(self, name: str, metadata: dict[str, str]) -> None:
-        """By a copy onto itself, which fails where a put would bring a removed object back."""
-        self._client.copy_object(
-            **self._object(name), CopySource=self._object(name), MetadataDirective="REPLACE", Metadata=metadata
-        )
 
     def _explain(self, error: BaseException) -> UserError:
         """What the bucket's server has answered is the store's fault, what could not even be sent the machine's."""

@@ -1,6 +1,6 @@
 """Where a store keeps its bytes: files by name, whose ages are told by the storage's own clock.
 
-A name has parts between slashes ("leases/<digest>.3"). `Folder` is a folder; `semformer.s3.Bucket` is a bucket. While
+A name has parts between slashes ("leases/<digest>/3"). `Folder` is a folder; `semformer.s3.Bucket` is a bucket. While
 the storage cannot be reached, every call is repeated until it succeeds or the storage's patience ends.
 """
 
@@ -33,7 +33,7 @@ class StorageUnreachable(StoreError):
 @dataclass(frozen=True)
 class Entry:
     size: int  # bytes
-    age: float  # seconds since it was written, touched or expired
+    age: float  # seconds since it was written or touched
 
 
 class Storage(ABC):
@@ -97,10 +97,6 @@ class Storage(ABC):
         """Set the age to 0; raises FileNotFoundError."""
 
     @abstractmethod
-    def expire(self, name: str) -> None:
-        """Set the age that `read` tells beyond any limit; raises FileNotFoundError."""
-
-    @abstractmethod
     def remove(self, name: str) -> None:
         """Remove the file of this name, if there is one."""
 
@@ -135,17 +131,21 @@ class Folder(Storage):
     def entries(self, prefix: str) -> dict[str, Entry]:
         folder, _, start = prefix.rpartition("/")
         now, found = self._now(), {}
-        paths = [path for path in _children(self.root / folder) if path.name.startswith(start)]
-        while paths:
-            path = paths.pop()
+        waiting = [item for item in _children(self.root / folder) if item.name.startswith(start)]
+        while waiting:
+            item = waiting.pop()
             with suppress(FileNotFoundError):  # removed meanwhile
-                if path.is_dir():
-                    paths += _children(path)
+                if item.is_dir():
+                    waiting += _children(item)
                 else:
-                    state = path.stat()
-                    changed = state.st_mtime or state.st_ctime  # 0: `expire` has set it
-                    found[path.relative_to(self.root).as_posix()] = Entry(state.st_size, now - changed)
+                    state = item.stat()
+                    found[item.path.removeprefix(f"{self.root}/")] = Entry(state.st_size, now - state.st_mtime)
         return found
+
+    @patiently
+    def folders(self, prefix: str) -> list[str]:
+        self.root.stat()  # raises where it is away
+        return sorted(item.name for item in _children(self.root / prefix) if item.is_dir())
 
     @patiently
     def read(self, name: str) -> tuple[bytes, float]:
@@ -156,6 +156,7 @@ class Folder(Storage):
     @patiently
     def create(self, name: str, content: bytes) -> bool:
         path = self.root / name
+        path.parent.mkdir(exist_ok=True)
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
         except FileExistsError:
@@ -182,10 +183,6 @@ class Folder(Storage):
         os.utime(self.root / name)
 
     @patiently
-    def expire(self, name: str) -> None:
-        os.utime(self.root / name, (0, 0))
-
-    @patiently
     def remove(self, name: str) -> None:
         if not (self.root / name).is_dir():
             (self.root / name).unlink(missing_ok=True)
@@ -205,7 +202,7 @@ class Folder(Storage):
         return clock.stat().st_mtime
 
 
-def _children(folder: Path) -> list[Path]:
-    with suppress(FileNotFoundError, NotADirectoryError):
-        return list(folder.iterdir())
+def _children(folder: Path | os.DirEntry[str]) -> list[os.DirEntry[str]]:
+    with suppress(FileNotFoundError, NotADirectoryError), os.scandir(folder) as items:
+        return list(items)
     return []

@@ -2,8 +2,8 @@
 
     root/<stage>/<digest>/               a published artifact: its files, and manifest.json written last
     root/checkpoints/<stage>/<digest>/   resumable state of an unfinished stage
-    root/leases/<digest>.<generation>    who is building it now (`semformer.leases`)
-    root/roots/<name>.json               what a sweep or study reaches (`semformer.collection`)
+    root/leases/<digest>/<number>        who is building it now (`semformer.leases`)
+    root/roots/<name>.json               what a sweep reaches (`semformer.collection`)
     root/tmp/   root/damaged/            workspaces; artifacts that failed verification (nothing is thrown away)
 
 A published artifact never changes, so readers need no lock. The lease only saves work: should two processes ever

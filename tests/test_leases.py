@@ -96,7 +96,7 @@ def test_a_killed_holder_elsewhere_is_replaced_after_expiry(store, start):
     assert process.stdout.readline() == "held\n"
     process.kill()
     process.wait()
-    (note,) = (store.root / "leases").glob(f"{caae().digest}.*")
+    (note,) = (store.root / "leases" / caae().digest).iterdir()
     written = time.monotonic()  # which counts as a last heartbeat
     note.write_text(note.read_text().replace(json.loads(note.read_text())["machine"], "elsewhere"))
 
@@ -141,36 +141,48 @@ print(artifact.file("weights.bin").stat().st_size)
         assert either.holder(caae()).pid == os.getpid()
 
 
-def test_a_lease_number_of_the_past_is_not_taken_again(store, monkeypatch):
-    other, taken = Store(store.root), []
+@pytest.mark.parametrize("passed", [1, 2])
+def test_a_lease_number_of_the_past_is_not_taken_again(store, monkeypatch, passed):
+    other = Store(store.root)
 
-    def two_generations_pass_meanwhile(key):
+    def some_leases_pass_meanwhile(key):
         monkeypatch.undo()
-        other.lease(key).release()
-        taken.append(other.lease(key))
+        for _ in range(passed):
+            other.lease(key).release()
 
-    monkeypatch.setattr(store.leases, "holder", two_generations_pass_meanwhile)
-    with pytest.raises(LeaseHeld):
-        store.lease(caae())
-    assert taken[0].generation == 2
-    assert not (store.root / "leases" / f"{caae().digest}.1").exists()
-    taken[0].release()
-
-
-def test_a_lease_whose_file_is_gone_is_lost(store):
+    monkeypatch.setattr(store.leases, "holder", some_leases_pass_meanwhile)
+    assert store.leases.take(caae()) is None
+    assert [path.name for path in (store.root / "leases" / caae().digest).iterdir()] == [f"{passed}.released"]
     with store.lease(caae()) as lease:
-        next((store.root / "leases").glob(f"{caae().digest}.*")).unlink()
+        assert lease.file.number == passed + 1
+
+
+def test_taking_and_looking_up_a_lease_looks_at_no_other_key(store, monkeypatch):
+    store.lease(caae(decoder_depth=4)).release()
+    looked, real = set(), os.scandir
+    monkeypatch.setattr(os, "scandir", lambda folder: looked.add(os.fspath(folder)) or real(folder))
+    with store.lease(caae()):
+        assert store.holder(caae())
+    assert looked == {str(store.root / "leases" / caae().digest)}
+
+
+def test_a_lease_whose_file_is_gone_is_lost_and_not_brought_back(either):
+    with either.lease(caae()) as lease:
+        either.storage.remove(lease.file.name)
         eventually(lambda: lease.lost)
         with pytest.raises(LeaseLost, match="caae"):
             lease.check()
+        with pytest.raises(FileNotFoundError):
+            either.storage.touch(lease.file.name)
+    assert either.storage.entries("leases/") == {}
 
 
 def test_an_unfinished_lease_note_counts_as_held_until_it_expires(store, hasty):
-    (store.root / "leases" / f"{caae().digest}.7").touch()
+    store.storage.create(f"leases/{caae().digest}/7", b"")
     assert store.holder(caae()).host == "an unknown host"
     eventually(lambda: hasty.holder(caae()) is None)
     with hasty.lease(caae()) as lease:
-        assert lease.generation == 8
+        assert lease.file.number == 8
 
 
 @pytest.mark.parametrize("damaged_before", [False, True])
@@ -216,13 +228,18 @@ for _ in range(15):
     (tmp_path / "counter").write_text("0")
     outputs([start(tmp_path, code) for _ in range(3)])
     assert (tmp_path / "counter").read_text() == "45"
-    assert len(either.storage.entries(f"leases/{caae().digest}.")) == 1
+    assert list(either.storage.entries(f"leases/{caae().digest}/")) == [f"leases/{caae().digest}/45.released"]
 
 
-def test_what_is_being_built_is_told_with_its_inputs(either):
-    with either.lease(segmentor(caae())):
-        either.lease(caae(decoder_depth=4)).release()
+def test_what_is_being_built_is_told_with_its_inputs(either, monkeypatch):
+    read, real = [], either.storage.read
+    monkeypatch.setattr(either.storage, "read", lambda name: read.append(name) or real(name))
+    with either.lease(segmentor(caae())) as lease:
+        for depth in range(3):
+            either.lease(caae(decoder_depth=depth)).release()
+        read.clear()
         assert either.leases.live() == {segmentor(caae()).digest: [caae().digest]}
+        assert read == [lease.file.name], "the others' names say that they were released"
     assert either.leases.live() == {}
 
 

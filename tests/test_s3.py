@@ -14,7 +14,7 @@ from semformer import pipeline
 from semformer.config import load_config
 from semformer.data.shapes import make_shapes
 from semformer.errors import MachineError, StoreError, UserError
-from semformer.s3 import IN_USE, Bucket
+from semformer.s3 import IN_USE
 from semformer.storage import StorageUnreachable
 from semformer.store import open_store
 from tests.artifacts import build, caae, eventually, fill, make_weights, visible
@@ -140,20 +140,6 @@ store.publish(key, workspace, info)
     assert store.published() == set()
     artifact = build(store, caae(), make_weights)
     assert node("b").find(caae()).files == artifact.files
-
-
-def test_a_heartbeat_brings_no_removed_lease_back(bucket):
-    storage = Bucket(bucket, patience=0.0)
-    storage.write("leases/x.1", b"note")
-    storage.expire("leases/x.1")
-    assert storage.read("leases/x.1") == (b"note", float("inf"))
-    storage.touch("leases/x.1")
-    assert storage.read("leases/x.1")[1] < 5
-    storage.remove("leases/x.1")
-    for renew in (storage.touch, storage.expire):
-        with pytest.raises(FileNotFoundError):
-            renew("leases/x.1")
-    assert storage.entries("leases/") == {}
 
 
 # Outages

@@ -22,7 +22,7 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -39,7 +39,7 @@ from semformer.artifact import (
     read_manifest,
 )
 from semformer.errors import MachineError, StoreError, UserError
-from semformer.keys import StageKey
+from semformer.keys import RESERVED, StageKey
 from semformer.leases import Leases
 from semformer.storage import Entry, Folder, Storage, StorageUnreachable, T, patiently
 from semformer.store import Store
@@ -54,6 +54,8 @@ except ImportError as error:
 
 IN_USE = 600.0
 """Seconds after its last use during which a file stays in the cache, whatever the limit."""
+SLACK = 0.01
+"""Of the cache's limit, that a process may add before it looks at all files in the cache again."""
 RELIST = 30.0
 """Seconds during which `why` compares with the same artifacts of a stage."""
 log = logging.getLogger(__name__)
@@ -223,6 +225,7 @@ class S3Store(Store):
         name = re.sub("[^A-Za-z0-9.-]+", "-", bucket.location.removeprefix("s3://"))
         super().__init__(cache / f"{name}-{hashlib.sha256(bucket.location.encode()).hexdigest()[:8]}")
         self.storage, self.cache_bytes = bucket, cache_bytes
+        self._added = cache_bytes  # bytes since the files in the cache were looked at; at first, reason enough to look
         self._listed: dict[str, tuple[float, list[str]]] = {}
         self.leases = Leases(bucket, heartbeat, expiry)
         self._check(bucket.patient(patience_at_opening))
@@ -286,7 +289,7 @@ class S3Store(Store):
         os.rename(folder, artifact.path)
         for name in artifact.files:
             os.utime(artifact.path / name)
-        self._evict()
+        self._evict(sum(told["size"] for told in artifact.files.values()))
         return artifact
 
     def _put_aside(self, key: StageKey, manifest: bytes, reason: str) -> None:
@@ -322,9 +325,9 @@ class S3Store(Store):
             self._download(artifact.key, f"{self._place(artifact)}/{name}", path, told)
         except FileNotFoundError as error:
             raise DamagedArtifact(f"{name} is missing") from error
-        self._evict()
+        self._evict(told["size"])
 
-    def _download(self, key: StageKey, name: str, path: Path, told: dict[str, Any] | None = None) -> None:
+    def _download(self, key: StageKey, name: str, path: Path, told: Mapping[str, Any] | None = None) -> None:
         """Into the local folder, whole or not at all; raises FileNotFoundError, or DamagedArtifact if not as `told`."""
         workspace = self.workspace(key)
         partial = workspace / path.name
@@ -339,10 +342,16 @@ class S3Store(Store):
         finally:
             shutil.rmtree(workspace, ignore_errors=True)
 
-    def _evict(self) -> None:
-        """Bring the cache below its limit, but for what was used in the last IN_USE seconds."""
+    def _evict(self, added: int) -> None:
+        """Bring the cache, to which so many bytes were added, below its limit, but for what was used in the last IN_USE
+        seconds."""
+        self._added += added
+        if self._added < SLACK * self.cache_bytes:
+            return
+        self._added = 0
         local = Folder(self.root, patience=0.0)
-        files = [item for stage in Store._stages(self) for item in local.entries(f"{stage}/").items()]
+        stages = [name for name in local.folders("") if name not in RESERVED]
+        files = [item for stage in stages for item in local.entries(f"{stage}/").items()]
         excess = sum(entry.size for _, entry in files) - self.cache_bytes
         for name, entry in sorted(files, key=lambda item: item[1].age, reverse=True):
             if excess <= 0 or entry.age < IN_USE:

@@ -15,7 +15,7 @@ from semformer.config import load_config
 from semformer.data.shapes import make_shapes
 from semformer.errors import MachineError, StoreError, UserError
 from semformer.s3 import IN_USE
-from semformer.storage import StorageUnreachable
+from semformer.storage import Folder, StorageUnreachable
 from semformer.store import open_store
 from tests.artifacts import build, caae, eventually, fill, make_weights, visible
 
@@ -68,6 +68,18 @@ def test_the_least_recently_used_files_leave_a_full_cache_and_come_back_when_rea
     assert artifacts[0].file("weights.bin").read_bytes() == b"weights" * 1000
     assert visible(store) == sorted(map(str, keys))
     assert list((store.root / "tmp").iterdir()) == []
+
+
+def test_a_cache_with_room_is_not_looked_through_for_each_file(node, monkeypatch):
+    store, other = node("a"), node("b")
+    artifacts = [build(store, caae(decoder_depth=n), make_weights) for n in range(3)]
+    looks, real = [], Folder.entries
+    monkeypatch.setattr(Folder, "entries", lambda self, prefix: looks.append(prefix) or real(self, prefix))
+    for artifact in artifacts:
+        found = other.find(artifact.key, verify=False)
+        for name in artifact.files:
+            found.file(name)
+    assert looks == ["caae/"]
 
 
 def test_checkpoints_saved_on_one_node_are_resumed_from_on_another(node):

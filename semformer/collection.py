@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 from urllib.parse import quote, unquote
 
-from semformer.artifact import Artifact, DamagedArtifact
+from semformer.artifact import Artifact
 from semformer.errors import UserError
 from semformer.keys import DIGEST
 from semformer.leases import is_alive, machine
@@ -151,19 +151,11 @@ def _reach(
 ) -> tuple[set[str], dict[str, str | None]]:
     """`wanted` with all inputs; and of what of it is published, the name of its files' folder (None: unreadable)."""
     stages = {digest: stage for kind, stage, digest in groups if kind == "artifacts"}
-    reached: set[str] = set()
-    places: dict[str, str | None] = {}
-    while wanted:
-        reached |= wanted
-        here = [digest for digest in wanted if digest in stages]
-        wanted = set()
-        for digest, found in zip(here, store.read_many((stages[digest], digest) for digest in here), strict=True):
-            if isinstance(found, Artifact):
-                places[digest] = found.path.relative_to(store.root).as_posix()
-                wanted |= set(found.key.spec.get("inputs", {}).values()) - reached
-            elif isinstance(found, DamagedArtifact):
-                places[digest] = None
-    return reached, places
+    found = store.read_with_inputs((stages[digest], digest) for digest in wanted if digest in stages)
+    read = {digest: one for digest, one in found.items() if isinstance(one, Artifact)}
+    reached = wanted.union(*(artifact.key.inputs.values() for artifact in read.values()))
+    places = {digest: one.path.relative_to(store.root).as_posix() for digest, one in read.items()}
+    return reached, {**dict.fromkeys(found), **places}
 
 
 def _why(name: str, kind: str, digest: str, reached: set[str], places: Mapping[str, str | None]) -> str | None:

@@ -93,7 +93,7 @@ def differences(
     `prefix` is put before the names of changed parameters.
     """
     count, texts = 0, []
-    before, after = _flat(old), _flat(new)
+    before, after = flat(old), flat(new)
     for path in sorted(before.keys() | after.keys()):
         a, b = before.get(path, "unset"), after.get(path, "unset")
         if a == b and type(a) is type(b):
@@ -102,8 +102,8 @@ def differences(
         if path == "inputs":  # {} on one side
             continue
         if section == "inputs":
-            specs = find_spec(a), find_spec(b)
-            inner, inside = differences(name, *specs, find_spec) if None not in specs else (1, "")
+            a, b = find_spec(a), find_spec(b)
+            inner, inside = differences(name, a, b, find_spec) if a and b else (1, "")
             count += inner
             texts.append(f"input {name} changed" + (f" ({inside})" if inside else ""))
             continue
@@ -121,9 +121,10 @@ def differences(
     return count, ", ".join(texts[:4] + more)
 
 
-def _flat(value: Any, path: str = "") -> dict[str, Any]:
+def flat(value: Any, path: str = "") -> dict[str, Any]:
+    """{"params.sigma": 0.1, ...}: every value in nested mappings, by its path."""
     if isinstance(value, Mapping) and value:
-        parts = [_flat(item, f"{path}.{name}" if path else name) for name, item in value.items()]
+        parts = [flat(item, f"{path}.{name}" if path else name) for name, item in value.items()]
         return {name: item for part in parts for name, item in part.items()}
     return {path: value}
 

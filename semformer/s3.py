@@ -16,13 +16,11 @@ an instance's role ...). One client, boto3, does everything, because only it has
 
 import hashlib
 import logging
-import math
 import os
 import re
 import secrets
 import shutil
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -56,8 +54,6 @@ IN_USE = 600.0
 """Seconds after its last use during which a file stays in the cache, whatever the limit."""
 SLACK = 0.01
 """Of the cache's limit, that a process may add before it looks at all files in the cache again."""
-RELIST = 30.0
-"""Seconds during which `why` compares with the same artifacts of a stage."""
 log = logging.getLogger(__name__)
 
 
@@ -94,8 +90,7 @@ class Bucket(Storage):
     @patiently
     def entries(self, prefix: str) -> dict[str, Entry]:
         found = {}
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self.bucket, Prefix=self.prefix + prefix)
-        for page in pages:
+        for page in self._pages(prefix):
             now = _date(page)
             for item in page.get("Contents", []):
                 age = (now - item["LastModified"]).total_seconds()
@@ -104,11 +99,8 @@ class Bucket(Storage):
 
     @patiently
     def folders(self, prefix: str) -> list[str]:
-        """Of all names that start with `prefix`, the parts that come next, in order."""
-        pages = self._client.get_paginator("list_objects_v2").paginate(
-            Bucket=self.bucket, Prefix=self.prefix + prefix, Delimiter="/"
-        )
         start = len(self.prefix + prefix)
+        pages = self._pages(prefix, Delimiter="/")
         return [item["Prefix"][start:-1] for page in pages for item in page.get("CommonPrefixes", [])]
 
     @patiently
@@ -160,6 +152,10 @@ class Bucket(Storage):
     @patiently
     def download(self, name: str, path: Path) -> None:
         self._client.download_file(self.bucket, self.prefix + name, str(path))
+
+    def _pages(self, prefix: str, **options: str) -> Iterable[dict[str, Any]]:
+        pages = self._client.get_paginator("list_objects_v2")
+        return pages.paginate(Bucket=self.bucket, Prefix=self.prefix + prefix, **options)
 
     def _object(self, name: str) -> dict[str, str]:
         return {"Bucket": self.bucket, "Key": self.prefix + name}
@@ -226,7 +222,6 @@ class S3Store(Store):
         super().__init__(cache / f"{name}-{hashlib.sha256(bucket.location.encode()).hexdigest()[:8]}")
         self.storage, self.cache_bytes = bucket, cache_bytes
         self._added = cache_bytes  # bytes since the files in the cache were looked at; at first, reason enough to look
-        self._listed: dict[str, tuple[float, list[str]]] = {}
         self.leases = Leases(bucket, heartbeat, expiry)
         self._check(bucket.patient(patience_at_opening))
 
@@ -375,16 +370,12 @@ class S3Store(Store):
     def _stages(self) -> list[str]:
         return self.storage.folders("manifests/")
 
+    def _digests(self, stage: str) -> Iterable[str]:
+        return self._ages(stage)
+
     def _ages(self, stage: str) -> dict[str, float]:
         listed = self.storage.entries(f"manifests/{stage}/")
         return {Path(name).stem: entry.age for name, entry in listed.items()}
-
-    def _newest(self, stage: str) -> list[str]:
-        listed, newest = self._listed.get(stage, (-math.inf, []))
-        if time.monotonic() - listed > RELIST:
-            newest = super()._newest(stage)
-            self._listed[stage] = time.monotonic(), newest
-        return newest
 
 
 def _manifest(stage: str, digest: str) -> str:

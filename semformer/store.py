@@ -18,13 +18,13 @@ import re
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from semformer import collection
 from semformer.artifact import (
@@ -40,14 +40,17 @@ from semformer.artifact import (
 )
 from semformer.collection import Collected, Root
 from semformer.errors import StoreError, UserError
-from semformer.keys import RESERVED, StageKey, differences
+from semformer.keys import DIGEST, RESERVED, StageKey
 from semformer.leases import Lease, LeaseHeld, LeaseHolder, Leases, is_alive, machine
+from semformer.reasons import reasons
 from semformer.storage import Folder, Storage
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
-NEAREST = 50
-"""So many of a stage's newest artifacts does `why` compare with."""
+AT_ONCE = 16
+"""Artifacts that are read at the same time."""
+T = TypeVar("T")
+R = TypeVar("R")
 log = logging.getLogger(__name__)
 
 
@@ -101,7 +104,6 @@ class Store:
         self.root = Path(root).absolute()
         self.storage = Folder(self.root, patience)
         self.leases = Leases(self.storage, heartbeat, expiry)
-        self._specs: dict[str, Mapping[str, Any]] = {}  # of every key seen, by digest, for `why`
         try:
             for name in ("tmp", "leases", "damaged", "checkpoints", "roots"):
                 (self.root / name).mkdir(parents=True, exist_ok=True)
@@ -126,61 +128,82 @@ class Store:
         Checks the manifest and every file's size, and with `verify` its sha256. A damaged artifact is moved
         to `damaged/` with a warning. Raises UserError if the files may not be read or moved.
         """
-        self._specs[key.digest] = key.spec
         try:
             return self.storage.retry(lambda: self._find(key, verify))
         except OSError as error:
             text = f"cannot read {key} in {self._folder(key)}: {error.strerror or error}"
             raise self.ROOT_ERROR(text) from error
 
+    def find_many(self, keys: Iterable[StageKey], *, verify: bool = False) -> dict[StageKey, Artifact]:
+        """`find` for many at once; what must be built is left out."""
+        keys = list(keys)
+        found = _at_once(lambda key: self.find(key, verify=verify), keys)
+        return {key: artifact for key, artifact in zip(keys, found, strict=True) if artifact}
+
     def published(self, stages: Iterable[str] | None = None) -> set[str]:
         """The digests of all published artifacts (of some stages), by their names alone: nothing is read or checked."""
-        return {digest for stage in (self._stages() if stages is None else stages) for digest in self._ages(stage)}
+        return {digest for stage in (self._stages() if stages is None else stages) for digest in self._digests(stage)}
+
+    def newest(self, stage: str, n: int) -> list[str]:
+        """The digests of the `n` artifacts of a stage that were published last, by their names and ages alone."""
+        ages = self._ages(stage)
+        return sorted(ages, key=ages.__getitem__)[:n]
 
     def artifacts(self) -> Iterator[Artifact]:
         """Everything published, by stage; contents unverified, bad manifests skipped with a warning."""
-        names = [(stage, digest) for stage in self._stages() for digest in sorted(self._ages(stage))]
-        for name, found in zip(names, self.read_many(names), strict=True):
+        stages = {digest: stage for stage in self._stages() for digest in sorted(self._digests(stage))}
+        for digest, found in self.read_many((stage, digest) for digest, stage in stages.items()).items():
             if isinstance(found, Artifact):
                 yield found
-            elif isinstance(found, DamagedArtifact):
-                log.warning("skipping damaged artifact %s %s: %s", *name, found)
+            else:
+                log.warning("skipping damaged artifact %s %s: %s", stages[digest], digest, found)
 
     def read(self, stage: str, digest: str) -> Artifact:
         """A published artifact by its manifest alone; raises FileNotFoundError or DamagedArtifact."""
         folder = self.root / stage / digest
-        artifact, _ = read_manifest((folder / MANIFEST).read_bytes(), digest)
-        return replace(artifact, path=folder)
+        with self._storage_errors(f"reading {stage} {digest[:12]}"):
+            content = self.storage.retry((folder / MANIFEST).read_bytes)
+        return replace(read_manifest(content, digest)[0], path=folder)
 
-    def read_many(self, names: Iterable[tuple[str, str]]) -> list[Artifact | DamagedArtifact | FileNotFoundError]:
-        """`read` for many (stage, digest) at once; what it raises takes the artifact's place."""
+    def read_many(self, names: Iterable[tuple[str, str]]) -> dict[str, Artifact | DamagedArtifact]:
+        """`read` for many (stage, digest) at once, by digest. What is not there is left out."""
 
-        def read(name: tuple[str, str]) -> Artifact | DamagedArtifact | FileNotFoundError:
+        def read(name: tuple[str, str]) -> Artifact | DamagedArtifact | None:
             try:
                 return self.read(*name)
-            except (DamagedArtifact, FileNotFoundError) as error:
+            except DamagedArtifact as error:
                 return error
+            except FileNotFoundError:
+                return None
 
-        with ThreadPoolExecutor(16) as pool:
-            return list(pool.map(read, names))
+        names = list(names)
+        found = zip(names, _at_once(read, names), strict=True)
+        return {digest: one for (_, digest), one in found if one}
+
+    def read_with_inputs(
+        self, names: Iterable[tuple[str, str]], *, but: Collection[str] = ()
+    ) -> dict[str, Artifact | DamagedArtifact]:
+        """`read_many`, with all that it was made from, other than the inputs whose digests are in `but`."""
+        found: dict[str, Artifact | DamagedArtifact] = {}
+        seen, wanted = set(but), set(names)
+        while wanted:
+            seen |= {digest for _, digest in wanted}
+            read = self.read_many(wanted)
+            found |= read
+            keys = [one.key for one in read.values() if isinstance(one, Artifact)]
+            wanted = {name for key in keys for name in key.inputs.items() if name[1] not in seen}
+        return found
 
     def why(self, key: StageKey) -> str:
         """Why `key` must be computed, beside the published artifact of the same stage that differs least.
 
-        "caae.decoder_depth 8 -> 4", "input caae changed (decoder_depth 8 -> 4)" (published -> wanted); what
-        changed inside an input is told as far as its keys have passed through this Store or are published.
+        "caae.decoder_depth 8 -> 4", "input caae changed (decoder_depth 8 -> 4)" (published -> wanted).
         """
-        if self.find(key, verify=False):
-            return "already published"
-        damaged = sorted(self.storage.entries(f"damaged/{key.stage}-{key.short}-"))
-        if damaged:
-            aside = "/".join(damaged[-1].split("/")[:2])
-            return f"the published artifact was damaged (moved to {self.location}/{aside})"
-        specs = [self._spec(digest) for digest in self._newest(key.stage)]
-        if not any(specs):
-            return "nothing published for this stage yet"
-        found = [differences(key.stage, spec, key.spec, self._spec, prefix=f"{key.stage}.") for spec in specs if spec]
-        return min(found, key=lambda counted: counted[0])[1]
+        return self.why_many([key])[key]
+
+    def why_many(self, keys: Iterable[StageKey]) -> dict[StageKey, str]:
+        """`why` for many at once. What changed inside an input is told if its key is one of them, or is published."""
+        return reasons(self, keys)
 
     # Building
 
@@ -330,28 +353,19 @@ class Store:
 
     def _stages(self) -> list[str]:
         """Those of which something is published, in order."""
-        return sorted(path.name for path in self.root.iterdir() if path.name not in RESERVED and path.is_dir())
+        return [name for name in self.storage.folders("") if name not in RESERVED]
+
+    def _digests(self, stage: str) -> Iterable[str]:
+        """Of what is published of a stage."""
+        return [name for name in self.storage.folders(f"{stage}/") if re.fullmatch(DIGEST, name)]
 
     def _ages(self, stage: str) -> dict[str, float]:
         """Digest -> age (which orders them; by which clock does not matter) of what is published of a stage."""
-        found = {}
-        with suppress(FileNotFoundError):
-            for folder in os.scandir(self.root / stage):
-                with suppress(FileNotFoundError, NotADirectoryError):
-                    found[folder.name] = -os.stat(f"{folder.path}/{MANIFEST}").st_mtime
-        return found
-
-    def _newest(self, stage: str) -> list[str]:
-        """The digests that `why` compares with."""
-        ages = self._ages(stage)
-        return sorted(ages, key=ages.__getitem__)[:NEAREST]
-
-    def _spec(self, digest: str) -> Mapping[str, Any] | None:
-        """The spec of a key that has been seen or is published, else None."""
-        for stage in self._stages() if digest not in self._specs else ():
-            with suppress(DamagedArtifact, OSError):
-                self._specs[digest] = self.read(stage, digest).key.spec
-        return self._specs.get(digest)
+        ages = {}
+        for digest in self._digests(stage):
+            with suppress(FileNotFoundError):
+                ages[digest] = -os.stat(f"{self.root}/{stage}/{digest}/{MANIFEST}").st_mtime
+        return ages
 
     def _folder(self, key: StageKey) -> Path:
         return self.root / key.stage / key.digest
@@ -407,3 +421,8 @@ class Store:
             f"{doing}{size} failed in {self.ROOT} {self.root}: {cause.strerror}. {advice}, or choose {self.INSTEAD}; "
             "then run again. Published stages stay, an unfinished one resumes from its checkpoints."
         )
+
+
+def _at_once(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(function, items))

@@ -198,6 +198,7 @@ def _make_plan(options: argparse.Namespace, console: Console) -> "tuple[Plan, St
 def _plan(options: argparse.Namespace, console: Console) -> int:
     plan, store = _make_plan(options, console)
     from sweeps.plan.price import price
+    from sweeps.plan.trials import distinct_stages
 
     with console.status("counting the price"):
         cost = price(plan, store, gpus=options.gpus, tflops=options.tflops)
@@ -221,9 +222,10 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
         stages.add_row(name, *map(str, count), str(count.distinct - count.cached))
     console.print(stages)
     reasons: dict[tuple[str, str], list[str]] = {}
+    whys = store.why_many(distinct_stages(plan.trials))
     for key, wanted in plan.missing().items():
         rows = [plan.rows_of(trial) for trial in wanted]
-        reasons.setdefault((key.stage, store.why(key)), []).extend(rows)
+        reasons.setdefault((key.stage, whys[key]), []).extend(rows)
     for (stage, why), rows in reasons.items():
         told = ", ".join(dict.fromkeys(rows))
         console.print(f"{stage} of {told}: {why}", highlight=False, markup=False, soft_wrap=True)

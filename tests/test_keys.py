@@ -93,11 +93,15 @@ def test_why_looks_into_changed_inputs(store):
     build(store, segmentor(caae()), make_weights)
     changed = caae(decoder_depth=4)
 
-    assert store.why(segmentor(changed)) == "input caae changed"  # this key has not been seen yet
-    store.find(changed)
     inside = "input caae changed (decoder_depth 8 -> 4)"
-    assert store.why(segmentor(changed)) == inside
-    assert store.why(segmentor(changed, sigma=0.2)) == f"{inside}, segmentor.sigma 0.1 -> 0.2"
+    assert store.why(segmentor(changed)) == "input caae changed"  # nothing is known of this input
+    told = store.why_many([changed, segmentor(changed), segmentor(changed, sigma=0.2), caae()])
+    assert list(told.values()) == [
+        "caae.decoder_depth 8 -> 4",
+        inside,
+        f"{inside}, segmentor.sigma 0.1 -> 0.2",
+        "already published",
+    ]
 
     def cams(source):
         return StageKey("cams", {"stage": "cams", "params": {}, "inputs": {"segmentor": source.digest}})
@@ -115,5 +119,14 @@ def test_why_compares_with_the_artifact_whose_inputs_are_nearest(store):
         build(store, source, make_weights)
         build(store, segmentor(source), make_weights)
     wanted = caae(decoder_depth=4)
-    store.find(wanted)
-    assert store.why(segmentor(wanted)) == "input caae changed (decoder_depth 8 -> 4)"
+    told = store.why_many([wanted, segmentor(wanted)])
+    assert told[segmentor(wanted)] == "input caae changed (decoder_depth 8 -> 4)"
+
+
+def test_why_of_many_asks_the_store_for_none_of_them(either, monkeypatch):
+    build(either, caae(), make_weights)
+    requests, real = [], either.storage.retry
+    monkeypatch.setattr(either.storage, "retry", lambda call: requests.append(call) or real(call))
+    told = either.why_many([caae(lr=n) for n in range(100)])
+    assert {why.partition(" 0.1 -> ")[0] for why in told.values()} == {"caae.lr"}
+    assert len(requests) < 10

@@ -265,6 +265,13 @@ def test_a_folder_that_vanishes_for_a_while_loses_nothing(tmp_path, caplog):
 def test_a_folder_that_stays_away_is_given_up(tmp_path):
     store = Store(tmp_path / "store", patience=0.2)
     os.rename(store.root, tmp_path / "away")
-    for act in (lambda: store.find(caae()), lambda: store.holder(caae()), lambda: store.workspace(caae())):
+    for act in (
+        lambda: store.find(caae()),
+        lambda: store.find_many([caae(lr=n) for n in range(1000)]),
+        lambda: store.published(["caae"]),
+        lambda: store.newest("caae", 1),
+        lambda: store.holder(caae()),
+        lambda: store.workspace(caae()),
+    ):
         with pytest.raises(StorageUnreachable, match=f"the store {store.root} could not be reached"):
             act()

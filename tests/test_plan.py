@@ -9,7 +9,8 @@ from semformer.errors import UserError
 from semformer.store import Store
 from sweeps import cli
 from sweeps.plan.table import load_table, resolve, table_names
-from sweeps.plan.trials import Cell, make_plan
+from sweeps.plan.trials import Cell, distinct_stages, make_plan
+from tests.artifacts import publish
 
 MINE = """\
 name: mine
@@ -233,6 +234,14 @@ def test_what_is_in_the_store_is_counted_and_what_is_not_is_explained(store):
     key, trials = next(iter(other.missing().items()))
     assert store.why(key) == "caae.class_dim 8 -> 4"
     assert trials == list(other.trials)
+
+
+def test_planning_reads_no_artifact(store, monkeypatch):
+    keys = distinct_stages(plan_of("table03", store).trials)
+    for key in keys[:3]:
+        publish(store, key)
+    monkeypatch.setattr("semformer.store.read_manifest", lambda *manifest: pytest.fail("a manifest was read"))
+    assert plan_of("table03", store).cached == {key.digest for key in keys[:3]}
 
 
 def test_rows_may_differ_in_their_data(mine, store):

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 from semformer.errors import StoreError
+from semformer.keys import StageKey
 from semformer.store import DamagedArtifact, Store, open_store
-from tests.artifacts import build, caae, damage, fill, flip_a_bit, make_weights, outputs, segmentor, visible
+from tests.artifacts import build, caae, damage, fill, flip_a_bit, make_weights, outputs, publish, segmentor, visible
 
 # Publish and find
 
@@ -141,6 +142,37 @@ def test_what_is_published_is_told_by_names_alone(either):
     either.workspace(caae(decoder_depth=4))
     assert either.published() == {source.digest, segmentor(source).digest}
     assert either.published(["segmentor", "cams"]) == {segmentor(source).digest}
+
+
+def test_the_newest_are_told_by_names_and_ages_alone(store):
+    artifacts = [publish(store, caae(decoder_depth=n)) for n in range(5)]
+    for age, artifact in enumerate(artifacts):
+        os.utime(artifact.path / "manifest.json", (1e9 - age, 1e9 - age))
+    assert store.newest("caae", 2) == [artifact.key.digest for artifact in artifacts[:2]]
+    assert store.newest("segmentor", 2) == []
+
+
+def test_many_are_found_at_once_without_what_is_missing_or_damaged(either, tmp_path):
+    keys = [caae(decoder_depth=n) for n in range(4)]
+    good, short, flipped = (build(either, key, make_weights) for key in keys[:3])
+    damage(short, lambda folder: os.truncate(folder / "weights.bin", 10), tmp_path / "short")
+    damage(flipped, flip_a_bit, tmp_path / "flipped")
+    assert either.find_many(keys) == {keys[0]: good, keys[2]: flipped}
+    assert either.find_many(keys, verify=True) == {keys[0]: good}
+    assert len({name.split("/")[1] for name in either.storage.entries("damaged/")}) == 2
+
+
+def test_an_artifact_is_read_with_all_that_it_was_made_from(either):
+    source = caae()
+    maps = StageKey("cams", {"inputs": {"segmentor": segmentor(source).digest}})
+    for key in (source, segmentor(source), maps, caae(decoder_depth=4)):
+        publish(either, key)
+    gone = StageKey("cams", {"inputs": {"segmentor": segmentor(caae(decoder_depth=2)).digest}})
+    publish(either, gone)
+    found = either.read_with_inputs([("cams", maps.digest), ("cams", gone.digest)])
+    assert {artifact.key for artifact in found.values()} == {maps, segmentor(source), source, gone}
+    found = either.read_with_inputs([("cams", maps.digest)], but={segmentor(source).digest})
+    assert list(found) == [maps.digest]
 
 
 def test_publish_refuses_what_it_cannot_keep_and_removes_the_workspace(either, tmp_path):

@@ -4,7 +4,7 @@ Rows that ask for the same result share one trial; trials that need the same sta
 here, and no network is built.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -57,6 +57,11 @@ class Trial:
         return tuple(stage.name for stage in pipeline.needed_stages(self.config) if stage.reads_masks(self.config))
 
 
+def distinct_stages(trials: Iterable[Trial]) -> list[StageKey]:
+    """The keys of all stages of the trials, each once, in order."""
+    return list({key.digest: key for trial in trials for key in trial.keys.values()}.values())
+
+
 class Count(NamedTuple):
     """How many rows ask for a kind of stage, how many different ones that makes, how many of these are in the store."""
 
@@ -78,7 +83,7 @@ class Plan:
     seeds: tuple[int, ...]
     trials: tuple[Trial, ...]
     cached: frozenset[str]
-    """Digests of the stages that are in the store."""
+    """Digests of the stages that are in the store, by their names alone: what is damaged shows when it is read."""
 
     @property
     def documents(self) -> dict[str, str]:
@@ -176,8 +181,8 @@ def make_plan(
                 if known := trials.get(trial.key):
                     trial = replace(known, cells=(*known.cells, *trial.cells))
                 trials[trial.key] = trial
-    keys = {key for trial in trials.values() for key in trial.keys.values()}
-    published = store.published({key.stage for key in keys})
-    cached = frozenset(key.digest for key in keys if key.digest in published and store.find(key, verify=False))
+    stages = distinct_stages(trials.values())
+    published = store.published({key.stage for key in stages})
+    cached = frozenset(published & {key.digest for key in stages})
     name, title = (tables[0].name, tables[0].title) if len(tables) == 1 else (SEVERAL, f"{len(tables)} tables")
     return Plan(name, title, tuple(tables), preset, dict(overrides), tuple(seeds), tuple(trials.values()), cached)

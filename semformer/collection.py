@@ -1,10 +1,11 @@
 """What a store still needs, and the removal of the rest.
 
-A root records what a sweep or study needs: the digests of its stages. What a root reaches, directly or as the input of
-something reached, is never removed.
+A root records what a sweep or study needs: the digests of its stages. Each of its drivers has one of its own, named
+"SWEEP.ID". What a root reaches, directly or as the input of something reached, is never removed.
 """
 
 import json
+import logging
 import re
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping
@@ -34,6 +35,8 @@ NAMES = {
     "artifacts": rf"{STAGE}/{WHOLE}",
 }
 """What the names begin with that belong to a kind of thing; the first that fits."""
+UNREADABLE = (ValueError, KeyError, TypeError)
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -59,36 +62,64 @@ class Collected:
 def keep(storage: Storage, name: str, digests: Iterable[str], about: Mapping[str, Any]) -> None:
     """See `Store.keep`."""
     digests = sorted(set(digests))
-    if bad := [digest for digest in digests if not re.fullmatch(r"[0-9a-f]{64}", digest)]:
+    if bad := [digest for digest in digests if not re.fullmatch(DIGEST, digest)]:
         raise ValueError(f"{bad[0]!r} is no digest of a stage")
-    kept = datetime.now(UTC).isoformat(timespec="seconds")
-    content = json.dumps({"kept": kept, "about": about, "digests": digests}, indent=1, allow_nan=False)
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    content = json.dumps({"kept": now, "about": about, "digests": digests}, indent=1, allow_nan=False)
     storage.write(_file(name), content.encode())
 
 
-def roots(storage: Storage) -> dict[str, Root]:
+def kept(storage: Storage, name: str) -> Root | None:
+    """See `Store.kept`."""
+    try:
+        return _parse(storage.read(_file(name))[0])
+    except FileNotFoundError:
+        return None
+    except UNREADABLE as error:
+        log.warning("%s in the store %s cannot be read (%r), and does not count", _file(name), storage.location, error)
+        return None
+
+
+def roots(storage: Storage, without: Iterable[str] = ()) -> dict[str, Root]:
     """See `Store.roots`."""
     found = {}
-    for file in sorted(storage.entries("roots/")):
+    for name in sorted(set(_names(storage)).difference(*(_names_of(storage, sweep) for sweep in without))):
         try:
-            content = json.loads(storage.read(file)[0])
-            root = Root(frozenset(content["digests"]), content["kept"], content["about"])
+            found[name] = _parse(storage.read(_file(name))[0])
         except FileNotFoundError:  # dropped meanwhile
             continue
-        except (ValueError, KeyError, TypeError) as error:
+        except UNREADABLE as error:
             raise UserError(
-                f"{file} in the store {storage.location} cannot be read ({error!r}): start its sweep again, which "
-                "writes it anew, or remove it if nothing needs what it names"
+                f"{_file(name)} in the store {storage.location} cannot be read ({error!r}): resume its sweep, which "
+                "writes it anew, or remove it if nothing needs what it named"
             ) from error
-        found[unquote(file.removeprefix("roots/").removesuffix(".json"))] = root
     return found
 
 
-def drop(storage: Storage, name: str) -> None:
+def drop(storage: Storage, sweep: str) -> None:
     """See `Store.drop`."""
-    if _file(name) not in storage.entries(_file(name)):
-        raise UserError(f"the store {storage.location} has no root {name!r}, only {sorted(roots(storage))}")
-    storage.remove(_file(name))
+    for name in _names_of(storage, sweep):
+        storage.remove(_file(name))
+
+
+def _names(storage: Storage) -> list[str]:
+    return [unquote(file.removeprefix("roots/").removesuffix(".json")) for file in storage.entries("roots/")]
+
+
+def _names_of(storage: Storage, sweep: str) -> list[str]:
+    """Of a sweep's roots; raises UserError if there is none."""
+    names = _names(storage)
+    found = [name for name in names if name == sweep or name.rpartition(".")[:2] == (sweep, ".")]
+    if not found:
+        known = ", ".join(sorted(names)) or "nobody"
+        raise UserError(f"the store {storage.location} keeps nothing for {sweep!r}, only for {known}")
+    return found
+
+
+def _parse(content: bytes) -> Root:
+    """Raises one of UNREADABLE."""
+    told = json.loads(content)
+    return Root(frozenset(told["digests"]), told["kept"], told["about"])
 
 
 def _file(name: str) -> str:
@@ -96,19 +127,16 @@ def _file(name: str) -> str:
 
 
 def collect(store: "Store", *, apply: bool, grace: float, without: Collection[str] = ()) -> list[Collected]:
-    """See `Store.collect`.
-
-    Not while a sweep is being started: a root written after the roots were read here comes too late.
-    """
+    """See `Store.collect`. A root that is written meanwhile counts, unless that happens during the removal itself."""
     groups = _groups(store)
     live = store.leases.live()
-    known = roots(store.storage)
-    if not known:
+    known = roots(store.storage, without)
+    if not known and not without:
         raise UserError(
             f"the store {store.location} has no roots, so nothing says what is needed and nothing is removed: "
             "start (or plan again) the sweeps whose results are to stay"
         )
-    wanted = set().union(live, *live.values(), *(root.digests for name, root in known.items() if name not in without))
+    wanted = set().union(live, *live.values(), *(root.digests for root in known.values()))
     reached, places = _reach(store, groups, wanted)
     reasons: dict[tuple[str, str, str], dict[str, Entry]] = defaultdict(dict)
     for (kind, stage, digest), things in groups.items():
@@ -122,6 +150,9 @@ def collect(store: "Store", *, apply: bool, grace: float, without: Collection[st
         for (stage, digest, why), things in reasons.items()
     ]
     if apply:
+        late = set().union(*(root.digests for root in roots(store.storage, without).values())) - wanted
+        reached, _ = _reach(store, groups, late)
+        collected = [item for item in collected if item.digest not in reached]
         names = [name for item in collected for name in item.names]
         for name in sorted(names, key=lambda name: not name.startswith("manifests/")):  # readers look there first
             store.storage.remove(name)

@@ -279,29 +279,37 @@ class Store:
     # What is needed (`semformer.collection`)
 
     def keep(self, name: str, digests: Iterable[str], about: Mapping[str, Any] | None = None) -> None:
-        """Record that the sweep or study `name` needs these stages and all that they were made from.
+        """Record that `name` needs these stages and all that they were made from: a sweep or study, or a driver of it
+        with an id of its own, as "SWEEP.ID".
 
         Replaces what was recorded under the name. Raises ValueError for what is no digest.
         """
         collection.keep(self.storage, name, digests, about or {})
 
-    def roots(self) -> dict[str, Root]:
-        """Everything recorded by `keep`, by name. Raises UserError for a record that cannot be read."""
-        return collection.roots(self.storage)
+    def kept(self, name: str) -> Root | None:
+        """What `keep` recorded under this very name; None if that is nothing, or, with a warning, not readable."""
+        return collection.kept(self.storage, name)
 
-    def drop(self, name: str) -> None:
-        """Forget what `keep` recorded. Raises UserError if nothing is recorded under this name."""
-        collection.drop(self.storage, name)
+    def roots(self, *, without: Iterable[str] = ()) -> dict[str, Root]:
+        """Everything recorded by `keep`, by name, but for the sweeps named in `without`.
+
+        Raises UserError for a record that cannot be read, and if nothing is recorded for one of `without`.
+        """
+        return collection.roots(self.storage, without)
+
+    def drop(self, sweep: str) -> None:
+        """Forget what was recorded for a sweep, by all of its drivers. Raises UserError if that is nothing."""
+        collection.drop(self.storage, sweep)
 
     def collect(
         self, *, apply: bool = False, grace: float = 24 * 3600.0, without: Iterable[str] = ()
     ) -> list[Collected]:
         """What no root reaches and nobody has touched for `grace` seconds; removed only with `apply`.
 
-        The roots named in `without` do not count. Raises UserError if there are no roots, for then nothing says what
-        is needed.
+        The roots of the sweeps named in `without` do not count. Raises UserError as `roots` does, and if nothing was
+        ever recorded, for then nothing says what is needed.
         """
-        return collection.collect(self, apply=apply, grace=grace, without=set(without))
+        return collection.collect(self, apply=apply, grace=grace, without=list(without))
 
     # Helpers
 

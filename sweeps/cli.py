@@ -351,10 +351,7 @@ def _gc(options: argparse.Namespace, console: Console) -> int:
     from semformer.store import open_store
 
     store = open_store(options.store)
-    roots = store.roots()
-    for name in options.drop:
-        if name not in roots:
-            raise UserError(f"--drop {name}: the store keeps nothing for it, only for {', '.join(roots) or 'nobody'}")
+    roots = store.roots(without=options.drop)
     found = store.collect(apply=options.apply, grace=options.grace * 3600, without=options.drop)
     if options.apply:
         for name in options.drop:
@@ -369,7 +366,7 @@ def _gc(options: argparse.Namespace, console: Console) -> int:
         listed.add_row(one.stage, one.digest[:SHORT], f"{one.bytes / 1e6:.1f}", escape(one.why))
     if found:
         console.print(listed)
-    kept = f"kept for {', '.join(name for name in roots if name not in options.drop) or 'nobody'}"
+    kept = f"kept for {', '.join(roots) or 'nobody'}"
     total = f"{sum(one.bytes for one in found) / 1e6:.1f} MB in {len(found)} places"
     told = f"{total} deleted; {kept}" if options.apply else f"{total} could be deleted (--apply does it); {kept}"
     console.print(told, highlight=False, soft_wrap=True)

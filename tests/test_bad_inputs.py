@@ -90,7 +90,7 @@ def test_rows_that(place, ray_folder, command, mistake):
         (["stop"], "there is no sweep in "),
         (["sync"], "there is no sweep in "),
         (["gc"], "has no roots"),
-        (["gc", "--drop", "mine"], "--drop mine: the store keeps nothing for it, only for nobody"),
+        (["gc", "--drop", "mine"], "keeps nothing for 'mine', only for nobody"),
     ],
 )
 def test_options_that_make_no_sense(place, ray_folder, arguments, told):

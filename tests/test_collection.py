@@ -6,6 +6,7 @@ import time
 
 import pytest
 
+from semformer import collection
 from semformer.errors import UserError
 from semformer.store import open_store
 from tests.artifacts import build, caae, damage, flip_a_bit, make_weights, segmentor, visible
@@ -124,19 +125,55 @@ def test_roots_are_kept_under_any_name_and_dropped(store):
     assert roots["search"].digests == {KEPT.digest}
     assert roots["search"].about == {"trials": 3}
     store.keep("search", [DROPPED.digest])
-    assert store.roots()["search"].digests == {DROPPED.digest}
+    assert store.kept("search").digests == {DROPPED.digest}
     store.drop("search")
-    with pytest.raises(UserError, match=r"no root 'search', only \['table 3/tiny'\]"):
+    assert store.kept("search") is None
+    with pytest.raises(UserError, match="keeps nothing for 'search', only for table 3/tiny"):
         store.drop("search")
     with pytest.raises(ValueError, match="'caae' is no digest"):
         store.keep("search", ["caae"])
 
 
+def test_the_roots_of_all_drivers_of_a_sweep_are_dropped_together(store):
+    """But not those of sweeps whose names only begin alike."""
+    for name in ("search.0a1b", "search.2c3d", "search-2", "search-2.0a1b", "search.old.0a1b"):
+        store.keep(name, [segmentor(DROPPED).digest])
+    others = {"search-2", "search-2.0a1b", "search.old.0a1b", "table 3/tiny"}
+    assert set(store.roots(without=["search"])) == others
+    assert told(store.collect(grace=0)) == set()
+    assert told(store.collect(grace=0, without=["search", "search-2", "search.old"])) == UNREACHED
+    store.drop("search")
+    assert set(store.roots()) == others
+    for nobody in ("search", "sear", ""):
+        with pytest.raises(UserError, match=f"keeps nothing for '{nobody}', only for search-2"):
+            store.drop(nobody)
+
+
 @pytest.mark.parametrize("content", ["{", "[]", json.dumps({"digests": None, "kept": "", "about": {}})])
-def test_an_unreadable_root_stops_the_collection(store, content):
+def test_an_unreadable_root_stops_the_collection_and_nothing_else(store, caplog, content):
     store.storage.write("roots/search.json", content.encode())
-    with pytest.raises(UserError, match=r"roots/search\.json in the store .* cannot be read"):
+    with pytest.raises(UserError, match=r"roots/search\.json in the store .* cannot be read .* or remove it"):
         store.collect(apply=True, grace=0)
+    assert len(visible(store)) == 4
+    store.keep("other", [KEPT.digest])
+    assert store.kept("other").digests == {KEPT.digest}
+    assert store.kept("search") is None
+    assert "roots/search.json in the store" in caplog.text
+    assert told(store.collect(grace=0, without=["search"])) == UNREACHED
+    store.keep("search", [KEPT.digest])
+    assert told(store.collect(grace=0)) == UNREACHED
+
+
+def test_a_root_that_is_written_while_a_collection_looks_around_counts(store, monkeypatch):
+    real = collection.roots
+
+    def a_sweep_begins_right_after(*arguments):
+        known = real(*arguments)
+        store.keep("late", [segmentor(DROPPED).digest])
+        return known
+
+    monkeypatch.setattr(collection, "roots", a_sweep_begins_right_after)
+    assert told(store.collect(apply=True, grace=0)) == set()
     assert len(visible(store)) == 4
 
 

@@ -201,7 +201,7 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
     from sweeps.plan.trials import distinct_stages
 
     with console.status("counting the price"):
-        cost = price(plan, store, gpus=options.gpus, tflops=options.tflops)
+        cost = price(plan.trials, plan.cached, store, gpus=options.gpus, tflops=options.tflops)
     if options.json:
         print(json.dumps({**plan.as_json(), "price": cost.as_json()}))
         return 0

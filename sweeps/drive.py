@@ -15,8 +15,9 @@ from rich.markup import escape
 
 from semformer.pipeline import open_data
 from semformer.store import Store
-from sweeps.plan.price import budget_hours, check_budget, check_packing, estimate, price
-from sweeps.plan.trials import Plan, Trial
+from sweeps.plan.packing import check_packing
+from sweeps.plan.price import budget_hours, check_budget, estimate, price
+from sweeps.plan.trials import Plan, Trial, distinct_stages
 from sweeps.tracking.display import Display
 from sweeps.tracking.folder import SweepFolder
 from sweeps.tracking.state import SweepState, duration
@@ -73,7 +74,8 @@ class Drive:
             self._print(f"nothing to do: all {len(self.plan.trials)} trials are finished and recorded")
             return self._conclude(self.state.counts(), failed=False)
         if self.options.budget and self.plan.trials:
-            cost = price(self.plan, self.store, gpus=self.options.gpus, tflops=self.options.tflops)
+            plan = self.plan
+            cost = price(plan.trials, plan.cached, self.store, gpus=self.options.gpus, tflops=self.options.tflops)
             check_budget(cost, self.options.budget)
         self._announce()
         with self._ray() as run_trials:
@@ -196,9 +198,10 @@ class Drive:
             else:
                 gpu_memory = preflight.gpu_memory()
             if 0 < share["gpu"] < 1 and gpu_memory:
-                fits = check_packing(self.plan, self.store, gpus_per_trial=share["gpu"], gpu_bytes=min(gpu_memory))
+                keys = distinct_stages(self.missing)
+                fits = check_packing(keys, self.store, gpus_per_trial=share["gpu"], gpu_bytes=min(gpu_memory))
                 self._print(fits)
-            estimates = estimate(self.plan, self.store, tflops=options.tflops)
+            estimates = estimate(self.plan.trials, self.plan.cached, self.store, tflops=options.tflops)
             seconds = {digest: one.seconds for digest, one in estimates.items()}
             yield lambda: runner.run_trials(
                 self.missing,

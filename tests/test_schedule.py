@@ -1,52 +1,65 @@
-"""The order of trials, and the simulated sweep that a price is made from."""
+"""The list schedule that a price's wall time is made from."""
 
 import pytest
 
-from semformer.config import load_config
 from semformer.keys import StageKey
-from sweeps.plan.trials import Cell, Trial
-from sweeps.schedule.queue import simulate
+from sweeps.plan.price import list_schedule
 
-CONFIG = load_config("micro")
 HOURS = {"caae": 4.0, "segmentor": 2.0, "cams": 0.5, "evaluate": 0.25}
 
 
-def trial(name: str, **named: str) -> Trial:
-    """A trial whose stages have the given names, and elsewhere its own."""
-    keys = {stage: StageKey(stage, {"name": named.get(stage, name)}) for stage in HOURS}
-    return Trial(CONFIG, None, "", keys, (Cell("table", name, 0),))
+def chain(name: str, **named: str) -> list[StageKey]:
+    """The stages of a trial, which have the given names, and elsewhere its own; each reads the one before."""
+    keys: list[StageKey] = []
+    for stage in HOURS:
+        inputs = {keys[-1].stage: keys[-1].digest} if keys else {}
+        keys.append(StageKey(stage, {"name": named.get(stage, name), "inputs": inputs}))
+    return keys
 
 
 def hours(key: StageKey) -> float:
     return HOURS[key.stage]
 
 
-def test_one_trial_takes_the_sum_of_its_missing_stages():
-    one = trial("a")
-    assert simulate([one], hours, gpus=4) == 6.75
-    assert simulate([one], hours, ready={one.keys["caae"].digest}) == 2.75
-    assert simulate([], hours) == 0.0
+def wall(*chains: list[StageKey], gpus: int = 1) -> float:
+    return list_schedule({key for keys in chains for key in keys}, hours, gpus=gpus)
 
 
-def test_trials_without_common_stages_run_beside_each_other():
-    trials = [trial(name) for name in "abcd"]
-    assert [simulate(trials, hours, gpus=n) for n in (1, 2, 3, 4)] == [27.0, 13.5, 13.5, 6.75]
+def test_a_chain_takes_the_sum_of_its_stages_and_what_is_there_no_time():
+    assert wall(chain("a"), gpus=4) == 6.75
+    assert wall(chain("a")[1:]) == 2.75
+    assert wall() == 0.0
 
 
-def test_dependents_start_when_the_shared_stage_is_made_not_when_its_trial_ends():
-    trials = [trial(name, caae="shared") for name in "ab"]
-    assert simulate(trials, hours, gpus=2) == 4 + 2.75
-    assert simulate(trials, hours, gpus=1) == 4 + 2 * 2.75
+def test_chains_without_common_stages_run_beside_each_other():
+    chains = [chain(name) for name in "abcd"]
+    assert [wall(*chains, gpus=n) for n in (1, 2, 4)] == [27.0, 13.5, 6.75]
+
+
+def test_a_shared_stage_is_made_once_and_what_reads_it_starts_then():
+    shared = [chain(name, caae="shared") for name in "ab"]
+    assert wall(*shared, gpus=2) == 4 + 2.75
+    assert wall(*shared) == 4 + 2 * 2.75
+
+
+def test_the_longest_chain_goes_first():
+    """After 4 hours one GPU goes on with the chain, and the other has made the short stages meanwhile."""
+    short = [chain(f"short-{n}")[3:] for n in range(16)]
+    assert wall(*short, chain("long"), gpus=2) == 6.75
+
+
+def test_a_stage_waits_for_all_of_its_inputs():
+    left, right = chain("left")[:2], chain("right")[:1]
+    both = StageKey("cams", {"inputs": {"segmentor": left[-1].digest, "caae": right[0].digest}})
+    assert wall(left, right, [both], gpus=2) == 4 + 2 + 0.5
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 4])
 def test_no_schedule_beats_the_bounds(gpus):
-    shared = [trial(f"shared-{n}", caae="shared") for n in range(6)]
-    own = [trial(f"own-{n}") for n in range(3)]
-    inference = [trial(f"inference-{n}", caae="shared", segmentor="shared-0") for n in range(4)]
+    shared = [chain(f"shared-{n}", caae="shared") for n in range(6)]
+    own = [chain(f"own-{n}") for n in range(3)]
+    inference = [chain(f"inference-{n}", caae="shared", segmentor="shared-0") for n in range(4)]
     work = 4 * 4.0 + 9 * 2.0 + 13 * 0.75
-    wall = simulate([*inference, *own, *shared], hours, gpus=gpus)
-    assert wall >= max(work / gpus, 6.75)
-    assert wall <= work / gpus + 6.75  # Graham's bound for any list schedule
-    if gpus == 1:
-        assert wall == work
+    told = wall(*inference, *own, *shared, gpus=gpus)
+    assert told >= max(work / gpus, 6.75)
+    assert told <= work / gpus + (1 - 1 / gpus) * 6.75  # Graham's bound for any list schedule

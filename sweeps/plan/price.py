@@ -1,16 +1,18 @@
-"""What a plan costs before it runs: GPU-hours and wall time, with and without sharing; and whether it fits.
+"""What trials cost before they run: GPU-hours and wall time, with and without sharing.
 
 A trial holds its GPU through all of its stages, so their seconds are GPU-seconds, whatever they compute on.
 """
 
+import functools
 import heapq
 import math
 import re
 import statistics
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 from semformer import pipeline
 from semformer.config import Config
@@ -18,7 +20,7 @@ from semformer.errors import UserError
 from semformer.flops import Images, stage_passes, stage_work
 from semformer.keys import StageKey
 from semformer.store import Artifact, Store
-from sweeps.plan.trials import Plan, Trial
+from sweeps.plan.trials import Trial, distinct_stages
 
 TFLOPS = 40.0
 """Effective throughput of one GPU in training, in 10^12 operations a second: an eighth of what an A100 can do in
@@ -29,20 +31,17 @@ SECONDS_A_PASS = 0.02
 they are."""
 PIXELS_PER_SECOND = 1e7
 """Of `evaluate`, on one CPU core: 19 ms for a VOC image with its files, of which scoring with erosion is 7."""
-SAMPLE = 10
-"""Published artifacts of a stage whose times are compared at most: counting their work takes time."""
-SIMULATED = 300
-"""Trials up to which the wall time is simulated; of more, the bound is as good and takes no time."""
-CUDA_CONTEXT = 512 * 2**20
-"""Bytes of a GPU that CUDA takes in every process, beside what torch reserves."""
+SAMPLE = 100
+"""Published artifacts of a stage that are read at most."""
 
+T = TypeVar("T")
 Basis = Literal["measured", "similar", "counted"]
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """How long a stage takes. "measured": it is in the store, and took so long; "similar": like the published
-    artifacts of this stage on these images, in proportion to the work; "counted": from the work alone."""
+    """How long a stage takes. "measured": it is in the store, and took so long; "similar": like a sample of the
+    published artifacts of this stage, in proportion to the work; "counted": from the work alone."""
 
     seconds: float
     basis: Basis
@@ -55,7 +54,7 @@ class Cost(NamedTuple):
 
 @dataclass(frozen=True)
 class Price:
-    """Of a plan on `gpus` GPUs with one trial on each."""
+    """Of trials on `gpus` GPUs, one on each."""
 
     gpus: int
     missing: Cost
@@ -89,57 +88,88 @@ class Price:
         ]
 
 
-def estimate(plan: Plan, store: Store, *, tflops: float = TFLOPS) -> dict[str, Estimate]:
-    """How long every distinct stage of the plan takes on one GPU, by digest. `tflops`: see TFLOPS."""
-    work = _Work(plan, store)
-    rates: dict[str, float | None] = {}
+def estimate(
+    trials: Sequence[Trial], cached: Collection[str], store: Store, *, tflops: float = TFLOPS
+) -> dict[str, Estimate]:
+    """How long every distinct stage of the trials takes on one GPU, by digest.
 
-    def estimated(key: StageKey) -> Estimate:
-        if artifact := work.published.get(key.digest):
-            return Estimate(artifact.info["seconds"], "measured")
-        if key.stage not in rates:
-            rates[key.stage] = work.seconds_per_operation(key.stage)
-        if (rate := rates[key.stage]) is not None:
-            return Estimate(rate * work.operations(key), "similar")
-        if key.stage == "evaluate":
-            return Estimate(work.operations(key) / PIXELS_PER_SECOND, "counted")
-        seconds = max(work.operations(key) / (tflops * 1e12), work.passes(key) * SECONDS_A_PASS)
-        return Estimate(seconds, "counted")
+    `cached` holds the digests of those in the store, of which a sample is read. `tflops`: see TFLOPS.
+    """
+    work, estimates = _Work(trials), {}
+    stages: dict[str, list[StageKey]] = defaultdict(list)
+    for key in distinct_stages(trials):
+        stages[key.stage].append(key)
+    for stage, wanted in stages.items():
+        sample = _sample(stage, [key.digest for key in wanted if key.digest in cached], store, work)
+        taken = {artifact.key.digest: artifact.info["seconds"] for artifact in sample}
+        rate = work.seconds_per_operation(sample)
+        for key in wanted:
+            if key.digest in taken:
+                estimates[key.digest] = Estimate(taken[key.digest], "measured")
+            elif rate is not None:
+                estimates[key.digest] = Estimate(rate * work.operations(key), "similar")
+            else:
+                estimates[key.digest] = Estimate(work.counted_seconds(key, tflops), "counted")
+    return estimates
 
-    return {digest: estimated(key) for digest, key in work.keys.items()}
 
-
-def price(plan: Plan, store: Store, *, gpus: int, tflops: float = TFLOPS) -> Price:
-    """The price of a plan. Raises UserError for a throughput or a number of GPUs that is not positive."""
+def price(
+    trials: Sequence[Trial], cached: Collection[str], store: Store, *, gpus: int, tflops: float = TFLOPS
+) -> Price:
+    """The price of trials, see `estimate`. Raises UserError unless throughput and number of GPUs are positive."""
     if not tflops > 0 or gpus < 1:
         raise UserError(f"a price needs at least one GPU and a positive throughput, not {gpus} and {tflops:g} TFLOP/s")
-    estimates = estimate(plan, store, tflops=tflops)
-    missing = [trial for trial in plan.trials if not plan.is_cached(trial)]
+    estimates = estimate(trials, cached, store, tflops=tflops)
 
     def seconds(key: StageKey) -> float:
         return estimates[key.digest].seconds
 
-    unshared = [sum(map(seconds, trial.keys.values())) for trial in plan.trials for _ in trial.cells]
+    def cost(keys: Collection[StageKey]) -> Cost:
+        return Cost(sum(map(seconds, keys)) / 3600, list_schedule(keys, seconds, gpus=gpus) / 3600)
 
-    def cost(gpu_seconds: float, wall_seconds: float) -> Cost:
-        return Cost(gpu_seconds / 3600, wall_seconds / 3600)
-
+    keys = distinct_stages(trials)
+    unshared = [sum(map(seconds, trial.keys.values())) for trial in trials for _ in trial.cells]
     return Price(
         gpus=gpus,
-        missing=cost(
-            sum(e.seconds for digest, e in estimates.items() if digest not in plan.cached),
-            _wall_seconds(missing, seconds, ready=plan.cached, gpus=gpus),
-        ),
-        empty_store=cost(
-            sum(e.seconds for e in estimates.values()),
-            _wall_seconds(plan.trials, seconds, ready=frozenset(), gpus=gpus),
-        ),
-        without_sharing=cost(
-            sum(unshared),
-            _longest_first(unshared, gpus),
-        ),
+        missing=cost([key for key in keys if key.digest not in cached]),
+        empty_store=cost(keys),
+        without_sharing=Cost(sum(unshared) / 3600, _longest_first(unshared, gpus) / 3600),
         basis=_basis(estimates, tflops),
     )
+
+
+def list_schedule(keys: Iterable[StageKey], seconds: Callable[[StageKey], float], *, gpus: int) -> float:
+    """Seconds until distinct stages are made on `gpus` GPUs, each as soon as its inputs are made and a GPU is free.
+
+    The one before the longest chain goes first. Inputs that are not among `keys` are there already.
+    """
+    stages = {key.digest: key for key in keys}
+    readers: dict[str, list[str]] = defaultdict(list)
+    lacking = {}
+    for digest, key in stages.items():
+        inputs = [source for source in key.inputs.values() if source in stages]
+        lacking[digest] = len(inputs)
+        for source in inputs:
+            readers[source].append(digest)
+
+    @functools.cache
+    def chain(digest: str) -> float:
+        return seconds(stages[digest]) + max(map(chain, readers[digest]), default=0.0)
+
+    ready = [(-chain(digest), digest) for digest, n in lacking.items() if not n]
+    heapq.heapify(ready)
+    running: list[tuple[float, str]] = []
+    now = 0.0
+    while ready or running:
+        while ready and len(running) < gpus:
+            _, digest = heapq.heappop(ready)
+            heapq.heappush(running, (now + seconds(stages[digest]), digest))
+        now, made = heapq.heappop(running)
+        for digest in readers[made]:
+            lacking[digest] -= 1
+            if not lacking[digest]:
+                heapq.heappush(ready, (-chain(digest), digest))
+    return now
 
 
 def budget_hours(budget: str) -> float:
@@ -158,63 +188,38 @@ def check_budget(price: Price, budget: str) -> None:
         )
 
 
-def check_packing(plan: Plan, store: Store, *, gpus_per_trial: float, gpu_bytes: int) -> str:
-    """Whether as many trials as share a GPU fit into its memory, as far as it was measured; says on what grounds.
-
-    The largest peak of any published artifact of the plan's stages counts, whatever its config. Raises UserError that
-    names the stage, its peak and the share that fits.
-    """
-    if not 0 < gpus_per_trial < 1:
-        return "no GPU is shared"
-    trials = math.floor(1 / gpus_per_trial + 1e-9)
-    peaks = {
-        artifact.info["memory"]["peak_bytes"] + CUDA_CONTEXT: artifact.key.stage
-        for artifact in store.artifacts()
-        if artifact.key.stage in plan.stages and artifact.info.get("memory", {}).get("device") == "cuda"
-    }
-    if not peaks:
-        return f"whether {trials} trials fit into a GPU's memory is unknown: no stage was measured on one yet"
-    largest = max(peaks)
-    told = f"{peaks[largest]} takes up to {largest / 2**30:.1f} GiB"
-    if largest * trials > gpu_bytes:
-        fitting = gpu_bytes // largest
-        # rounded up: 0.34 lets two trials onto a GPU, 0.33 three
-        hint = f"--gpus-per-trial {math.ceil(100 / fitting) / 100:g} fits" if fitting else "not even one fits"
-        raise UserError(
-            f"--gpus-per-trial {gpus_per_trial:g}: {trials} trials do not fit into a GPU of "
-            f"{gpu_bytes / 2**30:.1f} GiB: {told}; {hint}"
-        )
-    return f"{trials} trials fit into a GPU of {gpu_bytes / 2**30:.1f} GiB: {told}"
+def spread(items: Sequence[T], n: int = SAMPLE) -> Sequence[T]:
+    """At most `n` of them, at even distances."""
+    return items[:: math.ceil(len(items) / n) or 1]
 
 
 class _Work:
-    """How much there is to compute in a plan's stages, and in the published ones that can be compared with them."""
+    """How much there is to compute in the trials' stages, and in published ones that can be compared with them."""
 
-    def __init__(self, plan: Plan, store: Store):
-        self.keys = {key.digest: key for trial in plan.trials for key in trial.keys.values()}
-        self.published: dict[str, Artifact] = {artifact.key.digest: artifact for artifact in store.artifacts()}
-        self._specs = {digest: artifact.key.spec for digest, artifact in self.published.items()}
-        self._specs |= {digest: key.spec for digest, key in self.keys.items()}
-        self._images = _images(plan)
+    def __init__(self, trials: Sequence[Trial]):
+        self.specs = {key.digest: key.spec for key in distinct_stages(trials)}
+        self._images = _images(trials)
 
     def operations(self, key: StageKey) -> float:
         """Raises KeyError where an input, or the images, are unknown."""
         return 0.0 if _is_import(key) else stage_work(key.stage, *self._config_and_images(key))
 
-    def passes(self, key: StageKey) -> int:
-        """Raises KeyError as `operations` does."""
-        return 0 if _is_import(key) else stage_passes(key.stage, *self._config_and_images(key))
+    def counted_seconds(self, key: StageKey, tflops: float) -> float:
+        """From the work alone; raises KeyError as `operations` does."""
+        if _is_import(key):
+            return 0.0
+        if key.stage == "evaluate":
+            return self.operations(key) / PIXELS_PER_SECOND
+        passes = stage_passes(key.stage, *self._config_and_images(key))
+        return max(self.operations(key) / (tflops * 1e12), passes * SECONDS_A_PASS)
 
-    def seconds_per_operation(self, stage: str) -> float | None:
-        """The median over published artifacts of the stage on the plan's images; None where there is none."""
-        rates: list[float] = []
-        for artifact in self.published.values():
-            if artifact.key.stage == stage and len(rates) < SAMPLE:
-                try:
-                    work = self.operations(artifact.key)
-                except KeyError:
-                    continue
-                rates += [artifact.info["seconds"] / work] if work else []
+    def seconds_per_operation(self, artifacts: Iterable[Artifact]) -> float | None:
+        """The median over artifacts of a stage; None without one on the trials' images."""
+        rates = []
+        for artifact in artifacts:
+            with suppress(KeyError):
+                if work := self.operations(artifact.key):
+                    rates.append(artifact.info["seconds"] / work)
         return statistics.median(rates) if rates else None
 
     def _config_and_images(self, key: StageKey) -> tuple[Config, Images]:
@@ -226,22 +231,16 @@ class _Work:
         """The parameters of a stage and of all that leads to it, by stage."""
         params[spec["stage"]] = spec["params"]
         for digest in spec.get("inputs", {}).values():
-            self._collect(self._specs[digest], params)
+            self._collect(self.specs[digest], params)
 
 
-def _wall_seconds(
-    trials: Sequence[Trial], seconds: Callable[[StageKey], float], *, ready: frozenset[str], gpus: int
-) -> float:
-    """Of trials that share stages, of which those in `ready` are there. Of many trials it is what no list schedule
-    exceeds: work / m + (1 - 1 / m) * longest chain, for m GPUs (Graham, 1969)."""
-    if len(trials) <= SIMULATED:
-        from sweeps.schedule.queue import simulate
-
-        return simulate(trials, seconds, ready=ready, gpus=gpus)
-    missing = [[key for key in trial.keys.values() if key.digest not in ready] for trial in trials]
-    work = sum(map(seconds, {key for keys in missing for key in keys}))
-    longest = max(sum(map(seconds, keys)) for keys in missing)
-    return work / gpus + (1 - 1 / gpus) * longest
+def _sample(stage: str, own: Sequence[str], store: Store, work: _Work) -> list[Artifact]:
+    """Published artifacts of a stage: of those with the digests `own`, else the newest, which `work` learns about."""
+    digests = spread(own) or store.newest(stage, SAMPLE)
+    read = store.read_with_inputs(((stage, digest) for digest in digests), but=work.specs)
+    found = [one for one in read.values() if isinstance(one, Artifact)]
+    work.specs |= {artifact.key.digest: artifact.key.spec for artifact in found}
+    return [artifact for artifact in found if artifact.key.stage == stage]
 
 
 def _longest_first(seconds: Iterable[float], gpus: int) -> float:
@@ -256,11 +255,11 @@ def _is_import(key: StageKey) -> bool:
     return "images" not in key.spec["data"]
 
 
-def _images(plan: Plan) -> dict[str, Images]:
-    """What the plan's splits are like, by the digest of their images."""
+def _images(trials: Iterable[Trial]) -> dict[str, Images]:
+    """What the trials' splits are like, by the digest of their images."""
     splits = {stage.name: stage.split for stage in pipeline.STAGES}
     found: dict[str, Images] = {}
-    for trial in plan.trials:
+    for trial in trials:
         for name, key in trial.keys.items():
             digest = key.spec["data"].get("images")
             if digest and digest not in found:

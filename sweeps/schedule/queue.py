@@ -1,8 +1,8 @@
-"""In which order trials start: the rule of the gate, and how long a sweep takes under it."""
+"""In which order trials start: the rule of the gate."""
 
 import heapq
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator
 
 from semformer.keys import StageKey
 from sweeps.plan.trials import Trial
@@ -62,32 +62,3 @@ class Queue:
             if not held(trial):
                 return trial
         return None
-
-
-def simulate(trials: Sequence[Trial], seconds: Seconds, *, ready: Collection[str] = (), gpus: int = 1) -> float:
-    """Seconds until the gate has run all trials on `gpus` GPUs, one trial on each.
-
-    `ready` holds the digests of stages that are in the store. A trial makes its missing stages one after another;
-    the next trial starts as soon as a GPU is free and the gate lets it.
-    """
-    queue, done, claimed, now = Queue(trials, seconds), set(ready), set(), 0.0
-    events: list[tuple[float, int, str]] = []  # when, order, the stage that is made then; "" where a GPU gets free
-    free, order = gpus, 0
-    while len(queue) or events:
-        while free and (trial := queue.next(done, claimed)):
-            queue.remove(trial)
-            free, end = free - 1, now
-            for key in trial.keys.values():
-                if key.digest not in done:
-                    claimed.add(key.digest)
-                    end, order = end + seconds(key), order + 1
-                    heapq.heappush(events, (end, order, key.digest))
-            order += 1
-            heapq.heappush(events, (end, order, ""))
-        now, _, digest = heapq.heappop(events)
-        if digest:
-            done.add(digest)
-            claimed.discard(digest)
-        else:
-            free += 1
-    return now

@@ -9,13 +9,10 @@ the rest is real: Tune, the gate, the store and its leases. Three ways to run th
 """
 
 import argparse
-import functools
-import heapq
-import itertools
 import os
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +26,9 @@ from semformer.store import Store
 from sweeps.cluster import runner
 from sweeps.cluster.connect import ENVIRONMENT
 from sweeps.cluster.trial import payload
-from sweeps.plan.price import PIXELS_PER_SECOND, TFLOPS
+from sweeps.plan.price import PIXELS_PER_SECOND, TFLOPS, list_schedule
 from sweeps.plan.table import load_all_tables
-from sweeps.plan.trials import Trial, make_plan
+from sweeps.plan.trials import Trial, distinct_stages, make_plan
 from tests.benchmarks.sleeper import work
 from tests.devkits import paper_splits
 
@@ -80,38 +77,6 @@ def measure(way: str, trials: Sequence[Trial], seconds: Mapping[str, float], fol
     return {"wall": wall, "held": held, "waited": waited}
 
 
-def list_schedule(trials: Sequence[Trial], seconds: Callable[[StageKey], float]) -> float:
-    """The wall time of a list schedule of the distinct stages, each a task of its own, longest chain first."""
-    stages = {key.digest: key for trial in trials for key in trial.keys.values()}
-    after: dict[str, set[str]] = {digest: set() for digest in stages}
-    before = dict.fromkeys(stages, 0)
-    for trial in trials:
-        chain = [key.digest for key in trial.keys.values()]
-        for first, second in itertools.pairwise(chain):
-            if second not in after[first]:
-                after[first].add(second)
-                before[second] += 1
-
-    @functools.cache
-    def rank(digest: str) -> float:
-        return seconds(stages[digest]) + max(map(rank, after[digest]), default=0.0)
-
-    ready = [(-rank(digest), digest) for digest, n in before.items() if not n]
-    heapq.heapify(ready)
-    running: list[tuple[float, str]] = []
-    now = 0.0
-    while ready or running:
-        while ready and len(running) < GPUS:
-            _, digest = heapq.heappop(ready)
-            heapq.heappush(running, (now + seconds(stages[digest]), digest))
-        now, digest = heapq.heappop(running)
-        for following in after[digest]:
-            before[following] -= 1
-            if not before[following]:
-                heapq.heappush(ready, (-rank(following), following))
-    return now
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--naive-seconds", type=float, default=1200.0, help="of wall time, to which all is scaled")
@@ -125,7 +90,7 @@ def main() -> None:
         total = sum(hours[key.digest] for trial in rows for key in trial.keys.values())
         scale = options.naive_seconds * GPUS / total
         seconds = {digest: value * scale for digest, value in hours.items()}
-        bound = list_schedule(plan.trials, lambda key: seconds[key.digest])
+        bound = list_schedule(distinct_stages(plan.trials), lambda key: seconds[key.digest], gpus=GPUS)
         os.environ.update(ENVIRONMENT)
         ray.init(num_gpus=GPUS, num_cpus=GPUS, include_dashboard=False, log_to_driver=False, logging_level="critical")
         measured = {way: measure(way, rows if way == "naive" else plan.trials, seconds, folder) for way in options.ways}

@@ -1,37 +1,68 @@
-"""Ten thousand trials on a thousand segmentation networks: how long a plan takes, and `status` of such a sweep."""
+"""Ten thousand trials on thirty thousand stages: how long planning, pricing and `status` take, and a lease among many.
+
+`python -m tests.benchmarks.bench_plan` (minutes) with a store in a folder, and with one in a bucket: moto's, in this
+process, each request to which takes `LATENCY` longer.
+"""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+from semformer.artifact import MANIFEST, make_manifest
+from semformer.keys import StageKey
+from semformer.s3 import S3Store
 from semformer.store import Store
 from sweeps.plan.price import price
 from sweeps.plan.table import load_table
-from sweeps.plan.trials import make_plan
+from sweeps.plan.trials import distinct_stages, make_plan
 from sweeps.tracking.folder import SweepFolder
 from sweeps.tracking.state import SweepState
+from tests.servers import S3Server
 
 T = TypeVar("T")
-NETWORKS, ON_EACH = 1000, 10
-REQUIRED = {"plan": 5.0, "status": 1.0}
+TRIALS = 10_000
+LATENCY = 0.005
+"""Seconds."""
+REQUIRED = {
+    "folder: plan an empty store": 10.0,
+    "folder: plan a full store": 10.0,
+    "folder: status": 1.0,
+    "bucket: plan a full store": 60.0,
+}
 """Seconds."""
 
 
 def write_table(path: Path) -> None:
-    """A table with a row for each trial: `ON_EACH` thresholds on each of `NETWORKS` values of sigma."""
+    """A table with a row for each trial, which all share one CAAE."""
     rows = [
-        f"  - {{id: r{i}-{n}, label: r{i}-{n}, paper: {{miou: null}}, "
-        f"set: {{segmentor.sigma: {(i + 1) / NETWORKS}, evaluate.fixed_threshold: {(n + 1) / 100}}}}}\n"
-        for i in range(NETWORKS)
-        for n in range(ON_EACH)
+        f"  - {{id: r{i}, label: r{i}, paper: {{miou: null}}, set: {{segmentor.sigma: {(i + 1) / TRIALS}}}}}\n"
+        for i in range(TRIALS)
     ]
-    head = "name: many\ntitle: many\nmetrics: [{name: miou, header: mIoU}]\nbaseline: {evaluate.rule: fixed}\nrows:\n"
+    head = "name: many\ntitle: many\nmetrics: [{name: miou, header: mIoU}]\nrows:\n"
     path.write_text(head + "".join(rows))
+
+
+def fill(store: Store, keys: Iterable[StageKey], empty: Path) -> None:
+    """Publishes artifacts without files: by their manifests alone, which is quick. `empty` is a folder."""
+
+    def put(key: StageKey) -> None:
+        manifest = make_manifest(key, empty, {"seconds": 60.0})
+        if isinstance(store, S3Store):
+            store.storage.write(f"manifests/{key.stage}/{key.digest}.json", manifest)
+        else:
+            folder = store.root / key.stage / key.digest
+            folder.mkdir(parents=True)
+            (folder / MANIFEST).write_bytes(manifest)
+
+    with ThreadPoolExecutor(16) as pool:
+        list(pool.map(put, keys))
 
 
 def timed(function: Callable[[], T]) -> tuple[float, T]:
@@ -50,26 +81,70 @@ def command(*arguments: str) -> tuple[float, str]:
     return timed(run)
 
 
+def plan_with(store: Store, folder: Path) -> dict[str, float]:
+    """Seconds of planning the table in `folder` with an empty store, which is then filled, and with the full one."""
+    table, seconds = load_table(folder / "many.yaml"), {}
+
+    def plan():
+        return make_plan([table], "micro", {}, (0,), None, store)
+
+    seconds["plan an empty store"], empty = timed(plan)
+    keys = distinct_stages(empty.trials)
+    assert len(keys) == 3 * TRIALS + 1
+    seconds["price it"], _ = timed(lambda: price(empty.trials, empty.cached, store, gpus=4))
+    fill(store, keys, folder / "empty")
+    if isinstance(store, S3Store):
+        store.storage._client.meta.events.register("before-send.s3", lambda **request: time.sleep(LATENCY))
+    seconds["plan a full store"], full = timed(plan)
+    assert len(full.cached) == len(keys)
+    seconds["price what is there"], _ = timed(lambda: price(full.trials, full.cached, store, gpus=4))
+    other = make_plan([table], "micro", {"caae.merge": "max"}, (0,), None, store)
+    assert not other.cached
+    seconds["price what is not there"], _ = timed(lambda: price(other.trials, other.cached, store, gpus=4))
+    seconds["why all is to be made"], why = timed(lambda: store.why_many(distinct_stages(other.trials)))
+    assert why[other.trials[0].keys["caae"]] == "caae.merge sum -> max"
+    return seconds
+
+
+def lease_in(store: Store) -> dict[str, float]:
+    """Seconds to take and release a lease among as many others, and to look who holds it."""
+    key, *others = (StageKey("caae", {"n": n}) for n in range(3 * TRIALS + 1))
+    for other in others:
+        store.storage.create(f"leases/{other.digest}/1.released", b"")
+    seconds = {}
+    seconds["take and release a lease"], _ = timed(lambda: store.lease(key).release())
+    seconds["look for its holder"], _ = timed(lambda: store.holder(key))
+    seconds["list what is being made"], _ = timed(store.leases.live)
+    return seconds
+
+
+def commands(store: Store, folder: Path) -> dict[str, float]:
+    """Seconds of the whole commands."""
+    table, seconds = folder / "many.yaml", {}
+    told = ["--preset", "micro", "--store", store.location, "--json"]
+    seconds["the whole command `plan --json`"], out = command("plan", str(table), *told)
+    assert json.loads(out)["trials"] == TRIALS
+    sweep = SweepFolder(folder / "sweeps" / "many")
+    state = SweepState(make_plan([load_table(table)], "micro", {}, (0,), None, store))
+    with sweep.drive(["run", "many.yaml"]):
+        seconds["write the state"], _ = timed(lambda: sweep.save(state.as_json()))
+        seconds["status"], _ = command("status", "--sweeps", str(sweep.path.parent))
+    return seconds
+
+
 def run(folder: Path) -> dict[str, float]:
     """Seconds of each part."""
+    (folder / "empty").mkdir()
     write_table(folder / "many.yaml")
     store = Store(folder / "store")
-    seconds = {}
-    seconds["read the table"], table = timed(lambda: load_table(folder / "many.yaml"))
-    seconds["plan"], plan = timed(lambda: make_plan([table], "micro", {}, (0,), None, store))
-    assert len(plan.trials) == NETWORKS * ON_EACH
-    assert plan.stages["segmentor"].distinct == NETWORKS
-    seconds["price"], _ = timed(lambda: price(plan, store, gpus=4))
-    places = ["--preset", "micro", "--store", str(folder / "store")]
-    seconds["the whole command `plan --json`"], told = command("plan", str(folder / "many.yaml"), *places, "--json")
-    assert json.loads(told)["trials"] == len(plan.trials)
-    sweep = SweepFolder(folder / "sweeps" / "many")
-    with sweep.drive(["run", "many.yaml"]):
-        seconds["write the state"], _ = timed(lambda: sweep.save(SweepState(plan).as_json()))
-        seconds["status --json"], told = command("status", "--json", "--sweeps", str(sweep.path.parent))
-        seconds["status"], _ = command("status", "--sweeps", str(sweep.path.parent))
-    assert len(json.loads(told)["trials"]) == len(plan.trials)
-    return seconds
+    parts = {"folder": plan_with(store, folder) | lease_in(store) | commands(store, folder)}
+    server = S3Server()
+    os.environ |= {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
+    try:
+        parts["bucket"] = plan_with(S3Store("s3://tests/many", folder / "cache"), folder)
+    finally:
+        server.stop()
+    return {f"{name}: {what}": value for name, part in parts.items() for what, value in part.items()}
 
 
 def main() -> None:
@@ -77,7 +152,7 @@ def main() -> None:
         seconds = run(Path(folder))
     for name, value in seconds.items():
         limit = f"; required: {REQUIRED[name]:g} s" if name in REQUIRED else ""
-        print(f"{name}: {value:.2f} s{limit}")
+        print(f"{name}: {value:.3f} s{limit}")
     if slow := [name for name, limit in REQUIRED.items() if seconds[name] > limit]:
         raise SystemExit(f"too slow: {', '.join(slow)}")
 

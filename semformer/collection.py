@@ -18,7 +18,7 @@ from semformer.artifact import Artifact
 from semformer.errors import UserError
 from semformer.keys import DIGEST
 from semformer.leases import is_alive, machine
-from semformer.storage import Entry, Storage
+from semformer.storage import Entry, Storage, at_once
 
 if TYPE_CHECKING:
     from semformer.store import Store
@@ -134,7 +134,7 @@ def collect(store: "Store", *, apply: bool, grace: float, without: Collection[st
     if not known and not without:
         raise UserError(
             f"the store {store.location} has no roots, so nothing says what is needed and nothing is removed: "
-            "start (or plan again) the sweeps whose results are to stay"
+            "start the sweeps again whose results are to stay"
         )
     wanted = set().union(live, *live.values(), *(root.digests for root in known.values()))
     reached, places = _reach(store, groups, wanted)
@@ -154,10 +154,15 @@ def collect(store: "Store", *, apply: bool, grace: float, without: Collection[st
         reached, _ = _reach(store, groups, late)
         collected = [item for item in collected if item.digest not in reached]
         names = [name for item in collected for name in item.names]
-        for name in sorted(names, key=lambda name: not name.startswith("manifests/")):  # readers look there first
-            store.storage.remove(name)
-            store.storage.remove_folder(name)
+        for manifests in (True, False):  # readers look there first
+            part = [name for name in names if name.startswith("manifests/") == manifests]
+            at_once(lambda name: _remove(store.storage, name), part)
     return collected
+
+
+def _remove(storage: Storage, name: str) -> None:
+    storage.remove(name)
+    storage.remove_folder(name)
 
 
 def _groups(store: "Store") -> dict[tuple[str, str, str], dict[str, Entry]]:

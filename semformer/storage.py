@@ -13,7 +13,8 @@ import secrets
 import shutil
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,9 @@ from typing import Any, Self, TypeVar
 from semformer.errors import StoreError
 
 T = TypeVar("T")
+R = TypeVar("R")
+AT_ONCE = 16
+"""Requests to a storage at the same time."""
 AWAY = {errno.EIO, errno.ESTALE, errno.ENOTCONN, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH}
 log = logging.getLogger(__name__)
 
@@ -107,6 +111,12 @@ class Storage(ABC):
     @abstractmethod
     def remove_folder(self, name: str) -> None:
         """Remove every file below `name`/."""
+
+
+def at_once(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
+    """function(item) of each, some at the same time. Raises what the first of them raises that fails."""
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        return list(pool.map(function, items))
 
 
 def patiently(method: Callable[..., T]) -> Callable[..., T]:

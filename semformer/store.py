@@ -19,12 +19,11 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from semformer import collection
 from semformer.artifact import (
@@ -43,14 +42,10 @@ from semformer.errors import StoreError, UserError
 from semformer.keys import DIGEST, RESERVED, StageKey
 from semformer.leases import Lease, LeaseHeld, LeaseHolder, Leases, is_alive, machine
 from semformer.reasons import reasons
-from semformer.storage import Folder, Storage
+from semformer.storage import Folder, Storage, at_once
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 FORBIDDEN = {errno.EACCES, errno.EPERM, errno.EROFS}
-AT_ONCE = 16
-"""Artifacts that are read at the same time."""
-T = TypeVar("T")
-R = TypeVar("R")
 log = logging.getLogger(__name__)
 
 
@@ -137,7 +132,7 @@ class Store:
     def find_many(self, keys: Iterable[StageKey], *, verify: bool = False) -> dict[StageKey, Artifact]:
         """`find` for many at once; what must be built is left out."""
         keys = list(keys)
-        found = _at_once(lambda key: self.find(key, verify=verify), keys)
+        found = at_once(lambda key: self.find(key, verify=verify), keys)
         return {key: artifact for key, artifact in zip(keys, found, strict=True) if artifact}
 
     def published(self, stages: Iterable[str] | None = None) -> set[str]:
@@ -177,7 +172,7 @@ class Store:
                 return None
 
         names = list(names)
-        found = zip(names, _at_once(read, names), strict=True)
+        found = zip(names, at_once(read, names), strict=True)
         return {digest: one for (_, digest), one in found if one}
 
     def read_with_inputs(
@@ -429,8 +424,3 @@ class Store:
             f"{doing}{size} failed in {self.ROOT} {self.root}: {cause.strerror}. {advice}, or choose {self.INSTEAD}; "
             "then run again. Published stages stay, an unfinished one resumes from its checkpoints."
         )
-
-
-def _at_once(function: Callable[[T], R], items: Iterable[T]) -> list[R]:
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        return list(pool.map(function, items))

@@ -75,6 +75,10 @@ class DataConfig(Settings):
     eval_split: str = "train"
     shapes: ShapesConfig | None = None
 
+    @property
+    def splits(self) -> tuple[str, ...]:
+        return tuple(dict.fromkeys((self.train_split, self.eval_split)))
+
 
 class OptimizerConfig(Settings):
     """Poly schedule lr * (1 - step / steps)^power; multipliers of the learning rate per parameter kind.
@@ -237,6 +241,10 @@ class EvaluateConfig(Settings):
         """All thresholds tried, ascending, without the rounding noise of repeated addition."""
         first, last, step = self.thresholds
         return tuple(round(first + i * step, 6) for i in range(round((last - first) / step) + 1))
+
+    def scored_thresholds(self) -> tuple[float, ...]:
+        """Those tried, and the fixed one."""
+        return tuple(sorted({*self.threshold_values(), self.fixed_threshold}))
 
 
 class Config(Settings):

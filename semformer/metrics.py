@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from semformer.config import EvaluateConfig
 from semformer.errors import UserError
 
 IGNORE = 255
@@ -153,6 +154,28 @@ class ThresholdCurve:
             raise UserError(
                 f"{name}: classes must be distinct and within 1..{self.n_classes - 1}, not {classes.tolist()}"
             )
+
+
+def reported(curve: ThresholdCurve, options: EvaluateConfig, split: str) -> tuple[dict[str, float], int]:
+    """The final metrics of maps, and the index of the threshold that they are reported at.
+
+    `curve` is over `options.scored_thresholds()`. "cam/<split>/miou", "fp", "fn" and "threshold" are by the config's
+    rule, "miou_oracle" and "miou_fixed" by each; percent.
+    """
+    scores, thresholds = curve.scores(), curve.thresholds
+    fixed = int(np.flatnonzero(thresholds == options.fixed_threshold)[0])
+    searched = np.flatnonzero(np.isin(thresholds, options.threshold_values()))
+    oracle = int(searched[scores.miou[searched].argmax()])
+    chosen = oracle if options.rule == "oracle" else fixed
+    values = {
+        "miou": scores.miou[chosen],
+        "fp": scores.fp[chosen],
+        "fn": scores.fn[chosen],
+        "threshold": thresholds[chosen],
+        "miou_oracle": scores.miou[oracle],
+        "miou_fixed": scores.miou[fixed],
+    }
+    return {f"cam/{split}/{name}": float(value) for name, value in values.items()}, chosen
 
 
 def _check_truth(truth: np.ndarray, size: tuple[int, ...], name: str) -> None:

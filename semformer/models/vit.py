@@ -16,7 +16,7 @@ from timm.models import VisionTransformer, register_model
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from semformer.errors import UserError
+from semformer.errors import MachineError, UserError
 from semformer.weights import load_state, read_weights
 
 
@@ -142,7 +142,7 @@ def build_backbone(name: str, *, pretrained: bool = False, weights: str = "", im
     except UserError:
         raise
     except Exception as error:  # hub libraries raise a dozen kinds when they are offline
-        raise UserError(
+        raise MachineError(
             f"cannot download the pretrained weights of {name} ({type(error).__name__}: {str(error).splitlines()[0]}). "
             "Give a local file with --weights FILE (timm's parameter names), or set pretrained=false."
         ) from error

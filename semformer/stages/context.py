@@ -23,13 +23,15 @@ class Progress:
     end_of_epoch: bool = False
     note: str = ""
     """What people should know of how the stage runs."""
+    probe: Mapping[str, float] = field(default_factory=dict)
+    """What `Context.probe` measured at the end of the epoch."""
 
 
 @dataclass(frozen=True)
 class Context:
     """device, progress callback, and folders: `out` for what the stage makes, `checkpoints` to resume from.
 
-    `probe` measures a segmentation network after each of its epochs; its values are reported, and kept nowhere.
+    `probe` measures a segmentation network after each of its epochs; its scores are reported, and kept nowhere.
     `check` raises when the stage must stop (its lease was taken over); it is called once an epoch.
     """
 

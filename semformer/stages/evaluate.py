@@ -4,17 +4,16 @@ import json
 import time
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.torch import load_file
 
 from semformer import draw
-from semformer.config import Config, EvaluateConfig
+from semformer.config import Config
 from semformer.data.voc import Split
 from semformer.errors import UserError
 from semformer.inference import MAP_KINDS
-from semformer.metrics import ThresholdCurve
+from semformer.metrics import ThresholdCurve, reported
 from semformer.stages.cams import PICTURES, read_maps
 from semformer.stages.context import Context, Progress
 from semformer.store import Artifact
@@ -27,11 +26,10 @@ METRICS = "metrics.json"
 def run(config: Config, data: Split, cams: Artifact, ctx: Context) -> dict[str, Any]:
     """Makes `metrics.json`, the threshold curve, the per-class IoU at the reported threshold, and pictures.
 
-    Reads pixel masks. Returns {"metrics": {...}}: "cam/<split>/miou", "fp", "fn" and "threshold" by the config's rule,
-    and "miou_oracle", "miou_fixed" by each; percent.
+    Reads pixel masks. Returns {"metrics": {...}}, see `metrics.reported`.
     """
     options = config.evaluate
-    curve = ThresholdCurve(len(data.classes), _with_fixed(options), erosion=options.erosion)
+    curve = ThresholdCurve(len(data.classes), options.scored_thresholds(), erosion=options.erosion)
     started = time.monotonic()
     for i, (image_id, maps) in enumerate(read_maps(cams)):
         if image_id != data.ids[i]:
@@ -42,31 +40,13 @@ def run(config: Config, data: Split, cams: Artifact, ctx: Context) -> dict[str, 
         left = (len(data) - i - 1) / rate
         ctx.progress(Progress("evaluate", i + 1, len(data), images_per_second=rate, seconds_left=left))
 
-    scores, thresholds = curve.scores(), np.array(_with_fixed(options))
-    fixed = int(np.flatnonzero(thresholds == options.fixed_threshold)[0])
-    searched = np.flatnonzero(np.isin(thresholds, options.threshold_values()))
-    oracle = int(searched[scores.miou[searched].argmax()])
-    chosen = oracle if options.rule == "oracle" else fixed
-    prefix = f"cam/{data.name}"
-    metrics = {
-        f"{prefix}/miou": scores.miou[chosen],
-        f"{prefix}/fp": scores.fp[chosen],
-        f"{prefix}/fn": scores.fn[chosen],
-        f"{prefix}/threshold": thresholds[chosen],
-        f"{prefix}/miou_oracle": scores.miou[oracle],
-        f"{prefix}/miou_fixed": scores.miou[fixed],
-    }
-    metrics = {name: float(value) for name, value in metrics.items()}
+    scores, (metrics, chosen) = curve.scores(), reported(curve, options, data.name)
     (ctx.out / METRICS).write_text(json.dumps(metrics, indent=1) + "\n")
-    curve_table = {"threshold": thresholds, "miou": scores.miou, "fp": scores.fp, "fn": scores.fn}
+    curve_table = {"threshold": curve.thresholds, "miou": scores.miou, "fp": scores.fp, "fn": scores.fn}
     pq.write_table(pa.table(curve_table), ctx.out / CURVE)
     pq.write_table(pa.table({"class": data.classes, "iou": scores.iou[chosen]}), ctx.out / CLASS_IOU)
-    _draw(config, data, cams, metrics[f"{prefix}/threshold"], ctx)
+    _draw(config, data, cams, float(curve.thresholds[chosen]), ctx)
     return {"metrics": metrics}
-
-
-def _with_fixed(options: EvaluateConfig) -> tuple[float, ...]:
-    return tuple(sorted({*options.threshold_values(), options.fixed_threshold}))
 
 
 def _draw(config: Config, data: Split, cams: Artifact, threshold: float, ctx: Context) -> None:

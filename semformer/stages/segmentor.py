@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from semformer import losses
 from semformer.config import CamsConfig, Config, SegmentorConfig
@@ -19,7 +19,7 @@ from semformer.data.transforms import segmentor_crop, valid_mask
 from semformer.data.voc import Split
 from semformer.inference import multi_scale_maps
 from semformer.losses import Pairs, similarity
-from semformer.metrics import ThresholdCurve
+from semformer.metrics import ThresholdCurve, reported
 from semformer.models.caae import CAAE
 from semformer.models.segmentor import Segmentor
 from semformer.models.vit import build_backbone
@@ -51,7 +51,7 @@ def run(config: Config, data: Split, caae: Artifact, ctx: Context) -> dict[str, 
         def progress(told: Progress) -> None:
             """Probes beside the training: neither the weights nor the history depend on it."""
             if told.end_of_epoch and ctx.probe:
-                told = replace(told, values={**told.values, **ctx.probe(model)})
+                told = replace(told, probe=ctx.probe(model))
             ctx.progress(told)
 
         best = BestEpoch(model, data, config, ctx) if reads_masks(config) else None
@@ -103,30 +103,39 @@ class BestEpoch:
         load_state(self.model, load_file(self.path), str(self.path))
 
 
-def map_probe(data: Split, precision: str, *, n_images: int = 64) -> Callable[[Segmentor], dict[str, float]]:
-    """Measures "probe_miou", the `map_miou` of images spread over a split, which configs of other losses have too.
+def map_probe(data: Split, config: Config, *, n_images: int = 64) -> Callable[[nn.Module], dict[str, float]]:
+    """Measures the final metrics (`metrics.reported`) on the single-scale maps of images spread over a split.
 
     Reads pixel masks. Draws no random number, and leaves the network in the mode it was in.
     """
+    options = config.evaluate
     indices = [i * len(data) // n_images for i in range(n_images)] if n_images < len(data) else range(len(data))
 
-    def probe(model: Segmentor) -> dict[str, float]:
+    def probe(model: nn.Module) -> dict[str, float]:
         was_training = model.training
-        miou = map_miou(model.eval(), data, indices, precision)
+        curve = ThresholdCurve(len(data.classes), options.scored_thresholds(), erosion=options.erosion)
+        add_single_scale(curve, model.eval(), data, indices, config.precision)
         model.train(was_training)
-        return {"probe_miou": miou}
+        return reported(curve, options, data.name)[0]
 
     return probe
 
 
 def map_miou(model: Segmentor, data: Split, indices: Sequence[int], precision: str) -> float:
     """Best mIoU in percent over 99 thresholds, of activation maps at one scale, without flip or attention."""
-    options = CamsConfig(scales=(1.0,), flip=False, final_map="activation")
     curve = ThresholdCurve(len(data.classes), [t / 100 for t in range(1, 100)])
+    add_single_scale(curve, model, data, indices, precision)
+    return float(curve.scores().miou.max())
+
+
+def add_single_scale(
+    curve: ThresholdCurve, model: Segmentor, data: Split, indices: Sequence[int], precision: str
+) -> None:
+    """Count the activation maps of some images at one scale, without flip or attention."""
+    options = CamsConfig(scales=(1.0,), flip=False, final_map="activation")
     for i in indices:
         maps = multi_scale_maps(model, data.image(i), data.objects(i), options, precision=precision)
         curve.add(maps.full.cpu().numpy(), maps.classes, data.mask(i), name=data.ids[i])
-    return float(curve.scores().miou.max())
 
 
 def loss_terms(

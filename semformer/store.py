@@ -11,6 +11,7 @@ build the same key, the first to publish wins and both end up with the same arti
 a bucket.
 """
 
+import copy
 import errno
 import logging
 import os
@@ -23,7 +24,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from semformer import collection
 from semformer.artifact import (
@@ -109,6 +110,13 @@ class Store:
                 f"Make it a writable folder with free space, or choose {self.INSTEAD}."
             ) from error
         self._remove_orphaned_workspaces()
+
+    def patient(self, seconds: float) -> Self:
+        """The same store, which waits for so long where its storage is away."""
+        other = copy.copy(self)
+        other.storage = self.storage.patient(seconds)
+        other.leases = Leases(other.storage, self.leases.heartbeat, self.leases.expiry)
+        return other
 
     @property
     def location(self) -> str:

@@ -1,74 +1,75 @@
-"""The gate, driven as Tune drives it; stages are published by hand."""
+"""The gate, driven as the runner drives it; stages are published by hand, time is told."""
 
 import shutil
+import time
 from collections.abc import Sequence
 
 import pytest
-from ray.tune.search import Searcher
 
-from semformer.config import load_config
+from semformer.errors import StoreError
 from semformer.keys import StageKey
 from semformer.store import Store
-from sweeps.plan.trials import Cell, Trial
+from sweeps.plan.trials import Trial
+from sweeps.reports import EpochEnded, Failure, Finished, Raised, Scope, StageDone, Started
+from sweeps.schedule import gate as gate_module
+from sweeps.schedule.faults import Faults, Places
 from sweeps.schedule.gate import Gate
+from tests.test_queue import STAGES, trial
 
-CONFIG = load_config("micro")
-STAGES = ("caae", "segmentor", "cams", "evaluate")
-
-
-def trial(name: str, **named: str) -> Trial:
-    """A trial whose stages have the given names, and elsewhere its own."""
-    keys = {stage: StageKey(stage, {"name": named.get(stage, name)}) for stage in STAGES}
-    return Trial(CONFIG, None, "", keys, (Cell("table", name, 0),))
+FINISHED = "finished"
 
 
 @pytest.fixture
 def store(tmp_path) -> Store:
-    return Store(tmp_path / "store")
+    return Store(tmp_path / "store", patience=0.0)
 
 
 class Sweep:
-    """What Tune does with a gate, and what is heard of it."""
+    """What the runner does with a gate, and what is heard of it. Nodes are "n1" ... of `nodes`."""
 
-    def __init__(self, trials: Sequence[Trial], store: Store, **options):
-        self.store, self.heard, self.n = store, [], 0
-        options = {"tell": self.tell, **options}
-        self.gate = Gate(trials, store, lambda t: {"row": t.cells[0].row}, **options)
+    def __init__(self, trials: Sequence[Trial], store: Store, *, nodes=("n1", "n2"), may_grow=False, **options):
+        self.store, self.heard, self.n, self.now = store, [], 0, 0.0
+        self.nodes, self.may_grow = list(nodes), may_grow
+        self.faults = Faults(
+            lambda: Places({node: f"node {node}" for node in self.nodes}, self.may_grow),
+            patience=60.0,
+            clock=lambda: self.now,
+        )
+        options = {"tell": self.tell, "clock": lambda: self.now, **options}
+        self.gate = Gate(trials, store, faults=self.faults, **options)
 
     def tell(self, trial, report):
-        self.heard.append((trial.cells[0].row, report["event"], report.get("reason", "")))
+        failure = getattr(report, "failure", None)
+        self.heard.append((trial.cells[0].row, type(report).__name__, failure.reason if failure else ""))
 
-    def suggest(self) -> str | None:
-        """The row of the trial that starts, "FINISHED", or None. Tune's ids are "1", "2" ... in this order."""
-        suggestion = self.gate.suggest(str(self.n + 1))
-        self.n += isinstance(suggestion, dict)
-        return suggestion["row"] if isinstance(suggestion, dict) else suggestion
+    def start(self) -> str | None:
+        """The row of the trial that starts, FINISHED, or None. The runner's ids are "1", "2" ... in this order."""
+        chosen = self.gate.next(str(self.n + 1))
+        if chosen is None:
+            return FINISHED if self.gate.finished else None
+        self.n += 1
+        return chosen.cells[0].row
 
-    def makes(self, trial_id: str, *stages: str) -> None:
+    def works(self, runner_id: str, node: str = "n1") -> None:
+        self.gate.hear(runner_id, Started("host", 1, node=node))
+
+    def makes(self, runner_id: str, *stages: str) -> None:
         for stage in stages:
-            key = self.gate.live[trial_id].keys[stage]
+            key = self.gate.live[runner_id].trial.keys[stage]
             publish(self.store, key)
-            self.gate.on_trial_result(trial_id, {"event": "stage", "stage": stage, "key": key.digest, "found": False})
+            self.gate.hear(runner_id, StageDone(stage, key.digest, found=False, seconds=1.0))
 
-    def finishes(self, trial_id: str) -> None:
-        self.makes(trial_id, *STAGES)
-        self.gate.on_trial_result(trial_id, {"event": "finished", "metrics/cam/val/miou": 50.0})
-        self.gate.on_trial_complete(trial_id, {"done": True})
+    def finishes(self, runner_id: str) -> None:
+        self.makes(runner_id, *STAGES)
+        self.gate.hear(runner_id, Finished({"cam/val/miou": 50.0}))
+        self.gate.ended(runner_id)
 
-    def fails(self, trial_id: str, stage: str, *, final: bool) -> None:
-        report = {
-            "event": "failed",
-            "stage": stage,
-            "error": "Oops",
-            "message": "it broke",
-            "traceback": "",
-            "final": final,
-        }
-        self.gate.on_trial_result(trial_id, {**report, "training_iteration": 3})
-        self.gate.on_trial_complete(trial_id, error=True)
+    def fails(self, runner_id: str, stage: str, scope: Scope, node: str = "n1", error: str = "Oops") -> None:
+        self.gate.hear(runner_id, Raised(Failure(scope, stage, error, f"it broke on {node}", node=node)))
+        self.gate.ended(runner_id, lambda: "its exception was raised")
 
-    def dies(self, trial_id: str) -> None:
-        self.gate.on_trial_complete(trial_id, error=True)
+    def dies(self, runner_id: str) -> None:
+        self.gate.ended(runner_id, lambda: "it was killed")
 
 
 def publish(store: Store, key: StageKey) -> None:
@@ -78,22 +79,22 @@ def publish(store: Store, key: StageKey) -> None:
 
 def test_a_shared_stage_is_made_by_one_trial_while_the_others_are_held_back(store):
     sweep = Sweep([trial(name, caae="shared") for name in "abc"], store)
-    assert sweep.suggest() == "a"
-    assert [sweep.suggest() for _ in range(3)] == [None] * 3
+    assert sweep.start() == "a"
+    assert [sweep.start() for _ in range(3)] == [None] * 3
     sweep.makes("1", "caae")
-    assert [sweep.suggest(), sweep.suggest(), sweep.suggest()] == ["b", "c", None]
-    for trial_id in "123":
-        sweep.finishes(trial_id)
-    assert sweep.suggest() == Searcher.FINISHED
+    assert [sweep.start(), sweep.start(), sweep.start()] == ["b", "c", None]
+    for runner_id in "123":
+        sweep.finishes(runner_id)
+    assert sweep.start() == FINISHED
     assert sweep.heard == []
 
 
 def test_trials_without_common_stages_start_at_once_past_held_back_ones(store):
     trials = [trial("a", caae="x"), trial("b", caae="x"), trial("c", caae="y"), trial("d", caae="y")]
     sweep = Sweep(trials, store)
-    assert [sweep.suggest() for _ in range(3)] == ["a", "c", None]
+    assert [sweep.start() for _ in range(3)] == ["a", "c", None]
     sweep.makes("2", "caae")
-    assert [sweep.suggest() for _ in range(2)] == ["d", None]
+    assert [sweep.start() for _ in range(2)] == ["d", None]
 
 
 def test_a_stage_that_appears_in_the_store_needs_no_report(store):
@@ -101,72 +102,91 @@ def test_a_stage_that_appears_in_the_store_needs_no_report(store):
     for key in list(trials[0].keys.values())[:2]:
         publish(store, key)
     sweep = Sweep(trials, store)
-    assert [sweep.suggest() for _ in range(2)] == ["a", "b"]
-    assert set(sweep.gate.claims.values()) == {"1", "2"}
+    assert [sweep.start() for _ in range(2)] == ["a", "b"]
+    assert {len(live.claims) for live in sweep.gate.live.values()} == {2}
 
 
 def test_a_sweep_is_finished_only_when_nothing_lives(store):
     sweep = Sweep([trial("a")], store)
-    assert sweep.suggest() == "a"
-    assert sweep.suggest() is None
+    assert sweep.start() == "a"
+    assert sweep.start() is None
     sweep.finishes("1")
-    assert sweep.suggest() == Searcher.FINISHED
-    assert Sweep([], store).suggest() == Searcher.FINISHED
+    assert sweep.start() == FINISHED
+    assert Sweep([], store).start() == FINISHED
 
 
-def test_max_concurrent_is_kept(store):
-    sweep = Sweep([trial(name) for name in "abc"], store, max_concurrent=2)
-    assert [sweep.suggest() for _ in range(3)] == ["a", "b", None]
+def test_no_more_run_than_there_is_room_for_at_the_time(store):
+    room = [2]
+    sweep = Sweep([trial(name) for name in "abcd"], store, room=lambda: room[0])
+    assert [sweep.start() for _ in range(3)] == ["a", "b", None]
+    room[0] = 3
+    assert [sweep.start() for _ in range(2)] == ["c", None]
     sweep.finishes("1")
-    assert [sweep.suggest() for _ in range(2)] == ["c", None]
+    assert [sweep.start() for _ in range(2)] == ["d", None]
 
 
-def test_a_stage_that_another_sweep_makes_is_waited_for_without_starting(store, monkeypatch):
-    monkeypatch.setattr("sweeps.schedule.gate.LOOK_AGAIN", 0.0)
+def test_a_stage_that_another_sweep_makes_is_waited_for_without_starting(store):
     trials = [trial("a", caae="x"), trial("b")]
     sweep = Sweep(trials, store)
-    with Store(store.root).lease(trials[0].keys["caae"]):
-        assert [sweep.suggest() for _ in range(2)] == ["b", None]
+    other = Store(store.root)
+    with other.lease(trials[0].keys["caae"]):
+        assert [sweep.start() for _ in range(2)] == ["b", None]
+        stage, holder = sweep.gate.waiting()[trials[0].key]
+        assert (stage, holder[:8]) == ("caae", "process ")
         sweep.finishes("1")
-        assert sweep.suggest() is None
-    assert sweep.suggest() == "a"
+        sweep.now += 10
+        assert sweep.start() is None
+    assert sweep.start() is None  # looked up again only after a while
+    sweep.now += 10
+    assert sweep.start() == "a"
 
 
-def test_claims_of_a_trial_that_tune_has_lost_do_not_block_for_ever(store):
-    sweep = Sweep([trial(name, caae="shared") for name in "ab"], store)
-    assert [sweep.suggest(), sweep.suggest()] == ["a", None]
-    sweep.gate.live.clear()
-    assert sweep.suggest() == "b"
+def test_all_stages_that_others_make_are_looked_up_again_however_slow_the_store_is(store):
+    """One look takes longer than the pause after which it is repeated."""
+    trials = [trial(name) for name in "abcdefghijklmnop"]
+    sweep = Sweep(trials, store)
+    other = Store(store.root)
+    leases = [other.lease(one.keys["caae"]) for one in trials]
+    assert sweep.start() is None
+    assert {stage for stage, _ in sweep.gate.waiting().values()} == {"caae"}
+    for lease in leases:
+        lease.release()
+    quick = sweep.gate.store.holder
 
+    def look(key):
+        sweep.now += 2 * gate_module.LOOK_AGAIN
+        time.sleep(0.05)
+        return quick(key)
 
-def test_builders_of_the_most_wanted_stages_go_first_then_the_longest(store):
-    base = {"caae": "base"}
-    trials = [
-        trial("short", caae="short"),
-        trial("leaf", **base, segmentor="leaf"),
-        trial("base", **base, segmentor="base"),
-        trial("long", caae="long"),
-        trial("inference", **base, segmentor="base"),
-    ]
-    hours = {trials[3].keys["caae"].digest: 9.0}
-    sweep = Sweep(trials, store, seconds=lambda key: hours.get(key.digest, 1.0))
-    assert [sweep.suggest() for _ in range(4)] == ["base", "long", "short", None]
-    waits = sweep.gate.waiting()
-    assert waits == {trials[1].key: ("caae", trials[2].key), trials[4].key: ("caae", trials[2].key)}
-    sweep.makes("1", "caae")
-    assert [sweep.suggest(), sweep.suggest()] == ["leaf", None]
-    assert sweep.gate.waiting() == {trials[4].key: ("segmentor", trials[2].key)}
+    sweep.gate.store.holder = look
+    sweep.now += 10
+    started = set()
+    for _ in range(200):
+        if row := sweep.start():
+            started.add(row)
+    assert started == set("abcdefghijklmnop")
 
 
 def test_a_trial_whose_stages_are_all_there_by_now_is_not_started(store):
-    sweep = Sweep([trial("a"), trial("b")], store, max_concurrent=1)
-    assert sweep.suggest() == "a"
+    sweep = Sweep([trial("a"), trial("b")], store, room=lambda: 1)
+    assert sweep.start() == "a"
     assert sweep.gate.waiting() == {trial("b").key: ("", "")}
     for stage in STAGES:
         publish(store, trial("b").keys[stage])
     sweep.finishes("1")
-    assert sweep.suggest() == Searcher.FINISHED
-    assert sweep.heard == [("b", "found", "")]
+    assert sweep.start() == FINISHED
+    assert sweep.heard == [("b", "Found", "")]
+
+
+def test_a_trial_that_a_scheduler_stopped_is_pruned(store):
+    sweep = Sweep([trial("a")], store)
+    assert sweep.start() == "a"
+    sweep.makes("1", "caae")
+    sweep.gate.ended("1")
+    assert sweep.heard == [("a", "Pruned", "")]
+
+
+# Searches
 
 
 def test_a_search_is_asked_for_more_only_while_nothing_known_may_start(store):
@@ -179,112 +199,345 @@ def test_a_search_is_asked_for_more_only_while_nothing_known_may_start(store):
         asked.append(trial(name, caae="shared") if len(asked) < 3 else trial(name))
         return asked[-1]
 
-    sweep = Sweep([], store, more=more, ahead=3)
-    assert sweep.suggest() == "trial-0"
-    assert sweep.suggest() == "trial-3"  # 1 and 2 are held back for the shared stage
+    sweep = Sweep([], store, more=more, ahead=lambda: 3)
+    assert sweep.start() == "trial-0"
+    assert sweep.start() == "trial-3"  # 1 and 2 are held back for the shared stage
     assert len(asked) == 4
     sweep.makes("1", "caae")
-    assert [sweep.suggest() for _ in range(3)] == ["trial-1", "trial-2", "trial-4"]
-    assert sweep.suggest() is None
+    assert [sweep.start() for _ in range(3)] == ["trial-1", "trial-2", "trial-4"]
+    assert sweep.start() is None
     for n in range(1, 6):
         sweep.finishes(str(n))
-    assert sweep.suggest() == Searcher.FINISHED
+    assert sweep.start() == FINISHED
 
 
-# Failures
+def test_how_many_are_held_back_follows_what_the_cluster_has(store):
+    shared = (trial(f"t{n}", caae="shared") for n in range(100))
+    ahead = [1]
+    sweep = Sweep([], store, more=lambda: next(shared), ahead=lambda: ahead[0])
+    assert [sweep.start() for _ in range(3)] == ["t0", None, None]
+    assert len(sweep.gate.queue) == 1
+    ahead[0] = 8
+    assert sweep.start() is None
+    assert len(sweep.gate.queue) == 8
+
+
+def test_a_suggestion_with_a_broken_stage_is_not_tried_at_all(store):
+    suggestions = [trial("a", caae="bad"), trial("b", caae="bad"), trial("c")]
+    sweep = Sweep([], store, more=lambda: suggestions.pop(0) if suggestions else None)
+    assert sweep.start() == "a"
+    sweep.fails("1", "caae", Scope.STAGE)
+    assert sweep.start() == "c"
+    assert [(row, event) for row, event, _ in sweep.heard] == [("a", "Failed"), ("b", "Failed")]
+    assert sweep.heard[1][2] == "caae: Oops: it broke on n1 (in the trial of row table/a)"
+
+
+def test_a_search_whose_suggestions_fail_for_long_ends_with_the_reason(store):
+    def more():
+        raise ConnectionError("the database is away")
+
+    sweep = Sweep([], store, more=more)
+    assert sweep.start() is None
+    assert sweep.gate.trouble == "ConnectionError: the database is away"
+    sweep.now += 59
+    assert sweep.start() is None
+    sweep.now += 2
+    assert sweep.start() == FINISHED
+    assert sweep.gate.trouble.startswith("ConnectionError: the database is away")
+
+
+def test_a_search_goes_on_when_its_database_is_back_in_time(store):
+    away, suggestions = [True], [trial("a")]
+
+    def more():
+        if away:
+            raise ConnectionError("away")
+        return suggestions.pop() if suggestions else None
+
+    sweep = Sweep([], store, more=more)
+    assert sweep.start() is None
+    sweep.now += 30
+    away.clear()
+    assert sweep.start() == "a"
+    assert sweep.gate.trouble == ""
+    sweep.finishes("1")
+    assert sweep.start() == FINISHED
+
+
+# Faults of stages and of attempts
 
 
 def test_a_dead_worker_is_tried_again_before_its_dependents(store):
-    sweep = Sweep(
-        [trial(name, caae="shared") for name in "ab"], store, explain=lambda trial_id: f"{trial_id} was killed"
-    )
-    assert sweep.suggest() == "a"
+    sweep = Sweep([trial(name, caae="shared") for name in "ab"], store)
+    assert sweep.start() == "a"
+    sweep.works("1")
     sweep.dies("1")
-    assert [sweep.suggest(), sweep.suggest()] == ["a", None]
+    assert [sweep.start(), sweep.start()] == ["a", None]
     sweep.finishes("2")
-    assert sweep.suggest() == "b"
-    assert sweep.heard == [("a", "retry", "caae: WorkerDied: 1 was killed")]
+    assert sweep.start() == "b"
+    assert sweep.heard == [("a", "Retried", "caae: WorkerDied: it was killed")]
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_two_deaths_in_any_stage_are_survived_a_third_is_not(store, stage):
+    sweep = Sweep([trial("a")], store)
+    before = STAGES[: STAGES.index(stage)]
+    for n in ("1", "2", "3"):
+        assert sweep.start() == "a"
+        sweep.works(n)
+        sweep.makes(n, *before)
+        sweep.dies(n)
+    assert [event for _, event, _ in sweep.heard] == ["Retried", "Retried", "Failed"]
 
 
 def test_a_worker_that_dies_after_it_got_further_costs_no_try(store):
     sweep = Sweep([trial("a")], store)
-    for n, epoch in enumerate([3, 5, 6], start=1):
-        assert sweep.suggest() == "a"
-        sweep.gate.on_trial_result(str(n), {"event": "epoch", "stage": "caae", "epoch": epoch})
+    for n, epoch in enumerate([3, 5, 6, 7, 8], start=1):
+        assert sweep.start() == "a"
+        sweep.works(str(n))
+        sweep.gate.hear(str(n), EpochEnded("caae", 1, 1, epoch, 9))
         sweep.dies(str(n))
-    for n in (4, 5):
-        assert sweep.suggest() == "a"
-        sweep.gate.on_trial_result(str(n), {"event": "epoch", "stage": "caae", "epoch": 6})
+    for n in (6, 7):
+        assert sweep.start() == "a"
+        sweep.works(str(n))
+        sweep.gate.hear(str(n), EpochEnded("caae", 1, 1, 8, 9))
         sweep.dies(str(n))
-    assert [event for _, event, _ in sweep.heard] == ["retry"] * 4 + ["failed"]
+    assert [event for _, event, _ in sweep.heard] == ["Retried"] * 6 + ["Failed"]
 
 
-def test_retries_are_counted_by_stage(store):
+def test_a_node_that_goes_away_costs_no_try(store):
     sweep = Sweep([trial("a")], store)
-    sweep.suggest()
-    sweep.dies("1")
-    sweep.suggest()
-    sweep.makes("2", "caae")
-    sweep.fails("2", "segmentor", final=False)
-    sweep.suggest()
-    sweep.fails("3", "segmentor", final=False)
-    assert sweep.suggest() == Searcher.FINISHED
-    assert [event for _, event, _ in sweep.heard] == ["retry", "retry", "failed"]
+    for n in range(1, 8):
+        sweep.nodes = [f"spot-{n}"]
+        assert sweep.start() == "a"
+        sweep.works(str(n), f"spot-{n}")
+        sweep.nodes = []
+        sweep.dies(str(n))
+    assert [event for _, event, _ in sweep.heard] == ["Retried"] * 7
 
 
-def test_a_stage_that_keeps_failing_fails_all_who_need_it_and_nobody_else(store):
-    sweep = Sweep([trial("a", caae="shared"), trial("b", caae="shared"), trial("c")], store)
-    assert [sweep.suggest(), sweep.suggest()] == ["a", "c"]
-    sweep.fails("1", "caae", final=False)
-    assert sweep.suggest() == "a"
-    sweep.fails("3", "caae", final=False)
-    reason = "caae: Oops: it broke"
-    assert sweep.heard == [
-        ("a", "retry", reason),
-        ("a", "failed", reason),
-        ("b", "failed", f"{reason} (in the trial of row table/a)"),
-    ]
-    assert sweep.suggest() is None
-    sweep.finishes("2")
-    assert sweep.suggest() == Searcher.FINISHED
+def test_tries_are_counted_by_stage(store):
+    sweep = Sweep([trial("a")], store)
+    for n in ("1", "2"):
+        sweep.start()
+        sweep.dies(n)
+    sweep.start()
+    sweep.makes("3", "caae")
+    sweep.fails("3", "segmentor", Scope.TRIAL)
+    sweep.start()
+    sweep.fails("4", "segmentor", Scope.TRIAL)
+    sweep.start()
+    sweep.fails("5", "segmentor", Scope.TRIAL)
+    assert sweep.start() == FINISHED
+    assert [event for _, event, _ in sweep.heard] == ["Retried"] * 4 + ["Failed"]
 
 
-def test_a_final_failure_is_not_tried_again_and_fails_its_dependents_at_once(store):
+def test_a_stage_that_cannot_be_made_fails_all_who_need_it_at_once_and_nobody_else(store):
     shared = {"caae": "x", "segmentor": "y"}
     sweep = Sweep([trial("a", **shared), trial("b", **shared), trial("c", caae="x")], store)
-    assert sweep.suggest() == "a"
+    assert sweep.start() == "a"
     sweep.makes("1", "caae")
-    assert [sweep.suggest(), sweep.suggest()] == ["c", None]
-    sweep.fails("1", "segmentor", final=True)
-    assert [(row, event) for row, event, _ in sweep.heard] == [("a", "failed"), ("b", "failed")]
-    assert sweep.suggest() is None
+    assert [sweep.start(), sweep.start()] == ["c", None]
+    sweep.fails("1", "segmentor", Scope.STAGE)
+    reason = "segmentor: Oops: it broke on n1"
+    assert sweep.heard == [("a", "Failed", reason), ("b", "Failed", f"{reason} (in the trial of row table/a)")]
+    assert sweep.start() is None
     sweep.finishes("2")
-    assert sweep.suggest() == Searcher.FINISHED
+    assert sweep.start() == FINISHED
 
 
-# Nothing may raise
+# Faults of nodes
+
+
+def test_a_node_that_lacks_something_is_kept_from_all_work_and_fails_no_row(store):
+    sweep = Sweep([trial("a", caae="x"), trial("b", caae="x"), trial("c")], store)
+    assert sweep.start() == "a"
+    sweep.fails("1", "", Scope.NODE, "n1")
+    assert [(row, event) for row, event, _ in sweep.heard] == [("a", "Retried")]
+    assert sweep.faults.avoided_by(trial("c")) == {"n1": "node n1: Oops: it broke on n1"}
+    assert [sweep.start(), sweep.start()] == ["a", "c"]
+    for n in ("2", "3"):
+        sweep.works(n, "n2")
+        sweep.finishes(n)
+    assert sweep.start() == "b"
+
+
+def test_a_stage_that_does_not_fit_a_node_is_tried_on_another_which_takes_other_work_still(store):
+    sweep = Sweep([trial("a"), trial("b")], store)
+    assert sweep.start() == "a"
+    sweep.fails("1", "caae", Scope.NODE, "n1")
+    assert list(sweep.faults.avoided_by(trial("a"))) == ["n1"]
+    assert sweep.faults.avoided_by(trial("b")) == {}
+    sweep.start()
+    sweep.fails("2", "caae", Scope.NODE, "n2")
+    row, event, reason = sweep.heard[-1]
+    assert (row, event) == ("a", "Failed")
+    assert reason == "caae: Oops: node n1: it broke on n1; node n2: it broke on n2"
+    assert sweep.start() == "b"
+
+
+def test_on_a_single_machine_a_stage_that_does_not_fit_fails_at_once(store):
+    sweep = Sweep([trial("a", caae="x"), trial("b", caae="x")], store, nodes=["n1"])
+    assert sweep.start() == "a"
+    sweep.fails("1", "caae", Scope.NODE, "n1")
+    assert [event for _, event, _ in sweep.heard] == ["Failed", "Failed"]
+    assert sweep.start() == FINISHED
+
+
+def test_a_node_on_which_several_stages_fail_gets_no_more_work(store):
+    """A broken GPU is always free, and would take one trial after the other."""
+    sweep = Sweep([trial(name) for name in "abcdefgh"], store)
+    assert [sweep.start() for _ in range(3)] == ["a", "b", "c"]
+    for n in "123":
+        sweep.fails(n, "caae", Scope.NODE, "n1", error="AcceleratorError")
+    assert list(sweep.faults.unfit) == ["n1"]
+    assert {event for _, event, _ in sweep.heard} == {"Retried"}
+
+
+def test_a_node_that_makes_stages_between_failures_stays(store):
+    sweep = Sweep([trial(name) for name in "abcdefgh"], store, nodes=["n1", "n2", "n3"])
+    for n in range(1, 6):
+        assert sweep.start()
+        sweep.works(str(n), "n1")
+        sweep.makes(str(n), "caae")
+        sweep.fails(str(n), "segmentor", Scope.NODE, "n1")
+    assert sweep.faults.unfit == {}
+
+
+def test_where_no_node_is_fit_the_sweep_ends_and_names_them(store):
+    sweep = Sweep([trial("a"), trial("b")], store)
+    for n, node in (("1", "n1"), ("2", "n2")):
+        assert sweep.start()
+        sweep.fails(n, "", Scope.NODE, node)
+    assert sweep.start() == FINISHED
+    failed = [reason for _, event, reason in sweep.heard if event == "Failed"]
+    assert len(failed) == 2
+    assert all("no node can run this sweep: node n1: Oops" in told and "node n2: Oops" in told for told in failed)
+
+
+def test_a_cluster_that_grows_is_asked_for_another_node_and_given_up_after_a_while(store):
+    sweep = Sweep([trial("a"), trial("b")], store, nodes=["n1"], may_grow=True)
+    assert sweep.start() == "a"
+    sweep.fails("1", "", Scope.NODE, "n1")
+    assert sweep.start() == "a"  # it avoids n1, and so asks for another
+    assert sweep.start() is None
+    sweep.nodes.append("n2")
+    assert sweep.start() == "b"
+    for n in ("2", "3"):
+        sweep.works(n, "n2")
+        sweep.finishes(n)
+    assert sweep.start() == FINISHED
+
+    sweep = Sweep([trial("c"), trial("d")], store, nodes=["n1"], may_grow=True)
+    assert sweep.start() == "c"
+    sweep.fails("1", "", Scope.NODE, "n1")
+    assert sweep.start() == "c"
+    sweep.now += 61
+    assert sweep.start() == FINISHED
+    assert [(row, event) for row, event, _ in sweep.heard] == [("c", "Retried"), ("d", "Failed"), ("c", "Failed")]
+
+
+def test_a_cluster_that_had_fit_nodes_meanwhile_is_not_given_up(store):
+    sweep = Sweep([trial("a"), trial("b")], store, nodes=["n1", "n2"], may_grow=True, room=lambda: 1)
+    assert sweep.start() == "a"
+    sweep.fails("1", "", Scope.NODE, "n1")
+    for _ in range(5):
+        sweep.now += 40
+        sweep.start()
+    sweep.nodes = []  # spot machines went
+    sweep.now += 40
+    sweep.start()
+    assert [event for _, event, _ in sweep.heard] == ["Retried"]
+
+
+def test_a_lost_place_is_waited_for_while_others_run(store):
+    """The only node that may take `a` has gone; it is not started where it is known to fail."""
+    sweep = Sweep([trial("a"), trial("b")], store, may_grow=True)
+    assert [sweep.start(), sweep.start()] == ["a", "b"]
+    sweep.works("2", "n1")
+    sweep.fails("1", "caae", Scope.NODE, "n1")
+    sweep.nodes = ["n1"]
+    assert sweep.start() is None
+    sweep.nodes = ["n1", "n3"]
+    assert sweep.start() == "a"
+
+
+# Faults of the store
+
+
+def test_a_store_that_fails_is_tried_by_one_trial_at_a_time(store):
+    sweep = Sweep([trial(name) for name in "abc"], store)
+    assert [sweep.start(), sweep.start()] == ["a", "b"]
+    sweep.fails("1", "caae", Scope.STORE, error="StoreError")
+    assert sweep.start() is None
+    assert sweep.gate.waiting()[trial("a").key] == ("", "waits for the store: it broke on n1")
+    sweep.now += 6
+    assert [sweep.start(), sweep.start()] == ["a", None]
+    sweep.works("3")
+    sweep.makes("3", "caae")
+    assert sweep.start() == "c"
+    assert [event for _, event, _ in sweep.heard] == ["Retried"]
+
+
+def test_a_store_that_stays_away_ends_the_sweep_with_its_reason(store):
+    sweep = Sweep([trial("a"), trial("b")], store, room=lambda: 1)
+    n = 0
+    for _ in range(20):
+        if (row := sweep.start()) == FINISHED:
+            break
+        if row:
+            n += 1
+            sweep.fails(str(n), "caae", Scope.STORE, error="StoreError")
+        sweep.now += 10
+    else:
+        pytest.fail("the gate never gave up")
+    assert 1 < n < 6
+    assert [event for _, event, _ in sweep.heard] == ["Retried"] * n + ["Failed"] * 2
+    assert sweep.heard[-1][2] == "caae: StoreError: it broke on n1"
 
 
 def test_an_unusable_store_is_survived_and_given_up_after_a_while(store):
-    sweep = Sweep([trial("a"), trial("b")], store, patience=0.2)
+    sweep = Sweep([trial("a"), trial("b")], store)
     saved = store.root.rename(store.root.with_name("saved"))
     store.root.write_text("a file where the store should be")
-    assert sweep.suggest() is None
+    assert sweep.start() is None
+    assert "NotADirectoryError" in sweep.gate.trouble or str(store.root) in sweep.gate.trouble
     store.root.unlink()
     saved.rename(store.root)
-    assert sweep.suggest() == "a"
+    sweep.now += 6
+    assert sweep.start() == "a"
 
     sweep.finishes("1")
     shutil.rmtree(store.root)
     store.root.write_text("")
-    for _ in range(1000):
-        if sweep.suggest() == Searcher.FINISHED:
+    for _ in range(100):
+        sweep.now += 10
+        if sweep.start() == FINISHED:
             break
     else:
         pytest.fail("the gate never gave up")
     ((row, event, reason),) = sweep.heard
-    assert (row, event) == ("b", "failed")
+    assert (row, event) == ("b", "Failed")
     assert str(store.root) in reason
+
+
+def test_a_store_that_can_be_read_again_needs_no_trial_to_try_it(store, monkeypatch):
+    from semformer.storage import StorageUnreachable
+
+    sweep = Sweep([trial("a"), trial("b")], store)
+    with monkeypatch.context() as away:
+
+        def find(key, verify=True):
+            raise StorageUnreachable("away")
+
+        away.setattr(sweep.gate.store, "find", find)
+        assert sweep.start() is None
+    sweep.now += 6
+    assert [sweep.start(), sweep.start()] == ["a", "b"]
+    assert issubclass(StorageUnreachable, StoreError)
+
+
+# Nothing may raise
 
 
 def test_a_listener_that_raises_disturbs_nothing(store):
@@ -292,22 +545,22 @@ def test_a_listener_that_raises_disturbs_nothing(store):
         raise RuntimeError("listener")
 
     sweep = Sweep([trial("a", caae="x"), trial("b", caae="x"), trial("c")], store, tell=tell)
-    sweep.suggest()
-    sweep.fails("1", "caae", final=True)
-    assert [sweep.suggest(), sweep.suggest()] == ["c", None]
+    sweep.start()
+    sweep.fails("1", "caae", Scope.STAGE)
+    assert [sweep.start(), sweep.start()] == ["c", None]
 
 
 def test_reports_of_unknown_trials_are_ignored(store):
     sweep = Sweep([trial("a")], store)
-    sweep.gate.on_trial_result("stranger", {"training_iteration": 1})
-    sweep.gate.on_trial_complete("stranger", error=True)
-    assert sweep.suggest() == "a"
+    sweep.gate.hear("stranger", Finished({}))
+    sweep.dies("stranger")
+    assert sweep.start() == "a"
 
 
 def test_a_stopped_gate_starts_nothing_more(store):
     sweep = Sweep([trial("a"), trial("b")], store)
-    sweep.suggest()
+    sweep.start()
     sweep.gate.stop()
-    assert sweep.suggest() is None
+    assert sweep.start() is None
     sweep.finishes("1")
-    assert sweep.suggest() == Searcher.FINISHED
+    assert sweep.start() == FINISHED

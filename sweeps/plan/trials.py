@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from semformer import pipeline
 from semformer.config import Config
@@ -48,6 +48,11 @@ class Trial:
         return tuple(dict.fromkeys(f"{cell.table}/{cell.row}" for cell in self.cells))
 
     @property
+    def name(self) -> str:
+        """For people: its first row, and how many more it fills."""
+        return _first(self.rows)
+
+    @property
     def tables(self) -> tuple[str, ...]:
         return tuple(dict.fromkeys(cell.table for cell in self.cells))
 
@@ -70,12 +75,56 @@ class Count(NamedTuple):
     cached: int
 
 
+class Sweep(Protocol):
+    """What is driven, recorded and priced: a plan, all of whose trials are known, or a search, which finds them."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def title(self) -> str: ...
+    @property
+    def tables(self) -> tuple[Table, ...]: ...
+    @property
+    def preset(self) -> str: ...
+    @property
+    def overrides(self) -> Mapping[str, Any]: ...
+    @property
+    def seeds(self) -> tuple[int, ...]: ...
+    @property
+    def trials(self) -> tuple[Trial, ...]:
+        """Those that are known beforehand."""
+
+    @property
+    def samples(self) -> tuple[Trial, ...]:
+        """Trials like those that may be run: what nodes must have and memory must hold is judged by them."""
+
+    @property
+    def cached(self) -> frozenset[str]:
+        """Digests of the stages that were in the store."""
+
+    @property
+    def stages(self) -> dict[str, Count]: ...
+    @property
+    def documents(self) -> dict[str, str]:
+        """File name -> text of what the sweep was started from."""
+
+    def summary(self) -> dict[str, Any]: ...
+    def as_json(self) -> dict[str, Any]: ...
+    def name_of(self, trial: Trial) -> str:
+        """Of a trial, for people."""
+        ...
+
+    def is_cached(self, trial: Trial) -> bool:
+        """Whether all its stages were in the store."""
+        ...
+
+
 @dataclass(frozen=True)
 class Plan:
-    """Of the rows of tables, or (without tables) of a search, whose trials become known as it goes."""
+    """Of the rows of tables."""
 
     name: str
-    """Of the sweep: that of its table, `axes.SEVERAL`, or that of the search."""
+    """Of the sweep: that of its table, or `table.SEVERAL`."""
     title: str
     tables: tuple[Table, ...]
     preset: str
@@ -84,6 +133,10 @@ class Plan:
     trials: tuple[Trial, ...]
     cached: frozenset[str]
     """Digests of the stages that are in the store, by their names alone: what is damaged shows when it is read."""
+
+    @property
+    def samples(self) -> tuple[Trial, ...]:
+        return self.trials
 
     @property
     def documents(self) -> dict[str, str]:
@@ -99,10 +152,13 @@ class Plan:
             counts[name] = Count(requested, len(digests), len(digests & self.cached))
         return counts
 
-    def rows_of(self, trial: Trial) -> str:
+    def rows_of(self, trial: Trial) -> tuple[str, ...]:
         """For people: with the table only where there are several."""
-        rows = trial.rows if len(self.tables) > 1 else [cell.row for cell in trial.cells]
-        return ", ".join(dict.fromkeys(rows))
+        return trial.rows if len(self.tables) > 1 else tuple(dict.fromkeys(cell.row for cell in trial.cells))
+
+    def name_of(self, trial: Trial) -> str:
+        """As `Trial.name`, with the table only where there are several."""
+        return _first(self.rows_of(trial))
 
     def is_cached(self, trial: Trial) -> bool:
         """Whether all its stages are in the store."""
@@ -144,6 +200,11 @@ class Plan:
                 for trial in self.trials
             ],
         }
+
+
+def _first(rows: Sequence[str]) -> str:
+    more = len(rows) - 1
+    return rows[0] + (f" + {more} row{'s' * (more > 1)}" if more else "")
 
 
 def make_plan(

@@ -1,151 +1,154 @@
-"""The Tune searcher that starts a trial only when no running trial is making a stage that it needs.
+"""Starts a trial only when no running trial is making a stage that it needs.
 
-Tune asks `suggest` for the next trial whenever it has room. A trial whose missing stages are all unclaimed claims them
-and starts; the others are held back, so that none ever sits on a CPU or GPU waiting for another's stage. A claim ends
-when its stage is in the store, or with the trial that held it. The trials are those of a plan, or those that a search
-suggests while it goes on.
+A trial whose missing stages nobody makes claims them and starts; the others are held back, so that none ever sits on
+a GPU waiting for another's stage. A claim ends when its stage is in the store, or with the trial that held it. The
+trials are those of a plan, or those that a search suggests while it goes on.
 """
 
+import heapq
 import logging
 import time
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
-from ray.tune.search import Searcher
-
+from semformer.errors import StoreError
 from semformer.keys import StageKey
 from semformer.store import Store
 from sweeps.plan.trials import Trial
+from sweeps.reports import (
+    EpochEnded,
+    Failed,
+    Failure,
+    Finished,
+    Found,
+    Pruned,
+    Raised,
+    Report,
+    Retried,
+    Scope,
+    StageDone,
+    Started,
+)
+from sweeps.schedule.faults import Faults, digest_of
 from sweeps.schedule.queue import Queue, Seconds
 
 log = logging.getLogger(__name__)
-LOOKS = 10
-"""Trials that are looked up in the store each time Tune asks; the others are held back until it asks again."""
 LOOK_AGAIN = 2.0
-"""Seconds after which a stage that another sweep was making is looked up again."""
+"""Seconds after which a stage that another sweep is making is looked up again."""
+LOOKING = 0.2
+"""Seconds after which looking into the store is interrupted, to go on the next time."""
+NO_NODE = "a fit node"
+"""What trials wait for that have failed on all nodes that live."""
+
+Tell = Callable[[Trial, Report], None]
 
 
-@dataclass(frozen=True)
-class Failure:
-    """Why a trial failed: exception class `error` in `stage`. `final` where trying again must fail again."""
+@dataclass
+class Live:
+    """A trial that was started, under the runner's id, to make the stages in `claims` (digests)."""
 
-    stage: str
-    error: str
-    message: str
-    traceback: str = ""
-    final: bool = False
-
-    def as_report(self) -> dict[str, Any]:
-        return {"reason": self.reason, **asdict(self)}
-
-    @property
-    def reason(self) -> str:
-        return f"{self.stage}: {self.error}: {self.message}" if self.stage else f"{self.error}: {self.message}"
+    trial: Trial
+    claims: set[str]
+    avoids: bool = False
+    since: float = 0.0
+    node: str = ""
+    """Where its process is at work; "" before that."""
+    finished: bool = False
+    raised: Failure | None = None
 
 
-class Gate(Searcher):
-    """Starts `trials`, and those that `more` gives, in the order of `schedule.Queue`, each as payload(trial) for Tune.
+class Gate:
+    """Chooses among `trials`, and those that `more` gives, in the order of `queue.Queue`.
 
-    `more()` is asked for another trial when none that is known may start, until it returns None; at most `ahead` are
-    held back for it. A trial that needs nothing made is not started, only told of.
+    `more()` is asked for another trial when none that is known may start, until it returns None; at most `ahead()`
+    are held back for it. At most `room()` run at once. A trial that needs nothing made is not started, only told of.
 
-    A stage that failed is tried `retries` times more, from its last epoch, unless the failure is final; after that
-    every trial that needs it fails with the same reason. A process that died after it had got further than the one
-    before it costs no try: on spot machines that is no fault of the stage.
-
-    tell(trial, {"event": "found" | "pruned" | "retry" | "failed", ...}) hears what becomes of trials;
-    `explain(trial_id)` says why a process died that could not report it. At most `max_concurrent` run at once.
-
-    No method raises, because Tune would end the whole sweep: after `patience` seconds in which nothing runs and
-    nothing can be started for an error (of the store, say), the remaining trials fail with it.
+    tell(trial, report) hears Found, Retried, Failed and Pruned; what it raises is logged. While nothing runs and
+    nothing can be started for an error (of the study's database, say), `next` returns None; when that has lasted
+    for the patience of `faults`, what is left fails with it.
     """
 
     def __init__(
         self,
         trials: Sequence[Trial],
         store: Store,
-        payload: Callable[[Trial], dict[str, Any]],
-        tell: Callable[[Trial, Mapping[str, Any]], None],
+        tell: Tell,
+        faults: Faults,
         *,
         more: Callable[[], Trial | None] | None = None,
-        ahead: int = 16,
+        ahead: Callable[[], int] = lambda: 16,
+        room: Callable[[], float] = lambda: float("inf"),
         seconds: Seconds = lambda key: 1.0,
-        explain: Callable[[str], str] = lambda trial_id: "the process died",
-        max_concurrent: int | None = None,
-        retries: int = 1,
-        patience: float = 60.0,
+        clock: Callable[[], float] = time.monotonic,
     ):
-        super().__init__()
-        self.store, self.payload, self.tell, self.more, self.ahead = store, payload, tell, more, ahead
-        self.explain, self.max_concurrent, self.retries, self.patience = explain, max_concurrent, retries, patience
+        self.store, self.tell, self.faults, self.clock = store, tell, faults, clock
+        self.more, self.ahead, self.room = more, ahead, room
         self.queue = Queue(trials, seconds)
-        self.live: dict[str, Trial] = {}  # by Tune's trial id
-        self.claims: dict[str, str] = {}  # stage digest -> Tune's id of the trial that makes it
-        self.ready: set[str] = set()  # digests of stages known to be in the store
-        self.attempts: Counter[str] = Counter()  # failures by stage digest
-        self.broken: dict[str, Failure] = {}  # stages that will not be tried again
-        self.elsewhere: dict[str, str] = {}  # stage digest -> who makes it in another sweep on this store
-        self._looked = 0.0  # when `elsewhere` was emptied last
+        self.live: dict[str, Live] = {}  # by the runner's id
         self.stopped = False
-        self._ended: set[str] = set()  # running trials that have said that they are finished
-        self._reported: dict[str, Failure] = {}
-        self._epochs: dict[str, int] = {}  # the furthest epoch of unfinished stages, by digest
-        self._further: set[str] = set()  # stages that got further since their last failure
-        self._looks = 0
+        self.over: Failure | None = None
+        """Why what was left has been given up."""
+        self.trouble: str = ""
+        """Why nothing is started though something could be, for people."""
+        self._elsewhere: list[tuple[float, str, StageKey]] = []  # when to look again at stages that other sweeps make
+        self._nodes: frozenset[str] = frozenset()
         self._stuck_since: float | None = None
 
-    # What Tune calls
+    # What the runner calls
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def next(self, runner_id: str) -> Trial | None:
+        """The trial to start now, which is live under this id from now on; None where there is none."""
         try:
-            suggestion = self._next(trial_id)
+            if final := self.faults.hopeless() or self._out_of_patience():
+                self._give_up(final)
+            trial = self._choose()
             self._stuck_since = None
-            return suggestion
         except Exception as error:
-            log.exception("no trial could be chosen; trying again")
-            if not self.live:
-                self._stuck_since = self._stuck_since or time.monotonic()
-                if time.monotonic() - self._stuck_since > self.patience:
-                    self._give_up(error)
+            self._note_trouble(error)
             return None
+        if trial:
+            claims = {key.digest for key in trial.keys.values() if not self.queue.is_ready(key.digest)}
+            for digest in claims:
+                self.queue.hold(digest, trial.key)
+            self.live[runner_id] = Live(trial, claims, bool(self.faults.avoided_by(trial)), self.clock())
+        return trial
 
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Hears every report of `sweeps.cluster.trial`."""
-        event = result.get("event")
-        if event == "stage":
-            self.ready.add(result["key"])
-            self.claims.pop(result["key"], None)
-        elif event == "epoch" and trial_id in self.live:
-            digest = self.live[trial_id].keys[result["stage"]].digest
-            if result["epoch"] > self._epochs.get(digest, 0):
-                self._epochs[digest] = result["epoch"]
-                self._further.add(digest)
-        elif event == "finished":
-            self._ended.add(trial_id)
-        elif event == "failed":
-            names = Failure.__dataclass_fields__
-            self._reported[trial_id] = Failure(**{name: value for name, value in result.items() if name in names})
+    @property
+    def finished(self) -> bool:
+        """Whether nothing runs and nothing will."""
+        return not self.live and (self.stopped or (not self.queue and not self.more))
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        trial = self.live.pop(trial_id, None)
-        if trial is None:
+    def hear(self, runner_id: str, report: Report) -> None:
+        """Every report of a running trial."""
+        if (live := self.live.get(runner_id)) is None:
             return
-        self.claims = {digest: owner for digest, owner in self.claims.items() if owner != trial_id}
-        ended = trial_id in self._ended
-        self._ended.discard(trial_id)
-        if not error and not ended:  # by a scheduler of Tune
-            self._tell(trial, {"event": "pruned"})
-        if error:
-            try:
-                self._failed(trial, self._reported.pop(trial_id, None) or self._died(trial, trial_id))
-            except Exception:
-                log.exception("the failure of %s could not be handled", trial.rows)
+        match report:
+            case Started():
+                live.node = report.node
+            case StageDone():
+                live.claims.discard(report.key)
+                self.queue.ready(report.key)
+                if not report.found:
+                    self.faults.stage_made(report.key, live.node)
+            case EpochEnded():
+                self.faults.epoch_ended(live.trial.keys[report.stage].digest, report.epoch, live.node)
+            case Finished():
+                live.finished = True
+            case Raised():
+                live.raised = report.failure
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Nothing: Tune pickles its searcher, but a sweep goes on from the store, not from Tune's snapshot."""
-        return {}
+    def ended(self, runner_id: str, died: Callable[[], str] | None = None) -> None:
+        """A trial's process has ended. `died` tells why, where it did not end by itself."""
+        live = self.live.pop(runner_id, None)
+        if live is None:
+            return
+        for digest in live.claims:
+            self.queue.release(digest)
+        if not died:
+            if not live.finished:
+                self._tell(live.trial, Pruned())
+            return
+        self._failed(live.trial, live.raised or self._death(live, died()))
 
     # What the driver calls
 
@@ -156,106 +159,181 @@ class Gate(Searcher):
     def waiting(self) -> dict[str, tuple[str, str]]:
         """What trials that are held back wait for, by trial key: (stage, the trial key or the process that makes it).
 
-        ("", "") where only a free place is missing.
+        ("", "") where only a free place is missing, ("", why) where something else is.
         """
         return {trial.key: self._waits_for(trial) for trial in self.queue}
 
-    # How it decides
+    # Choosing
 
-    def _next(self, trial_id: str) -> dict[str, Any] | str | None:
-        if self.max_concurrent and len(self.live) >= self.max_concurrent:
+    def _choose(self) -> Trial | None:
+        if self.stopped or len(self.live) >= self.room():
             return None
-        if not self.live and self.claims:
-            log.warning("dropping the claims of trials that are gone: %s", self.claims)
-            self.claims.clear()
-        self._looks = 0
-        if time.monotonic() - self._looked > LOOK_AGAIN:
-            self.elsewhere, self._looked = {}, time.monotonic()
-        while not self.stopped:
-            trial = self.queue.next(self.ready, self.claims, self._held)
+        self.trouble = self.faults.pause()
+        if self.trouble:
+            return None
+        self._look_elsewhere()
+        self._look_for_nodes()
+        until = time.monotonic() + LOOKING
+        while time.monotonic() < until:
+            trial = self.queue.pop() or self._ask()
             if trial is None:
-                if self._ask():
-                    continue
-                break
-            if missing := [key.digest for key in trial.keys.values() if key.digest not in self.ready]:
-                payload = self.payload(trial)
-                self.queue.remove(trial)
-                self.claims.update(dict.fromkeys(missing, trial_id))
-                self.live[trial_id] = trial
-                return payload
-            self.queue.remove(trial)
-            self._tell(trial, {"event": "found"})
-        idle = not self.live and (self.stopped or (not self.queue and not self.more))
-        return Searcher.FINISHED if idle else None
+                return self._without_place()
+            if failure := self.faults.broken_in(trial):
+                self._tell(trial, Failed(failure))
+            elif self._is_held(trial):
+                continue
+            elif all(self.queue.is_ready(key.digest) for key in trial.keys.values()):
+                self._tell(trial, Found())
+            else:
+                return trial
+        return None
 
-    def _ask(self) -> bool:
-        """Whether the search had another trial, which is in the queue now."""
-        if not self.more or len(self.queue) >= self.ahead:
-            return False
-        if trial := self.more():
+    def _ask(self) -> Trial | None:
+        """Another trial of the search that may start."""
+        while self.more and len(self.queue) < self.ahead():
+            if trial := self.more():
+                self.queue.add(trial)
+                if chosen := self.queue.pop():
+                    return chosen
+            else:
+                self.more = None
+        return None
+
+    def _is_held(self, trial: Trial) -> bool:
+        """Puts a trial back that has no place now, or of which another sweep on this store makes a stage."""
+        try:
+            held = self._made_elsewhere(trial)
+        except Exception:
             self.queue.add(trial)
-        else:
-            self.more = None
-        return trial is not None
+            raise
+        if held:
+            self.queue.add(trial)
+        elif self._lacks_place(trial):
+            self.queue.park(trial, NO_NODE)
+            held = True
+        return held
 
-    def _held(self, trial: Trial) -> bool:
-        """Whether another sweep on this store makes a stage of it; should that one die, its lease expires."""
-        if any(key.digest in self.elsewhere for key in trial.keys.values()):
-            return True
-        self._looks += 1
-        if self._looks > LOOKS:
-            return True
-        missing = [key for key in trial.keys.values() if key.digest not in self.ready and not self._in_store(key)]
-        for key in missing:
-            if holder := self.store.holder(key):
-                self.elsewhere[key.digest] = str(holder)
-        return any(key.digest in self.elsewhere for key in missing)
+    def _made_elsewhere(self, trial: Trial) -> bool:
+        """Looks the missing stages up, in order: the first that is not in the store is the one that may be in work."""
+        for key in trial.keys.values():
+            if self.queue.is_ready(key.digest) or self._is_in_store(key):
+                continue
+            holder = self.store.holder(key)
+            self.faults.store_answers()
+            if holder:
+                self.queue.hold(key.digest, str(holder))
+                heapq.heappush(self._elsewhere, (self.clock() + LOOK_AGAIN, key.digest, key))
+            return holder is not None
+        return False
 
-    def _in_store(self, key: StageKey) -> bool:
+    def _is_in_store(self, key: StageKey) -> bool:
         if self.store.find(key, verify=False) is None:
             return False
-        self.ready.add(key.digest)
+        self.queue.ready(key.digest)
         return True
 
-    def _waits_for(self, trial: Trial) -> tuple[str, str]:
-        for name, key in trial.keys.items():
-            if owner := self.live.get(self.claims.get(key.digest, "")):
-                return name, owner.key
-            if key.digest in self.elsewhere:
-                return name, self.elsewhere[key.digest]
-        return "", ""
+    def _look_elsewhere(self) -> None:
+        """Is what other sweeps were making done, or given up? Should one have died, its lease expires."""
+        until = time.monotonic() + LOOKING
+        while self._elsewhere and self._elsewhere[0][0] <= self.clock() and time.monotonic() < until:
+            _, digest, key = heapq.heappop(self._elsewhere)
+            try:
+                if self._is_in_store(key):
+                    continue
+                if holder := self.store.holder(key):
+                    self.queue.hold(digest, str(holder))
+                    heapq.heappush(self._elsewhere, (self.clock() + LOOK_AGAIN, digest, key))
+                else:
+                    self.queue.release(digest)
+            except Exception:
+                heapq.heappush(self._elsewhere, (self.clock() + LOOK_AGAIN, digest, key))
+                raise
 
-    def _died(self, trial: Trial, trial_id: str) -> Failure:
-        stage = next((name for name, key in trial.keys.items() if key.digest not in self.ready), "")
-        return Failure(stage, "WorkerDied", self.explain(trial_id))
+    # Nodes
+
+    def _lacks_place(self, trial: Trial) -> bool:
+        avoided = self.faults.avoided_by(trial)
+        return bool(avoided) and len(avoided) == len(self.faults.places().names)
+
+    def _look_for_nodes(self) -> None:
+        nodes = frozenset(self.faults.places().names)
+        if nodes - self._nodes:
+            self.queue.release(NO_NODE)
+        self._nodes = nodes
+
+    def _without_place(self) -> Trial | None:
+        """Where nothing runs, a trial that no living node may take: a growing cluster then brings another."""
+        if self.live or not (trial := self.queue.parked(NO_NODE)):
+            return None
+        self.queue.remove(trial)
+        if self.faults.places().may_grow:
+            return trial
+        why = "; ".join(dict.fromkeys(self.faults.avoided_by(trial).values()))
+        self._tell(trial, Failed(Failure(Scope.NODE, "", "NoFitNode", f"no node is left for it: {why}")))
+        return None
+
+    # Failures
+
+    def _death(self, live: Live, why: str) -> Failure:
+        stage = next((name for name, key in live.trial.keys.items() if not self.queue.is_ready(key.digest)), "")
+        return Failure(Scope.TRIAL, stage, "WorkerDied", why, node=live.node)
 
     def _failed(self, trial: Trial, failure: Failure) -> None:
-        digest = (trial.keys.get(failure.stage) or trial.keys["evaluate"]).digest
-        if failure.error == "WorkerDied" and digest in self._further:
-            self.attempts[digest] = 0
-        else:
-            self.attempts[digest] += 1
-        self._further.discard(digest)
-        if not failure.final and self.attempts[digest] <= self.retries:
+        final = self.faults.trial_failed(trial, failure) or self.over
+        if final is None:
             self.queue.add(trial, first=True)
-            self._tell(trial, {"event": "retry", **failure.as_report()})
+            self._tell(trial, Retried(failure))
             return
-        self.broken[digest] = failure
-        self._tell(trial, {"event": "failed", **failure.as_report()})
-        shared = replace(failure, message=f"{failure.message} (in the trial of row {', '.join(trial.rows)})")
-        for other in self.queue:
-            if any(key.digest == digest for key in other.keys.values()):
-                self.queue.remove(other)
-                self._tell(other, {"event": "failed", **shared.as_report()})
+        self._tell(trial, Failed(final))
+        shared = replace(final, message=f"{final.message} (in the trial of row {trial.name})")
+        digest = digest_of(trial, final)
+        self.faults.broken[digest] = shared
+        for other in self.queue.needing(digest):
+            self.queue.remove(other)
+            self._tell(other, Failed(shared))
 
-    def _give_up(self, error: Exception) -> None:
-        failure = Failure("", type(error).__name__, str(error))
+    def _note_trouble(self, error: Exception) -> None:
+        if isinstance(error, StoreError):
+            self.faults.store_failed(Failure(Scope.STORE, "", type(error).__name__, str(error)))
+        first = str(error).partition("\n")[0]
+        if not self.trouble:
+            log.warning("no trial could be chosen, trying again: %s: %s", type(error).__name__, first)
+        self.trouble = f"{type(error).__name__}: {first}"
+        if self._stuck_since is None:
+            self._stuck_since = self.clock()
+
+    def _out_of_patience(self) -> Failure | None:
+        """When nothing has run for so long, because of an error or for want of a node that is none of the unfit."""
+        now, patience = self.clock(), self.faults.patience
+        if any(live.node for live in self.live.values()):
+            return None
+        if self._stuck_since is not None and now - self._stuck_since > patience:
+            return Failure(Scope.TRIAL, "", "Stuck", f"{self.trouble} (tried for {patience:g} s)")
+        for live in self.live.values():
+            if live.avoids and now - live.since > patience and self._lacks_place(live.trial):
+                why = "; ".join(dict.fromkeys(self.faults.avoided_by(live.trial).values()))
+                return Failure(Scope.NODE, "", "NoFitNode", f"no other node came in {patience:g} s: {why}")
+        return None
+
+    def _give_up(self, failure: Failure) -> None:
+        """What is left fails; so does what was started and found no node."""
+        self.over, self.stopped, self.more = failure, True, None
         for trial in self.queue:
             self.queue.remove(trial)
-            self._tell(trial, {"event": "failed", **failure.as_report()})
+            self._tell(trial, Failed(failure))
+        for runner_id, live in list(self.live.items()):
+            if not live.node:
+                del self.live[runner_id]
+                self._tell(live.trial, Failed(failure))
 
-    def _tell(self, trial: Trial, report: Mapping[str, Any]) -> None:
+    # Helpers
+
+    def _waits_for(self, trial: Trial) -> tuple[str, str]:
+        stage, maker = self.queue.waits_for(trial)
+        return (stage, maker) if stage else ("", self.trouble)
+
+    def _tell(self, trial: Trial, report: Report) -> None:
         try:
             self.tell(trial, report)
         except Exception:
-            log.exception("could not tell what became of %s", trial.rows)
+            log.exception("could not tell what became of %s", trial.name)

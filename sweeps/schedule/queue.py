@@ -1,29 +1,44 @@
-"""In which order trials start: the rule of the gate."""
+"""Trials that wait to be started: in which order, and what holds one back."""
 
 import heapq
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
 
 from semformer.keys import StageKey
 from sweeps.plan.trials import Trial
 
 Seconds = Callable[[StageKey], float]
 """How long a stage takes on one GPU."""
+Rank = tuple[int, float, int]
 
 
 class Queue:
-    """Trials that wait to be started.
+    """Gives trials none of whose stages is being made.
 
     First come the builders of the stages that most other trials wait for, then the trials with most work left
     (longest processing time first), then those that were added first.
+
+    What may start is kept up to date, not searched for. A heap holds the candidates; one that turns out to need a stage
+    that is being made is parked there until that stage is released. Ranks in the heap may be too good, since stages
+    become ready and trials leave; such a candidate is ranked anew when its turn comes.
     """
 
     def __init__(self, trials: Iterable[Trial] = (), seconds: Seconds = lambda key: 1.0):
         self._seconds = seconds
-        self._trials: dict[str, Trial] = {}
-        self._wanted: Counter[str] = Counter()  # queued trials by stage digest
+        self._trials: dict[str, Trial] = {}  # by trial key
+        self._numbers: dict[str, int] = {}  # trial key -> place in the order of adding
+        self._first, self._last = 0, 0
+        self._ready: set[str] = set()
+        self._makers: dict[str, str] = {}  # stage digest -> who makes it
+        self._users: defaultdict[str, set[str]] = defaultdict(set)  # stage digest -> keys of queued trials
+        self._heap: list[tuple[Rank, str]] = []
+        self._parked: defaultdict[str, set[str]] = defaultdict(set)  # what is waited for -> trial keys
+        self._parked_at: dict[str, str] = {}
+        trials = list(trials)
         for trial in trials:
-            self.add(trial)
+            self._enter(trial)
+        for trial in trials:
+            self._push(trial.key)
 
     def __len__(self) -> int:
         return len(self._trials)
@@ -33,32 +48,105 @@ class Queue:
 
     def add(self, trial: Trial, *, first: bool = False) -> None:
         """`first`: before all others that are wanted as much and have as much work left."""
-        self._trials[trial.key] = trial
         if first:
-            self._trials = {trial.key: trial, **self._trials}
-        self._wanted.update(key.digest for key in trial.keys.values())
+            self._first -= 1
+            self._numbers[trial.key] = self._first
+        self._enter(trial)
+        wanted_more = {key for digest in self._missing(trial) for key in self._users[digest]}
+        for key in {trial.key} | (wanted_more - self._parked_at.keys()):
+            self._push(key)
+
+    def pop(self) -> Trial | None:
+        """The next trial that may start, taken out of the queue; None where all are held back."""
+        while self._heap:
+            rank, key = heapq.heappop(self._heap)
+            if key not in self._trials or key in self._parked_at:
+                continue
+            if (now := self._rank(key)) > rank:
+                heapq.heappush(self._heap, (now, key))
+                continue
+            trial = self._trials[key]
+            if held := next((digest for digest in self._missing(trial) if digest in self._makers), None):
+                self._park(key, held)
+                continue
+            self.remove(trial)
+            return trial
+        return None
+
+    def park(self, trial: Trial, waits_for: str) -> None:
+        """Put a trial (back) into the queue, to be held until `release(waits_for)`."""
+        self._enter(trial)
+        self._park(trial.key, waits_for)
+
+    def parked(self, waits_for: str) -> Trial | None:
+        """The first of the trials that wait for this."""
+        key = min(self._parked.get(waits_for, ()), key=self._numbers.__getitem__, default=None)
+        return self._trials[key] if key else None
 
     def remove(self, trial: Trial) -> None:
         del self._trials[trial.key]
-        self._wanted.subtract(key.digest for key in trial.keys.values())
+        for key in trial.keys.values():
+            self._users[key.digest].discard(trial.key)
+        if place := self._parked_at.pop(trial.key, None):
+            self._parked[place].discard(trial.key)
 
-    def next(
-        self, ready: Collection[str], claimed: Collection[str], held: Callable[[Trial], bool] = lambda trial: False
-    ) -> Trial | None:
-        """The first trial none of whose stages is being made by another, or None. It stays in the queue.
+    # Stages
 
-        `ready` and `claimed` hold digests of stages: those in the store, and those that running trials make.
-        `held(trial)` may hold more trials back; it is asked only for those that would be next.
-        """
-        ranked = []
-        for index, trial in enumerate(self._trials.values()):
-            missing = [key for key in trial.keys.values() if key.digest not in ready]
-            if not any(key.digest in claimed for key in missing):
-                others = sum(self._wanted[key.digest] - 1 for key in missing)
-                ranked.append((-others, -sum(map(self._seconds, missing)), index, trial))
-        heapq.heapify(ranked)
-        while ranked:
-            trial = heapq.heappop(ranked)[-1]
-            if not held(trial):
-                return trial
-        return None
+    def is_ready(self, digest: str) -> bool:
+        return digest in self._ready
+
+    def ready(self, digest: str) -> None:
+        """The stage is in the store."""
+        self._ready.add(digest)
+        self.release(digest)
+
+    def hold(self, digest: str, maker: str) -> None:
+        """The stage is being made by `maker`: trials that need it are held back."""
+        self._makers[digest] = maker
+
+    def release(self, waits_for: str) -> None:
+        """Nobody makes the stage any more, or what else was waited for is there."""
+        self._makers.pop(waits_for, None)
+        for key in self._parked.pop(waits_for, ()):
+            del self._parked_at[key]
+            self._push(key)
+
+    def maker(self, digest: str) -> str | None:
+        """Who makes a stage."""
+        return self._makers.get(digest)
+
+    def waits_for(self, trial: Trial) -> tuple[str, str]:
+        """The stage that a queued trial waits for, and who makes it; ("", "") where only a free place is missing."""
+        for name, key in trial.keys.items():
+            if key.digest in self._makers and key.digest not in self._ready:
+                return name, self._makers[key.digest]
+        return "", ""
+
+    def needing(self, digest: str) -> list[Trial]:
+        """The queued trials that need a stage, in the order in which they were added."""
+        return [self._trials[key] for key in sorted(self._users[digest], key=self._numbers.__getitem__)]
+
+    # Helpers
+
+    def _enter(self, trial: Trial) -> None:
+        self._trials[trial.key] = trial
+        if trial.key not in self._numbers:
+            self._last += 1
+            self._numbers[trial.key] = self._last
+        for key in trial.keys.values():
+            self._users[key.digest].add(trial.key)
+
+    def _park(self, key: str, waits_for: str) -> None:
+        self._parked[waits_for].add(key)
+        self._parked_at[key] = waits_for
+
+    def _push(self, key: str) -> None:
+        heapq.heappush(self._heap, (self._rank(key), key))
+
+    def _rank(self, key: str) -> Rank:
+        missing = [stage for stage in self._trials[key].keys.values() if stage.digest not in self._ready]
+        others = sum(len(self._users[stage.digest]) - 1 for stage in missing)
+        return -others, -sum(map(self._seconds, missing)), self._numbers[key]
+
+    def _missing(self, trial: Trial) -> list[str]:
+        return [key.digest for key in trial.keys.values() if key.digest not in self._ready]

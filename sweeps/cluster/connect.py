@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import ray
@@ -73,7 +73,7 @@ def _resolve(address: str) -> str:
     return address
 
 
-_TRY = """
+_ASK = """
 import json, sys
 import ray
 from ray._common.usage.usage_lib import get_cluster_metadata
@@ -82,6 +82,8 @@ from ray._raylet import GcsClient
 
 ensure_token_if_auth_enabled(create_token_if_missing=False)
 print(json.dumps(get_cluster_metadata(GcsClient(address=sys.argv[1]))), flush=True)
+"""
+_JOIN = f"""{_ASK}
 ray.init(address=sys.argv[1], log_to_driver=False, logging_level="CRITICAL")
 """
 
@@ -97,26 +99,36 @@ def _try(address: str, timeout: float) -> None:
             f"--address {address}: nothing answers there ({error.strerror or error}). Start the cluster "
             "(ray up, or ray start --head), or correct the address."
         ) from error
-    process = subprocess.Popen(
-        [sys.executable, "-c", _TRY, address], text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
-    try:
-        out, err = process.communicate(timeout=max(0.0, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        process.kill()
-        out, err = process.communicate()
+    join, ask = _start(_JOIN, address, os.environ), _start(_ASK, address, {**os.environ, "RAY_AUTH_MODE": "disabled"})
+    out, err = _answer(join, deadline)
     if not out:
+        _answer(ask, 0.0)
         raise UserError(f"--address {address}: {_explain_refusal(err, timeout)}")
     theirs, ours = json.loads(out.splitlines()[0]), {"ray": ray.__version__, "python": platform.python_version()}
+    is_open = _answer(ask, time.monotonic() + 2.0)[0] != ""  # it began when the other did, which has answered
     if wrong := [f"{k} {theirs[f'{k}_version']} (here {v})" for k, v in ours.items() if theirs[f"{k}_version"] != v]:
         raise UserError(f"--address {address}: the cluster runs {', '.join(wrong)}: install the same everywhere")
-    if process.returncode:
+    if join.returncode:
         raise UserError(
             f"--address {address}: the head answers, but no living node of the cluster is on this machine. Start the "
             "sweep on a node of the cluster: on its head (ray attach), or with ray job submit."
         )
-    if os.environ.get("RAY_AUTH_MODE") != "token":
+    if is_open:
         log.warning("%s asks for no token: whoever reaches it can run code there (RAY_AUTH_MODE=token)", address)
+
+
+def _start(code: str, address: str, environment: Mapping[str, str]) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-c", code, address]
+    return subprocess.Popen(command, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+
+
+def _answer(process: "subprocess.Popen[str]", deadline: float) -> tuple[str, str]:
+    """What a process has printed by then, when it is killed."""
+    try:
+        return process.communicate(timeout=max(0.0, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.communicate()
 
 
 def _explain_refusal(stderr: str, timeout: float) -> str:

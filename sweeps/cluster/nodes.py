@@ -1,8 +1,9 @@
-"""The nodes of the connected Ray, and what of them a trial gets."""
+"""The nodes of the connected Ray, those that its autoscaler may launch, and how many trials they hold."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import ray
 import yaml
@@ -11,6 +12,8 @@ from semformer.errors import UserError
 
 LAUNCHABLE = Path("~/ray_bootstrap_config.yaml")
 """Where `ray up` leaves, on the head, what the autoscaler may launch."""
+Share = Mapping[str, float]
+"""Of a node, for one trial: {"cpu": ..., "gpu": ...}."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,10 @@ class Node:
     def __str__(self) -> str:
         return f"node {self.address} ({self.id[:8]})"
 
+    def holds(self, share: Share) -> int:
+        """How many trials at once."""
+        return _holds(self.cpus, self.gpus, share)
+
 
 def nodes() -> list[Node]:
     """The living nodes of the connected Ray."""
@@ -35,13 +42,48 @@ def nodes() -> list[Node]:
     ]
 
 
+@dataclass(frozen=True)
+class Launchable:
+    """A type of node that the autoscaler may launch, `most` times at once."""
+
+    cpus: float
+    gpus: float
+    most: int
+
+
+def launchable() -> list[Launchable]:
+    """What the autoscaler of this head may launch; nothing where there is none. Raises UserError for a damaged file."""
+    path = LAUNCHABLE.expanduser()
+    try:
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        types: dict[str, Any] = config["available_node_types"]
+        most = config.get("max_workers")
+        found = []
+        for name, kind in types.items():
+            count = min(n for n in (kind.get("max_workers"), most, 10**6) if n is not None)
+            if name != config.get("head_node_type") and count > 0:
+                resources = kind.get("resources", {})
+                found.append(Launchable(resources.get("CPU", 0), resources.get("GPU", 0), count))
+        return found
+    except FileNotFoundError:
+        return []
+    except (OSError, yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{path}, where `ray up` tells what may be launched, cannot be read: {error!r}") from error
+
+
+def may_hold(share: Share) -> int:
+    """How many trials the cluster can grow to hold by its autoscaler."""
+    return sum(kind.most * _holds(kind.cpus, kind.gpus, share) for kind in launchable())
+
+
 def trial_share(cpus: int, gpus: float | None, *, address: str | None = None) -> dict[str, float]:
-    """A trial's share of a node, {"cpu": ..., "gpu": ...}; `gpus` is by default 1 where there are any.
+    """A trial's share of a node; `gpus` is by default 1 where there are any.
 
     `address` is what was given to `connect`. Raises UserError when no node can hold a trial, nor any that the
     cluster's autoscaler may launch.
     """
-    there = [(node.cpus, node.gpus) for node in nodes()] + (_launchable() if address else [])
+    there = [(node.cpus, node.gpus) for node in nodes()]
+    there += [(kind.cpus, kind.gpus) for kind in launchable()] if address else []
     if gpus is None:
         gpus = min(1.0, max(g for _, g in there))
     if not any(cpus <= c and gpus <= g for c, g in there):
@@ -51,17 +93,6 @@ def trial_share(cpus: int, gpus: float | None, *, address: str | None = None) ->
     return {"cpu": cpus, "gpu": gpus}
 
 
-def places(share: Mapping[str, float]) -> int:
-    """How many trials of such a share the living nodes hold at once."""
-    wanted = {kind: part for kind, part in share.items() if part}
-    return sum(int(min(getattr(node, f"{kind}s") / part for kind, part in wanted.items()) + 1e-9) for node in nodes())
-
-
-def _launchable() -> list[tuple[float, float]]:
-    """CPUs and GPUs of the node types that the autoscaler of this head may launch."""
-    try:
-        types = yaml.safe_load(LAUNCHABLE.expanduser().read_text(encoding="utf-8"))["available_node_types"].values()
-        resources = [t["resources"] for t in types if t.get("max_workers", 0) > 0]
-    except FileNotFoundError:
-        return []
-    return [(r.get("CPU", 0), r.get("GPU", 0)) for r in resources]
+def _holds(cpus: float, gpus: float, share: Share) -> int:
+    there = {"cpu": cpus, "gpu": gpus}
+    return min((int(there[kind] / part + 1e-9) for kind, part in share.items() if part), default=0)

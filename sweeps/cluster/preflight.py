@@ -1,16 +1,15 @@
-"""Whether every node of the connected Ray can run a sweep: asked before the first trial, so that none fails for it."""
+"""Whether the nodes of the connected Ray can run a sweep: each is asked once, at the start or when it joins."""
 
 import hashlib
 import importlib.metadata
+import logging
 import os
 import platform
 import secrets
 import shutil
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import ray
@@ -22,18 +21,31 @@ from semformer.data.shapes import cached_shapes
 from semformer.data.voc import open_devkit
 from semformer.errors import UserError
 from semformer.store import Store, open_store
-from sweeps.cluster.nodes import Node, nodes
+from sweeps.cluster.nodes import Node, Share, may_hold, nodes
+from sweeps.schedule.faults import Places
 
+log = logging.getLogger(__name__)
 PACKAGES = ("ray", "semformer-sweeps", "torch", "torchvision", "timm", "numpy", "pillow")
 """What must be the same everywhere."""
-PATIENCE = 30.0
+ANSWER = 120.0
+"""Seconds in which a node must answer."""
+SEEN = 30.0
 """Seconds until a file that another node wrote must be seen: network folders list a file late."""
 _SHARE_STORE = "give a folder that all nodes share, or s3://BUCKET/PREFIX"
 
 
 @dataclass(frozen=True)
+class Images:
+    """What a sweep reads: a devkit's folder, or the parameters of the embedded data set, which each node then makes;
+    and the `Split.digest` of its splits by name."""
+
+    data: Path | Mapping[str, int]
+    digests: Mapping[str, str]
+
+
+@dataclass(frozen=True)
 class NodeReport:
-    """What `preflight` found on a node. Memory and disk in bytes; `gpu_memory` has one entry a GPU."""
+    """What a node answered. Memory and disk in bytes; `gpu_memory` has one entry a GPU."""
 
     node: Node
     versions: Mapping[str, str] = field(default_factory=dict)
@@ -41,74 +53,159 @@ class NodeReport:
     free_disk: int = 0
     faults: tuple[str, ...] = ()
 
+    def __str__(self) -> str:
+        return f"{self.node}: {'; '.join(self.faults) or 'fit'}"
 
-def preflight(
-    *,
-    data: Path | Mapping[str, int],
-    digests: Mapping[str, str],
-    store: str,
-    share: Mapping[str, float],
-    timeout: float = 120.0,
-    min_free: int = 2**30,
-) -> list[NodeReport]:
-    """Ask every living node, all at once, whether it can run the sweep.
 
-    `data` is a devkit's folder, or the parameters of the embedded data set, which each node then makes; `digests` are
-    the `Split.digest` of the splits that the sweep reads. A node must have the versions and the code of this machine,
-    the same data, the same `store` (a folder or "s3://..."), `min_free` bytes of disk, and, where the `share` of a
-    trial has GPUs, the GPUs that Ray counts. Raises one UserError that names every node at fault.
+class Watch:
+    """The nodes that can hold a trial's `share`: who lives, and who is fit.
 
-    Nodes that an autoscaler launches later are not asked; their trials compare the data by the stages' keys.
+    A fit node has the versions and the code of this machine, the same images, the same `store` (its location),
+    `min_free` bytes of disk, and, where the share has GPUs, those that Ray counts. With `ask` false, all are taken for
+    fit: on this machine alone there is nothing to compare.
     """
-    here, run, reports = _versions(), f"preflight-{secrets.token_hex(4)}", []
-    look = ray.remote(num_cpus=0, max_retries=0)(_look)
-    with _marking(store, run) as marks:
-        asked = {}
-        for node in nodes():
-            pinned = look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node.id, soft=False))
-            asked[pinned.remote(node, run, here, data, digests, store, share, min_free)] = node
-        deadline = time.monotonic() + timeout
-        for ref, node in asked.items():
-            try:
-                reports.append(ray.get(ref, timeout=max(0.1, deadline - time.monotonic())))
-            except ray.exceptions.GetTimeoutError:
-                ray.cancel(ref, force=True)
-                reports.append(NodeReport(node, faults=(f"did not answer within {timeout:g} s",)))
-            except Exception as error:  # whatever becomes of a node that lacks the code, or dies
-                reports.append(
-                    NodeReport(node, faults=(f"cannot answer: {(str(error).strip() or repr(error)).splitlines()[-1]}",))
+
+    def __init__(
+        self,
+        share: Share,
+        images: Sequence[Images] = (),
+        store: str = "",
+        *,
+        ask: bool = True,
+        min_free: int = 2**30,
+    ):
+        self.share, self.ask = share, ask
+        self.living: dict[str, Node] = {}
+        self.reports: dict[str, NodeReport] = {}
+        self.potential = may_hold(share) if ask else 0
+        """Trials that nodes can hold which the autoscaler may launch."""
+        self._asked: dict[ray.ObjectRef, tuple[Node, float]] = {}
+        self._unseen: dict[str, tuple[NodeReport, float]] = {}  # nodes whose mark in the store is not seen yet
+        self._listener: Callable[[NodeReport], None] = lambda report: None
+        self._run = f"preflight-{secrets.token_hex(4)}"
+        self._store: Store | None = None
+        if ask:
+            self._store = open_store(store, patience=0.0)  # a look must not wait
+            _mark(self._store, f"{self._run}-driver")
+            self._question = (self._run, _versions(), tuple(images), store, dict(share), min_free)
+        self.look()
+
+    def look(self) -> None:
+        """Ask the nodes that are new, and take the answers that have come; never waits for one."""
+        self.living = {node.id: node for node in nodes() if node.holds(self.share)}
+        if not self.ask:
+            return
+        pending = {node.id for node, _ in self._asked.values()} | self._unseen.keys()
+        for node in self.living.values():
+            if node.id not in self.reports and node.id not in pending:
+                pinned = NodeAffinitySchedulingStrategy(node.id, soft=False)
+                self._asked[_ask.options(scheduling_strategy=pinned).remote(node, *self._question)] = (
+                    node,
+                    time.monotonic() + ANSWER,
                 )
-        seen = marks({report.node.id for report in reports if not report.faults})
-    unseen = f"what it writes into the store {store} is not seen here: {_SHARE_STORE}"
-    reports = [r if r.faults or r.node.id in seen else replace(r, faults=(unseen,)) for r in reports]
-    if bad := [report for report in reports if report.faults]:
-        told = "".join(f"\n{r.node}:" + "".join(f"\n  - {fault}" for fault in r.faults) for r in bad)
-        raise UserError(f"{len(bad)} of {len(reports)} nodes cannot run this sweep.{told}")
-    return reports
+        if self._asked:
+            for ref in ray.wait(list(self._asked), num_returns=len(self._asked), timeout=0)[0]:
+                self._take(ref)
+        for ref, (node, until) in list(self._asked.items()):
+            if time.monotonic() > until:
+                del self._asked[ref]
+                ray.cancel(ref, force=True)
+                self._note(NodeReport(node, faults=(f"did not answer within {ANSWER:g} s",)))
+        self._look_for_marks()
+
+    def wait(self) -> list[NodeReport]:
+        """Until every node that lives now has answered. Raises one UserError that names the faults, where no node is
+        fit and none can be launched."""
+        while self._asked or self._unseen:
+            time.sleep(0.1)
+            self.look()
+        reports = list(self.reports.values())
+        if not self.potential and not any(not report.faults for report in reports):
+            told = "".join(f"\n{r.node}:" + "".join(f"\n  - {fault}" for fault in r.faults) for r in reports)
+            raise UserError(f"{len(reports)} of {len(reports)} nodes cannot run this sweep.{told}")
+        return reports
+
+    def listen(self, unfit: Callable[[NodeReport], None]) -> None:
+        """unfit(report) hears of each node that is not fit, now and later."""
+        self._listener = unfit
+        for report in self.reports.values():
+            if report.faults:
+                unfit(report)
+
+    def places(self) -> Places:
+        """For `schedule.faults`."""
+        names = {node.id: str(node) if self.ask else "this machine" for node in self.living.values()}
+        return Places(names, may_grow=self.potential > 0)
+
+    def room(self) -> int:
+        """Trials that the living nodes hold at once, without those that are unfit."""
+        bad = {node_id for node_id, report in self.reports.items() if report.faults}
+        return sum(node.holds(self.share) for node in self.living.values() if node.id not in bad)
+
+    def gpu_memory(self) -> tuple[int, ...]:
+        """Bytes of each GPU of the nodes that have answered, or of this machine."""
+        if not self.ask:
+            return gpu_memory()
+        return tuple(size for report in self.reports.values() for size in report.gpu_memory)
+
+    def close(self) -> None:
+        if self._store:
+            for name in _marks(self._store):
+                if name.startswith(self._run):
+                    self._store.storage.remove(f"tmp/{name}")
+
+    # Helpers
+
+    def _take(self, ref: ray.ObjectRef) -> None:
+        node, _ = self._asked.pop(ref)
+        try:
+            report = ray.get(ref)
+        except Exception as error:  # whatever becomes of a node that lacks the code, or dies
+            if node.id in self.living:
+                told = (str(error).strip() or repr(error)).splitlines()[-1]
+                self._note(NodeReport(node, faults=(f"cannot answer: {told}",)))
+            return
+        if report.faults:
+            self._note(report)
+        else:
+            self._unseen[node.id] = report, time.monotonic() + SEEN
+
+    def _look_for_marks(self) -> None:
+        """A store that is no shared one would keep a node's results to itself."""
+        if not self._unseen or not self._store:
+            return
+        marks = _marks(self._store)
+        for node_id, (report, until) in list(self._unseen.items()):
+            if f"{self._run}-{node_id}" in marks:
+                del self._unseen[node_id]
+                self._note(report)
+            elif time.monotonic() > until:
+                del self._unseen[node_id]
+                fault = f"what it writes into the store {self._store.location} is not seen here: {_SHARE_STORE}"
+                self._note(NodeReport(report.node, report.versions, report.gpu_memory, report.free_disk, (fault,)))
+
+    def _note(self, report: NodeReport) -> None:
+        self.reports[report.node.id] = report
+        if report.faults:
+            self._listener(report)
 
 
-def _look(
+@ray.remote(num_cpus=0, max_retries=0, max_calls=1)
+def _ask(
     node: Node,
     run: str,
     here: Mapping[str, str],
-    data: Path | Mapping[str, int],
-    digests: Mapping[str, str],
+    images: Sequence[Images],
     store: str,
-    share: Mapping[str, float],
+    share: Share,
     min_free: int,
 ) -> NodeReport:
-    """`preflight`'s part on the node; `here` are the versions of the driver."""
-    versions, memory, faults = _versions(), gpu_memory(), []
+    """On the node; `here` are the versions of the driver."""
+    versions, faults = _versions(), []
     if different := [f"{k} {versions.get(k)} (driver: {v})" for k, v in here.items() if versions.get(k) != v]:
         faults.append(f"has {', '.join(different)}: install the same everywhere (constraints.txt)")
-    try:
-        devkit = open_devkit(cached_shapes(**data) if isinstance(data, Mapping) else data)
-        for name, digest in digests.items():
-            found = devkit.split(name).digest
-            if found != digest:
-                faults.append(f"split {name!r} in {devkit.folder} has digest {found[:8]} (driver: {digest[:8]})")
-    except (UserError, OSError) as error:
-        faults.append(str(error))
+    for one in images:
+        faults += _compare(one)
     try:
         opened = open_store(store)
         if f"{run}-driver" not in _marks(opened):
@@ -117,16 +214,32 @@ def _look(
             _mark(opened, f"{run}-{node.id}")
     except (UserError, OSError) as error:
         faults.append(str(error))
-    if share["gpu"] and node.gpus != len(memory):
+    memory = gpu_memory() if share["gpu"] else ()
+    if share["gpu"] and node.gpus > len(memory):
         faults.append(
-            f"Ray counts {node.gpus:g} GPUs, nvidia-smi shows {len(memory)}: "
-            "mend the driver, or start Ray there with the right --num-gpus"
+            f"Ray counts {node.gpus:g} GPUs, PyTorch can use {len(memory)} there: mend the driver (CUDA or ROCm), or "
+            "start Ray there with the right --num-gpus"
         )
     cache = Path(os.environ.get("SEMFORMER_CACHE") or "~").expanduser()
     disk = next(folder for folder in (cache, *cache.parents) if folder.exists())
     if (free := shutil.disk_usage(disk).free) < min_free:
         faults.append(f"has {free / 2**30:.1f} GiB of free disk in {disk}; needed are {min_free / 2**30:.1f}")
     return NodeReport(node, versions, memory, free, tuple(faults))
+
+
+def _compare(images: Images) -> list[str]:
+    """What is wrong with a node's images."""
+    try:
+        is_made = isinstance(images.data, Mapping)
+        devkit = open_devkit(cached_shapes(**images.data) if is_made else images.data)
+        found = {name: devkit.split(name).digest for name in images.digests}
+    except (UserError, OSError) as error:
+        return [str(error)]
+    return [
+        f"split {name!r} in {devkit.folder} has digest {found[name][:8]} (driver: {digest[:8]})"
+        for name, digest in images.digests.items()
+        if found[name] != digest
+    ]
 
 
 def _versions() -> dict[str, str]:
@@ -145,13 +258,12 @@ def _versions() -> dict[str, str]:
 
 
 def gpu_memory() -> tuple[int, ...]:
-    """Bytes of each GPU, whichever of them Ray lets this process use."""
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
-    try:
-        told = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
+    """Bytes of each GPU that PyTorch can use in this process: NVIDIA's, and AMD's by ROCm."""
+    import torch  # which takes seconds to import
+
+    if not torch.cuda.is_available():
         return ()
-    return tuple(int(line) * 2**20 for line in told.split())
+    return tuple(torch.cuda.get_device_properties(i).total_memory for i in range(torch.cuda.device_count()))
 
 
 # Marks in a store: files in its tmp/
@@ -163,29 +275,3 @@ def _mark(store: Store, name: str) -> None:
 
 def _marks(store: Store) -> set[str]:
     return {name.removeprefix("tmp/") for name in store.storage.entries("tmp/")}
-
-
-def _unmark(store: Store, name: str) -> None:
-    store.storage.remove(f"tmp/{name}")
-
-
-@contextmanager
-def _marking(location: str, run: str) -> Iterator[Callable[[set[str]], set[str]]]:
-    """Marks the store for the driver; yields a function that waits for nodes' marks and tells which there are."""
-    store = open_store(location)
-    _mark(store, f"{run}-driver")
-
-    def marked(wanted: set[str]) -> set[str]:
-        deadline = time.monotonic() + PATIENCE
-        while True:
-            seen = {name.removeprefix(f"{run}-") for name in _marks(store)}
-            if wanted <= seen or time.monotonic() > deadline:
-                return seen
-            time.sleep(0.5)
-
-    try:
-        yield marked
-    finally:
-        for name in _marks(store):
-            if name.startswith(run):
-                _unmark(store, name)

@@ -1,72 +1,99 @@
 """Runs trials on the connected Ray, and passes on what they report."""
 
+import contextlib
 import logging
 import os
+import secrets
 import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import ray
 from ray import tune
+from ray.tune.schedulers import TrialScheduler
+from ray.tune.search import Searcher
 
 from semformer.store import Store
+from sweeps.cluster.board import Board
+from sweeps.cluster.nodes import Share
+from sweeps.cluster.preflight import Watch
 from sweeps.cluster.trial import payload, run_trial
 from sweeps.plan.trials import Trial
-from sweeps.schedule.gate import Gate
+from sweeps.reports import Raised, Report
+from sweeps.schedule.faults import Faults
+from sweeps.schedule.gate import Gate, Tell
 from sweeps.schedule.queue import Seconds
 
 log = logging.getLogger(__name__)
+Trainable = Callable[[dict[str, Any]], None]
+NODE_ID = "ray.io/node-id"
+"""The label that Ray gives every node."""
+LONGEST_LOOK = 5.0
+"""Seconds by which a trial's silence grows from one look to the next at most: not by those in which nobody listened."""
+STARTING = 0.5
+"""Seconds after which starting trials is interrupted to hear those that run."""
 
 
 def run_trials(
     trials: Sequence[Trial],
     store: Store,
-    tell: Callable[[Trial, Mapping[str, Any]], None],
+    tell: Tell,
     *,
-    share: Mapping[str, float],
+    share: Share,
+    watch: Watch | None = None,
+    unfit: Callable[[str], None] = lambda why: None,
     more: Callable[[], Trial | None] | None = None,
-    ahead: int = 16,
     seconds: Seconds = lambda key: 1.0,
     max_concurrent: int | None = None,
     silence: float = 600.0,
+    patience: float = 600.0,
     every_second: Callable[[Gate], bool] = lambda gate: False,
-    asha: tune.schedulers.AsyncHyperBandScheduler | None = None,
-    trainable: Callable[[dict[str, Any]], None] = run_trial,
+    scheduler: TrialScheduler | None = None,
+    trainable: Trainable = run_trial,
 ) -> None:
-    """Run `trials`, and those that `more` gives, to their ends, as many at once as fit by their `share` of Ray.
+    """Run `trials`, and those that `more` gives, to their ends, as many at once as fit by their `share` of a node.
 
-    `ahead`, `seconds` and `max_concurrent` are the gate's. tell(trial, report) hears, in this thread, every report of
-    trials and of the gate. A trial that says nothing for `silence` seconds is killed and counts as died.
-    `every_second(gate)` is called about so often; true ends the sweep. Raises KeyboardInterrupt then, and on SIGINT or
-    SIGTERM; a second signal acts as usual.
+    `watch` knows the nodes (without it, this Ray is a single machine); `seconds` is the gate's, `patience` and `unfit`
+    are those of `schedule.faults`. tell(trial, report) hears, in this thread, every report of trials and of the gate.
+    A trial that says nothing for `silence` seconds is killed and counts as died. `every_second(gate)` is called about
+    so often; true ends the sweep. With a Tune `scheduler`, trials measure their maps after each segmentation epoch.
+    Raises KeyboardInterrupt where the sweep is ended, and on SIGINT or SIGTERM; a second signal acts as usual.
     """
-    relay = _Relay(tell, every_second, silence)
-    relay.gate = Gate(
+    watch = watch or Watch(share, ask=False)
+    board = Board(f"semformer-{secrets.token_hex(4)}")
+    faults = Faults(watch.places, patience=patience, unfit=unfit)
+    gate = Gate(
         trials,
-        store,
-        lambda trial: payload(trial, store=store, share=share, probe=asha is not None),
+        store.patient(0.0),
         tell,
+        faults,
         more=more,
-        ahead=ahead,
+        ahead=lambda: 2 * max(1, watch.room(), min(watch.potential, max_concurrent or watch.potential)),
+        room=lambda: _room(watch, max_concurrent),
         seconds=seconds,
-        explain=relay.explain,
-        max_concurrent=max_concurrent,
     )
-    # Tune asks for one trial ahead; an autoscaling cluster grows by what is asked for.
-    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(max_concurrent or 1)
+    watch.listen(lambda report: faults.node_is_unfit(report.node.id, str(report)))
+
+    def config_of(trial: Trial) -> dict[str, Any]:
+        config = payload(trial, store=store, share=share, board=board.name, probe=scheduler is not None)
+        return config | {"avoid": sorted(faults.avoided_by(trial))}
+
+    choice = _Choice(gate, config_of)
+    relay = _Relay(gate, board, watch, tell, every_second, silence, choice)
+    os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = "100000"  # the gate knows how many there is room for
     with (
+        contextlib.closing(board),
         _interruptible(relay.interrupt),
         tempfile.TemporaryDirectory(prefix="semformer-sweep-", ignore_cleanup_errors=True) as folder,
     ):
-        tune.Tuner(
-            tune.with_resources(trainable, dict(share)),
+        tuner = tune.Tuner(
+            tune.with_resources(trainable, lambda config: _resources(share, config["avoid"])),
             tune_config=tune.TuneConfig(
-                search_alg=relay.gate,
-                scheduler=asha,
+                search_alg=choice,
+                scheduler=scheduler,
                 num_samples=-1,
                 reuse_actors=False,  # a process for each trial, so that all its memory is given back
                 trial_name_creator=lambda trial: trial.trial_id,
@@ -79,35 +106,74 @@ def run_trials(
                 failure_config=tune.FailureConfig(max_failures=0),  # the gate retries
                 verbose=0,
             ),
-        ).fit()
+        )
+        try:
+            tuner.fit()
+        except KeyboardInterrupt:
+            if not relay.over:
+                raise
 
 
-def asha(epochs: int) -> tune.schedulers.ASHAScheduler:
-    """Stops the worse trials of a search early, by the maps that they give after each of `epochs` segmentation epochs.
+def _room(watch: Watch, max_concurrent: int | None) -> int:
+    """How many trials may run, or be asked for: a growing cluster grows by one place, or to `max_concurrent`."""
+    room = watch.room()
+    if watch.potential:
+        room = max(room, min(max_concurrent or room + 1, room + watch.potential))
+    return min(room, max_concurrent or room)
 
-    A trial that found its segmentation network in the store reports no epochs, and is never stopped.
-    """
-    return tune.schedulers.ASHAScheduler(
-        time_attr="segmentation_epoch", metric="probe_miou", mode="max", max_t=epochs, stop_last_trials=False
-    )
+
+def _resources(share: Share, avoid: Sequence[str]) -> tune.PlacementGroupFactory:
+    bundle = {kind.upper(): part for kind, part in share.items()}
+    if not avoid:
+        return tune.PlacementGroupFactory([bundle])
+    return tune.PlacementGroupFactory([bundle], bundle_label_selector=[{NODE_ID: f"!in({','.join(avoid)})"}])
+
+
+class _Choice(Searcher):
+    """The gate as Tune asks it. Never raises, because Tune would end the whole sweep."""
+
+    def __init__(self, gate: Gate, config_of: Callable[[Trial], dict[str, Any]]):
+        super().__init__()
+        self.gate, self.config_of = gate, config_of
+        self.until = 0.0
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """Several times in each of Tune's steps, until there is None."""
+        if time.monotonic() < self.until and (trial := self.gate.next(trial_id)):
+            return self.config_of(trial)
+        return Searcher.FINISHED if self.gate.finished else None
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """The relay hears all reports."""
+
+    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+        """Likewise."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Nothing: Tune pickles its searcher, but a sweep goes on from the store, not from Tune's snapshot."""
+        return {}
 
 
 class _Relay(tune.Callback):
     """Passes reports on, kills what is silent, and ends the sweep at a safe point. Never raises anything else."""
 
-    gate: Gate
-
     def __init__(
         self,
-        tell: Callable[[Trial, Mapping[str, Any]], None],
+        gate: Gate,
+        board: Board,
+        watch: Watch,
+        tell: Tell,
         every_second: Callable[[Gate], bool],
         silence: float,
+        choice: _Choice,
     ):
-        self.tell, self.every_second, self.silence, self.interrupted = tell, every_second, silence, False
-        self.tune_trials: dict[str, Any] = {}
-        self.spoke: dict[str, float] = {}  # when each running trial was heard last, by Tune's id
-        self.killed: set[str] = set()
-        self.looked = 0.0
+        self.gate, self.board, self.watch, self.tell, self.choice = gate, board, watch, tell, choice
+        self.every_second, self.silence = every_second, silence
+        self.interrupted = self.over = False
+        self._silent: dict[str, float] = {}  # how long running trials have said nothing, in seconds of listening
+        self._actors: dict[str, Any] = {}
+        self._killed: set[str] = set()
+        self._looked = time.monotonic()
 
     def interrupt(self) -> None:
         """End the sweep at the end of Tune's current step."""
@@ -115,67 +181,95 @@ class _Relay(tune.Callback):
         self.gate.stop()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Nothing, as with `Gate`."""
+        """Nothing, as with `_Choice`."""
         return {}
 
-    def on_trial_start(self, iteration, trials, trial, **info) -> None:
-        self.tune_trials[trial.trial_id] = trial
-        self.spoke[trial.trial_id] = time.monotonic()
+    def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
+        self.choice.until = time.monotonic() + STARTING
 
-    def on_trial_result(self, iteration, trials, trial, result, **info) -> None:
-        self.spoke[trial.trial_id] = time.monotonic()
-        ours = self.gate.live.get(trial.trial_id)
-        if ours is None or result.get("event") == "failed":  # the gate tells whether it is tried again
-            return
-        try:
-            self.tell(ours, result)
-        except Exception:
-            log.exception("a report of a trial could not be handled")
+    def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self._actors[trial.trial_id] = trial.temporary_state.ray_actor
+        self._silent[trial.trial_id] = 0.0
 
-    def on_trial_complete(self, iteration, trials, trial, **info) -> None:
+    def on_trial_result(self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **info: Any) -> None:
+        if report := result.get("report"):
+            self._hear(trial.trial_id, report)
+
+    def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         """Also of a trial that the scheduler stopped."""
-        self.spoke.pop(trial.trial_id, None)
+        self._end(trial.trial_id)
 
-    def on_trial_error(self, iteration, trials, trial, **info) -> None:
-        self.spoke.pop(trial.trial_id, None)
+    def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+        self._end(trial.trial_id, lambda: self._explain(trial))
 
-    def on_step_end(self, iteration, trials, **info) -> None:
-        if self.interrupted:
-            raise KeyboardInterrupt
+    def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
         now = time.monotonic()
-        if now - self.looked < 1.0:
-            return
-        self.looked = now
-        for trial_id in [name for name, spoke in self.spoke.items() if now - spoke > self.silence]:
-            del self.spoke[trial_id]
-            self.killed.add(trial_id)
-            if actor := self.tune_trials[trial_id].temporary_state.ray_actor:
-                ray.kill(actor)
-        try:
-            if self.every_second(self.gate):
-                self.interrupt()
-        except Exception:
-            log.exception("the state of the sweep could not be kept")
+        if not self.interrupted and now - self._looked >= 1.0:
+            elapsed, self._looked = min(now - self._looked, LONGEST_LOOK), now
+            try:
+                self._look(elapsed)
+            except Exception:
+                log.exception("the state of the sweep could not be kept")
+        self.over = self.gate.finished and not all(trial.is_finished() for trial in trials)  # they found no node
+        if self.interrupted or self.over:
+            raise KeyboardInterrupt
 
-    def explain(self, trial_id: str) -> str:
+    # Helpers
+
+    def _look(self, elapsed: float) -> None:
+        self.watch.look()
+        self.board.look(self._hear)
+        for trial_id in self._silent:
+            self._silent[trial_id] += elapsed
+        for trial_id in [name for name, silent in self._silent.items() if silent > self.silence]:
+            del self._silent[trial_id]
+            self._killed.add(trial_id)
+            if actor := self._actors.get(trial_id):
+                ray.kill(actor)
+        if self.every_second(self.gate):
+            self.interrupt()
+
+    def _hear(self, trial_id: str, report: Report) -> None:
+        if trial_id in self._silent:
+            self._silent[trial_id] = 0.0
+        live = self.gate.live.get(trial_id)
+        if live is None:
+            return
+        self.gate.hear(trial_id, report)
+        if isinstance(report, Raised):  # the gate tells whether it is tried again
+            return
+        try:
+            self.tell(live.trial, report)
+        except Exception:
+            log.exception("a report of %s could not be handled", live.trial.name)
+
+    def _end(self, trial_id: str, died: Callable[[], str] | None = None) -> None:
+        self._silent.pop(trial_id, None)
+        self._actors.pop(trial_id, None)
+        try:
+            self.gate.ended(trial_id, died)
+        except Exception:
+            log.exception("the end of a trial could not be handled")
+
+    def _explain(self, trial: Any) -> str:
         """Why the process of a trial died, in Ray's words."""
-        if trial_id in self.killed:
+        if trial.trial_id in self._killed:
             return f"it said nothing for {self.silence:g} s (--silence), and was killed"
         try:
-            lines = str(self.tune_trials[trial_id].get_pickled_error()).splitlines()
+            lines = str(trial.get_pickled_error()).splitlines()
             told = [line.strip() for line in lines if "died" in line or "kill" in line.lower() or "memory" in line]
             return " ".join(dict.fromkeys(told)) or lines[-1]
         except Exception:
             return "the process died"
 
 
-@contextmanager
+@contextlib.contextmanager
 def _interruptible(interrupt: Callable[[], None]) -> Iterator[None]:
     """Calls `interrupt` on the first SIGINT or SIGTERM; a second one acts as usual.
 
     Signals reach only a program's main thread; elsewhere nothing is changed.
     """
-    before = {}
+    before: dict[signal.Signals, Any] = {}
 
     def restore() -> None:
         for number, handler in before.items():

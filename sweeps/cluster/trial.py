@@ -1,49 +1,62 @@
 """What one Ray Tune trial does: run the pipeline for one config, and report to the driver.
 
-A report is a flat dict whose "event" tells its kind:
-
-    start     host pid gpu                                       the process is at work; gpu: the ids of its share
-    progress  stage step steps epoch epochs images_per_second seconds_left note values    about one a second
-    epoch     the same, at the end of an epoch                   values: the means of the epoch; for ASHA also
-                                                                 segmentation_epoch and probe_miou
-    system    values                                             every ten seconds, by MLflow's names
-    waiting   stage, holder                                      another sweep is making the stage
-    stage     stage key found seconds                            a stage is in the store
-    finished  metrics                                            the final ones, "cam/val/miou" ...
-    failed    stage error message traceback final                the exception is raised afterwards
-
-Trials never write to MLflow: the driver does, from these reports and from the store.
+Trials never write to MLflow: the driver does, from their reports and from the store.
 """
 
+import itertools
 import math
 import os
 import socket
 import time
 import traceback
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import ray
 from ray import tune
 
+from semformer.errors import MachineError, StoreError, UserError
+from sweeps.cluster.board import Pin
 from sweeps.cluster.system import sample
+from sweeps.reports import (
+    EpochEnded,
+    Failure,
+    Finished,
+    Progress,
+    Raised,
+    Report,
+    Sampled,
+    Scope,
+    StageDone,
+    Started,
+    Waiting,
+)
 
 if TYPE_CHECKING:  # torch takes seconds to import, which is for the trials' processes to do
     from semformer.pipeline import StageRun
-    from semformer.stages.context import Progress
+    from semformer.stages.context import Progress as StageProgress
     from semformer.store import Store
     from sweeps.plan.trials import Trial
 
 EVERY = 1.0
-"""Seconds between two reports of progress."""
+"""Seconds between two reports of a kind that is only to be seen."""
 PATIENCE = 300.0
 """Seconds for which a trial waits for a store that cannot be reached."""
 SAMPLE_EVERY = 10.0
 """Seconds between two samples of what the machine does."""
+EPOCH = "epoch"
+"""In Tune's results, beside the scores that a scheduler looks at: the epoch that they belong to."""
 
 
-def payload(trial: "Trial", *, store: "Store", share: Mapping[str, float], probe: bool = False) -> dict[str, Any]:
-    """The Tune config of a trial, in plain JSON values. `probe`: measure the maps after every segmentation epoch."""
+def payload(
+    trial: "Trial", *, store: "Store", share: Mapping[str, float], board: str = "", probe: bool = False
+) -> dict[str, Any]:
+    """The Tune config of a trial, in plain JSON values.
+
+    `board`: the name of a `board.Board`. `probe`: measure the maps after every segmentation epoch.
+    """
     return {
         "config": trial.config.model_dump(mode="json"),
         "keys": {name: key.digest for name, key in trial.keys.items()},
@@ -51,38 +64,79 @@ def payload(trial: "Trial", *, store: "Store", share: Mapping[str, float], probe
         "store": store.location,
         "cpus": max(1, int(share["cpu"])),
         "gpus": share["gpu"],
+        "board": board,
         "probe": probe,
     }
 
 
-def run_trial(config: dict[str, Any]) -> None:
-    """The function trainable: finds or makes every stage of `config` (see `payload`). Raises what a stage raises."""
-    gpus = ray.get_runtime_context().get_accelerator_ids()["GPU"]
-    tune.report({"event": "start", "host": socket.gethostname(), "pid": os.getpid(), "gpu": ",".join(gpus)})
-    stages = iter(config["keys"])
-    stage = next(stages)
-    try:
-        for run in _stage_runs(config):
-            tune.report({"event": "stage", "stage": stage, "key": run.key, "found": run.found, "seconds": run.seconds})
-            stage = next(stages, stage)
-        tune.report({"event": "finished", "metrics": dict(run.artifact.info["metrics"])})
-    except Exception as error:
-        from semformer.errors import UserError
-        from semformer.storage import StorageUnreachable
+class Reporter:
+    """A trial's way to the driver. `stage` is the one in hand, which a failure is about; "" before the first."""
 
-        report = {"stage": stage, "error": type(error).__name__, "message": str(error)}
-        final = isinstance(error, UserError) and not isinstance(error, StorageUnreachable)
-        tune.report({"event": "failed", **report, "traceback": traceback.format_exc(), "final": final})
+    def __init__(self, board: str):
+        context = ray.get_runtime_context()
+        self.stage, self.node = "", context.get_node_id()
+        self._pin = Pin(board, tune.get_context().get_trial_id(), EVERY) if board else None
+        gpus = context.get_accelerator_ids().get("GPU", [])
+        self.tell(Started(socket.gethostname(), os.getpid(), ",".join(gpus), self.node))
+
+    def tell(self, report: Report) -> None:
+        """Epochs, stages and ends wait until the driver has taken them; what is only to be seen does not."""
+        if isinstance(report, Progress | Sampled | Waiting) and not isinstance(report, EpochEnded):
+            if self._pin:
+                self._pin.put(report)
+            return
+        scores = {EPOCH: report.epoch, **report.probe} if isinstance(report, EpochEnded) and report.probe else {}
+        tune.report({"report": report, **scores})
+
+    def failed(self, error: Exception) -> None:
+        name, told = type(error).__name__, traceback.format_exc()
+        scope = scope_of(error, self.stage)
+        self.tell(Raised(Failure(scope, self.stage, name, str(error) or name, told, self.node)))
+
+
+@contextmanager
+def reporting(config: Mapping[str, Any]) -> Iterator[Reporter]:
+    """Wraps the work of a trainable: tells that it is at work, and why it failed."""
+    reporter = Reporter(config["board"])
+    try:
+        yield reporter
+    except Exception as error:
+        reporter.failed(error)
         raise
 
 
-def _stage_runs(config: dict[str, Any]) -> "Iterator[StageRun]":
+def scope_of(error: Exception, stage: str) -> Scope:
+    """Whose fault an exception is that was raised in `stage`, or ("") before the first."""
+    if isinstance(error, StoreError):
+        return Scope.STORE
+    if isinstance(error, MachineError | OSError | MemoryError | ImportError) or _is_of_gpu(error):
+        return Scope.NODE
+    if isinstance(error, UserError):
+        return Scope.STAGE if stage else Scope.NODE  # the driver had no such error when it planned
+    return Scope.TRIAL
+
+
+def _is_of_gpu(error: Exception) -> bool:
+    told = str(error)
+    return isinstance(error, RuntimeError) and any(part in told for part in ("CUDA", "cuDNN", "NVIDIA", "HIP error"))
+
+
+def run_trial(config: dict[str, Any]) -> None:
+    """The function trainable: finds or makes every stage of `config` (see `payload`). Raises what a stage raises."""
+    with reporting(config) as reporter:
+        following = dict(itertools.pairwise(config["keys"]))
+        for run in _stage_runs(config, reporter):
+            reporter.tell(StageDone(run.stage, run.key, run.found, run.seconds))
+            reporter.stage = following.get(run.stage, run.stage)
+        reporter.tell(Finished(dict(run.artifact.info["metrics"])))
+
+
+def _stage_runs(config: dict[str, Any], reporter: Reporter) -> "Iterator[StageRun]":
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(config["cpus"])
     import torch
 
     from semformer import pipeline
     from semformer.config import Config
-    from semformer.errors import UserError
     from semformer.stages.segmentor import map_probe
     from semformer.store import open_store
 
@@ -91,48 +145,45 @@ def _stage_runs(config: dict[str, Any]) -> "Iterator[StageRun]":
     data = pipeline.open_data(options, config["data"])
     keys = {name: key.digest for name, key in pipeline.stage_keys(options, data).items()}
     if keys != config["keys"]:
-        raise UserError(
+        raise MachineError(
             f"on {socket.gethostname()}, the data ({config['data'] or 'the embedded data set'}), a weights file or the "
-            "code is not what the sweep was planned with: make them the same, and start the sweep again"
+            "code is not what the sweep was planned with: make them the same there"
         )
+    store = open_store(config["store"], patience_at_opening=PATIENCE)
+    shown = _Shown(reporter)
+    reporter.stage = next(iter(keys))
     yield from pipeline.run(
         options,
         data,
-        open_store(config["store"], patience_at_opening=PATIENCE),
+        store,
         device=torch.device("cuda" if config["gpus"] else "cpu"),
-        progress=_Reports().progress,
-        probe=map_probe(data[options.data.eval_split], options.precision) if config["probe"] else None,
-        waiting=lambda key, holder: tune.report({"event": "waiting", "stage": key.stage, "holder": str(holder)}),
+        progress=shown.progress,
+        probe=map_probe(data[options.data.eval_split], options) if config["probe"] else None,
+        waiting=lambda key, holder: reporter.tell(Waiting(key.stage, str(holder))),
         workers=config["cpus"] - 1 if config["gpus"] else 0,
     )
 
 
-class _Reports:
-    """Forwards the pipeline's progress: every end of an epoch, and otherwise not more than one in EVERY seconds."""
+class _Shown:
+    """Passes the pipeline's progress on, with samples of the machine."""
 
-    def __init__(self):
-        self.last = self.sampled = -math.inf
+    def __init__(self, reporter: Reporter):
+        self.reporter, self.sampled = reporter, -math.inf
 
-    def progress(self, told: "Progress") -> None:
+    def progress(self, told: "StageProgress") -> None:
         now = time.monotonic()
         if now - self.sampled >= SAMPLE_EVERY:
-            tune.report({"event": "system", "values": sample()})
+            self.reporter.tell(Sampled(sample()))
             self.sampled = now
-        if not told.end_of_epoch and now - self.last < EVERY:
-            return
-        report = {
-            "event": "epoch" if told.end_of_epoch else "progress",
-            "stage": told.stage,
-            "step": told.done,
-            "steps": told.total,
-            "epoch": told.epoch,
-            "epochs": told.epochs,
-            "images_per_second": told.images_per_second,
-            "seconds_left": told.seconds_left,
-            "note": told.note,
-            "values": dict(told.values),
-        }
-        if "probe_miou" in told.values:
-            report |= {"segmentation_epoch": told.epoch, "probe_miou": told.values["probe_miou"]}
-        tune.report(report)
-        self.last = time.monotonic()
+        report = Progress(
+            told.stage,
+            told.done,
+            told.total,
+            told.epoch,
+            told.epochs,
+            dict(told.values),
+            told.images_per_second,
+            told.seconds_left,
+            told.note,
+        )
+        self.reporter.tell(EpochEnded(**asdict(report), probe=dict(told.probe)) if told.end_of_epoch else report)

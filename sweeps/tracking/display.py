@@ -26,11 +26,14 @@ ORDER = ("running", "failed", "queued", "finished", "pruned", "found")
 
 
 class Display:
-    """Use as a context manager; `tell` takes the reports of `sweeps.cluster.trial` and `sweeps.schedule.gate`."""
+    """Use as a context manager; all methods belong to the thread that changes the state.
+
+    `tell` says what a trial reported, in a line where there is no live table; `refresh` draws that anew.
+    """
 
     def __init__(self, state: SweepState, console: Console):
         self.state, self.console = state, console
-        live = Live(get_renderable=self._grid, console=console, refresh_per_second=2, transient=False)
+        live = Live(get_renderable=self._grid, console=console, auto_refresh=False)
         self._live = live if console.is_terminal else None
 
     def __enter__(self) -> "Display":
@@ -42,12 +45,15 @@ class Display:
         if self._live:
             self._live.stop()
 
-    def tell(self, trial: "Trial", report: Mapping[str, Any]) -> None:
-        line = self.state.tell(trial, report)
+    def tell(self, trial: "Trial", line: str) -> None:
         if line and not self._live:
             name = self.state.trials[trial.key].name
             told = f"{self.state.seconds:6.0f} s  {name}: {line}"
             self.console.print(told, highlight=False, markup=False, soft_wrap=True)
+
+    def refresh(self) -> None:
+        if self._live:
+            self._live.refresh()
 
     def summary(self) -> None:
         """What was trained, found and failed, in how long."""
@@ -59,9 +65,13 @@ class Display:
         lines = [f"{len(state.trials)} trials: {trials}", f"made: {made} ({work} of work in {duration(state.seconds)})"]
         if state.found:
             lines.append("found in the store: " + ", ".join(f"{n} times {name}" for name, n in state.found.items()))
+        failed: dict[str, list[str]] = {}
         for trial in state.trials.values():
-            if trial.reason:
-                lines.append(f"[red]failed[/] {escape(trial.name)}: {escape(trial.reason)}")
+            if trial.status == "failed":
+                failed.setdefault(trial.reason, []).append(trial.name)
+        for reason, names in failed.items():
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            lines.append(f"[red]failed[/] {escape(names[0])}{more}: {escape(reason)}")
         for line in lines:
             self.console.print(line, highlight=False, soft_wrap=True)
 
@@ -86,6 +96,8 @@ def show_status(console: Console, name: str, driver: str, told: Mapping[str, Any
     else:
         head = f"{name}: ended"
     console.print(head, highlight=False, soft_wrap=True)
+    for why in snapshot.unfit.values():
+        console.print(f"[yellow]no work for[/] {escape(why)}", highlight=False, soft_wrap=True)
     console.print(grid(snapshot.trials, snapshot.seconds, snapshot.left, cut=False))
 
 
@@ -117,4 +129,6 @@ def grid(trials: Sequence[TrialState], seconds: float, left: float, *, cut: bool
 def _told(trial: TrialState) -> str:
     at = [trial.stage, f"epoch {trial.epoch}" if trial.epoch else "", trial.told]
     left = [f"{duration(trial.left)} left"] if trial.left == trial.left else []
-    return trial.reason or ", ".join([*filter(None, at if trial.status == "running" else at[2:]), *left])
+    if trial.status == "failed":
+        return trial.reason
+    return ", ".join([*filter(None, at if trial.status == "running" else at[2:]), *left])

@@ -1,7 +1,8 @@
 """A sweep's folder: how it was started, what it is doing, and who drives it.
 
     runs/sweeps/<name>/
-        sweep.json    the command line and where it was given, for `resume`
+        sweep.json    the command line and where it was given, for `resume`; only its owner may read it
+        id            random, of this folder alone: what the store keeps for the sweep is named after both
         state.json    what every trial does, written by the driver about once a second, for `status`
         stop          written by `stop`; the driver ends when it sees it
         driver.lock   locked while a driver lives
@@ -12,6 +13,7 @@ The store holds what was made; a folder that is lost costs nothing but these com
 import fcntl
 import json
 import os
+import secrets
 import socket
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -27,6 +29,15 @@ SWEEPS = Path("runs/sweeps")
 class SweepFolder:
     def __init__(self, path: Path):
         self.path, self.name = path, path.name
+
+    @property
+    def id(self) -> str:
+        """Tells the sweep from those of the same name elsewhere; made when it is asked for first."""
+        path = self.path / "id"
+        if not path.exists():
+            self.path.mkdir(parents=True, exist_ok=True)
+            path.write_text(secrets.token_hex(4), encoding="utf-8")
+        return path.read_text(encoding="utf-8")
 
     @contextmanager
     def drive(self, arguments: Sequence[str]) -> Iterator[None]:
@@ -53,7 +64,8 @@ class SweepFolder:
             lock.flush()
             (self.path / "stop").unlink(missing_ok=True)
             (self.path / "state.json").unlink(missing_ok=True)
-            self._write("sweep.json", {"cwd": os.getcwd(), "arguments": list(arguments)})
+            told = {"cwd": os.getcwd(), "arguments": list(arguments)}
+            self._write("sweep.json", told, mode=0o600)  # addresses may hold passwords
             yield
 
     def driver(self) -> str:
@@ -95,9 +107,11 @@ class SweepFolder:
             time.sleep(0.2)
         return True
 
-    def _write(self, name: str, value: Mapping[str, Any]) -> None:
+    def _write(self, name: str, value: Mapping[str, Any], mode: int = 0o666) -> None:
         partial = self.path / f"{name}.partial"
-        partial.write_text(json.dumps(value), encoding="utf-8")
+        partial.unlink(missing_ok=True)
+        with open(os.open(partial, os.O_CREAT | os.O_WRONLY | os.O_EXCL, mode), "w", encoding="utf-8") as file:
+            file.write(json.dumps(value))
         os.replace(partial, self.path / name)
 
     def _read(self, name: str) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from semformer.config import load_config
 from semformer.errors import UserError
 from semformer.store import Store
 from sweeps.plan.trials import Plan, Trial
+from sweeps.reports import EpochEnded, Failed, Finished, Pruned, Report, Retried, Sampled, StageDone, Started
 from sweeps.tracking import views
 from sweeps.tracking.connection import TAG, without_password
 from sweeps.tracking.journal import Journal, has_backlog
@@ -161,25 +162,25 @@ class Tracker:
         if trial.key in self._added:
             return
         self._added.add(trial.key)
-        name = f"{self.plan.rows_of(trial)}, seed {trial.config.seed}"
+        name = f"{self.plan.name_of(trial)}, seed {trial.config.seed}"
         described = trial_event(trial)
         self._append("trial", **described, name=name, tags=self._row_tags(trial), first_tags=self._trial_tags(trial))
 
-    def record_found(self, trial: Trial) -> None:
+    def record_found(self, trial: Trial, tags: Mapping[str, str]) -> None:
         """Record a trial whose stages are all in the store already, unless its run is finished too."""
         if self._is_finished(trial):
             return
-        for stage in trial.keys:
-            self.tell(trial, {"event": "stage", "stage": stage, "found": True})
-        self.tell(trial, {"event": "finished"})
+        for stage, key in trial.keys.items():
+            self.tell(trial, StageDone(stage, key.digest, found=True), tags)
+        self.tell(trial, Finished({}), tags)
 
-    def tell(self, trial: Trial, report: Mapping[str, Any]) -> None:
-        """Record what `sweeps.cluster.trial` or `sweeps.schedule.gate` reports."""
-        kind = report["event"]
-        if kind not in REPORTS:
+    def tell(self, trial: Trial, report: Report, tags: Mapping[str, str]) -> None:
+        """Record what a trial or the gate reports."""
+        told = _recorded(report)
+        if told is None:
             return
+        kind, kept = told
         self.add(trial)
-        kept = {name: report[name] for name in REPORTS[kind] if name in report}
         self._append(kind, key=trial.key, commit=self._commit, **kept)
         if kind == "finished" and self.register:
             self._append("register", key=trial.key, name=self.register)
@@ -377,6 +378,31 @@ def commit() -> str:
         return git("rev-parse", "HEAD") + ("-dirty" if tracked and git("status", "--porcelain", "-uno") else "")
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+
+
+def _recorded(report: Report) -> tuple[str, dict[str, Any]] | None:
+    match report:
+        case Started():
+            return "start", {"host": report.host, "gpu": report.gpu}
+        case EpochEnded():
+            return "epoch", {
+                "stage": report.stage,
+                "epoch": report.epoch,
+                "values": {**report.values, **{f"probe/{n}": v for n, v in report.probe.items()}},
+            }
+        case Sampled():
+            return "system", {"values": dict(report.values)}
+        case StageDone():
+            return "stage", {"stage": report.stage, "found": report.found}
+        case Finished():
+            return "finished", {}
+        case Retried():
+            return "retry", {"reason": report.failure.reason}
+        case Failed():
+            return "failed", {"reason": report.failure.reason, "traceback": report.failure.traceback}
+        case Pruned():
+            return "pruned", {}
+    return None
 
 
 def _is_final(error: Exception) -> bool:

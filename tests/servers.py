@@ -16,8 +16,6 @@ from pathlib import Path
 
 import pytest
 
-POSTGRES = Path("/usr/lib/postgresql/15/bin")
-
 
 def free_port() -> int:
     with socket.socket() as listener:
@@ -75,29 +73,58 @@ def mlflow_server(folder: Path) -> Iterator[MlflowServer]:
         server.stop()
 
 
-@contextmanager
-def postgres() -> Iterator[str]:
-    """The MLflow URI of an empty database. Skips the test where Debian's PostgreSQL is missing."""
-    if not (POSTGRES / "initdb").exists():
-        pytest.skip(f"no PostgreSQL in {POSTGRES}")
-    as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []  # it refuses to be root's
-    with tempfile.TemporaryDirectory(prefix="postgres-") as folder:
-        if as_user:
+def _postgres_programs() -> Path | None:
+    """The folder of PostgreSQL's own programs: on the path, or where Debian keeps its versions, the newest first."""
+    if found := shutil.which("initdb"):
+        return Path(found).resolve().parent
+    versions = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"), key=lambda path: -float(path.parts[-3]))
+    return versions[0].parent if versions else None
+
+
+class Postgres:
+    """An empty PostgreSQL database, at a URI of SQLAlchemy; may be stopped and started again."""
+
+    def __init__(self, programs: Path, folder: str):
+        self.programs, self.folder, self.port, self.running = programs, folder, free_port(), False
+        self.as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []  # it refuses to be root's
+        if self.as_user:
             shutil.chown(folder, "postgres")
-        data, port = f"{folder}/data", free_port()
+        self._run("initdb", "-D", f"{folder}/data", "-A", "trust", "-U", "postgres", "--no-sync")
+        self.start()
+        self._run("createdb", "-h", "127.0.0.1", "-p", str(self.port), "-U", "postgres", "mlflow")
 
-        def run(program: str, *arguments: str) -> None:
-            command = [*as_user, str(POSTGRES / program), *arguments]
-            subprocess.run(command, cwd=folder, check=True, stdout=subprocess.DEVNULL, timeout=60)
+    @property
+    def uri(self) -> str:
+        return f"postgresql+psycopg2://postgres@127.0.0.1:{self.port}/mlflow"
 
-        run("initdb", "-D", data, "-A", "trust", "-U", "postgres", "--no-sync")
-        options = f"-c listen_addresses=127.0.0.1 -p {port} -k {folder} -c fsync=off"
-        run("pg_ctl", "-D", data, "-o", options, "-w", "-l", f"{folder}/log", "start")
+    def start(self) -> None:
+        options = f"-c listen_addresses=127.0.0.1 -p {self.port} -k {self.folder} -c fsync=off"
+        self._run("pg_ctl", "-D", f"{self.folder}/data", "-o", options, "-w", "-l", f"{self.folder}/log", "start")
+        self.running = True
+
+    def stop(self) -> None:
+        """At once, with all connections."""
+        if self.running:
+            self._run("pg_ctl", "-D", f"{self.folder}/data", "-m", "immediate", "stop")
+        self.running = False
+
+    def _run(self, program: str, *arguments: str) -> None:
+        command = [*self.as_user, str(self.programs / program), *arguments]
+        subprocess.run(command, cwd=self.folder, check=True, stdout=subprocess.DEVNULL, timeout=60)
+
+
+@contextmanager
+def postgres() -> Iterator[Postgres]:
+    """Skips the test where PostgreSQL is missing."""
+    programs = _postgres_programs()
+    if not programs:
+        pytest.skip("PostgreSQL's programs (initdb, pg_ctl) are not installed")
+    with tempfile.TemporaryDirectory(prefix="postgres-") as folder:
+        server = Postgres(programs, folder)
         try:
-            run("createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "postgres", "mlflow")
-            yield f"postgresql+psycopg2://postgres@127.0.0.1:{port}/mlflow"
+            yield server
         finally:
-            run("pg_ctl", "-D", data, "-m", "immediate", "stop")
+            server.stop()
 
 
 class S3Server:

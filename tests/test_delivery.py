@@ -173,7 +173,8 @@ def test_two_drivers_with_the_same_table_make_every_run_once(sweep):
 
 def test_postgres_records_the_same(folder, tmp_path, request):  # noqa: F811
     recorded = Recorded(folder, request.node.name)
-    with postgres() as recorded.uri:
+    with postgres() as server:
+        recorded.uri = server.uri
         tracker = recorded.tracker()
         tracker.begin()
         for trial in tracker.plan.trials:

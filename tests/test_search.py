@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import optuna
 import pytest
@@ -21,8 +22,11 @@ from semformer.errors import UserError
 from semformer.stages import segmentor
 from semformer.store import Store
 from sweeps.plan.table import load_table, resolve
+from sweeps.search.algorithms import Named, Pruning
+from sweeps.search.report import write
 from sweeps.search.space import AXES, DEFAULT_AXES, own_value, read_axes, read_objectives
 from sweeps.search.study import Search
+from tests.servers import postgres
 
 ROOT = Path(__file__).parents[1]
 SECONDS = {"caae": 100.0, "segmentor": 200.0, "cams": 10.0, "evaluate": 5.0}
@@ -53,7 +57,7 @@ def open_search(shapes: Path, store: Store, database: Path, *axes: str, trials=8
     name, preset, overrides = (config.pop(part) for part in ("name", "preset", "overrides"))
     data = pipeline.open_data(load_config(preset, overrides), shapes)
     axes = axes or DEFAULT_AXES
-    return Search(name, preset, overrides, data, store, axes=axes, objectives=objectives, trials=trials, **config)
+    return Search(name, preset, overrides, data, store, axes=axes, objectives=objectives, most=trials, **config)
 
 
 def scores(config) -> dict[str, float]:
@@ -227,8 +231,8 @@ def test_failed_and_stopped_trials_count_and_keep_their_reason(search):
     one = search("sigma", trials=3)
     failed, stopped, done = one.ask(), one.ask(), one.ask()
     one.tell(failed, None, "segmentor: TrainingDiverged: the loss diverged")
-    one.report(stopped, 1, {"probe_miou": 12.5, "total": 1.0})
-    one.report(stopped, 2, {"total": 0.9})
+    one.report(stopped, 1, {"cam/val/miou": 12.5, "cam/val/fp": 30.0})
+    one.report(stopped, 2, {"cam/val/fp": 20.0})
     one.tell(stopped, None, "stopped by the scheduler", pruned=True)
     finish(one, done)
     assert one.ask() is None
@@ -245,6 +249,140 @@ def test_values_that_make_no_config_together_fail_at_once_with_the_reason(search
     failed = [trial for trial in one.study.trials if trial.state == TrialState.FAIL]
     assert failed
     assert all("no multiple of the 2 heads" in trial.user_attrs["reason"] for trial in failed)
+
+
+# A database that is away
+
+
+def test_results_are_kept_while_the_database_is_away_and_told_when_it_is_back(search):
+    with postgres() as server:
+        one = search("sigma", trials=4, storage=server.uri)
+        first, second, third = one.ask(), one.ask(), one.ask()
+        server.stop()
+        for key in first.keys.values():
+            one.store.publish(key, one.store.workspace(key), {"seconds": 1.0, "metrics": scores(first.config)})
+        one.tell(first, scores(first.config))
+        one.tell(second, None, "segmentor: TrainingDiverged")
+        assert one.untold == 2
+        with pytest.raises(optuna.exceptions.StorageInternalError):
+            one.ask()
+        server.start()
+        one.tell(third, None, pruned=True)
+        assert one.untold == 0
+        assert states(one.study) == {"COMPLETE": 1, "FAIL": 1, "PRUNED": 1}
+        assert one.ask() is not None
+        one.close()
+
+
+# Time that was spent
+
+
+def test_time_counts_whatever_came_of_it_and_across_drivers(search):
+    one = search("sigma", trials=9)
+    assert one.spent(0.0) == 0.0
+    one.ask()
+    assert one.spent(120.0) == 120.0
+    one.close(150.0)
+    again = search("sigma", trials=9)
+    assert again.spent(0.0) == 150.0
+    assert again.spent(30.0) == 180.0
+
+
+# Samplers, and what stops poor trials
+
+
+@pytest.mark.parametrize("sampler", ["random", "tpe:n_startup_trials=2,multivariate=true", "qmc", "nsgaii"])
+def test_a_sampler_of_optuna_is_chosen_by_name_with_options(search, sampler):
+    one = search("sigma", "U", trials=4, sampler=Named.read("--sampler", sampler))
+    assert type(one.study.sampler).__name__.lower().startswith(sampler.partition(":")[0])
+    run_all(one)
+    assert states(one.study) == {"COMPLETE": 4}
+
+
+@pytest.mark.parametrize(
+    ("sampler", "told"),
+    [
+        ("tpi", "did you mean tpe"),
+        ("tpe:n_startup=3", "unknown option 'n_startup': there are .*, n_startup_trials, "),
+        ("tpe:3", "write NAME:OPTION=VALUE"),
+        ("tpe:gamma=3", "--sampler tpe cannot search this: 'int' object is not callable"),
+        ("nsgaii:population_size=1", "--sampler nsgaii: ValueError: `population_size`"),
+    ],
+)
+def test_samplers_that_cannot_search_are_refused_at_once(search, sampler, told):
+    with pytest.raises(UserError, match=told):
+        search("sigma", trials=4, sampler=Named.read("--sampler", sampler))
+
+
+def test_a_sampler_for_one_objective_is_refused_for_several(search):
+    with pytest.raises(UserError, match="--sampler cma_es"):
+        search("sigma", objectives=["cam/val/miou", "gpu_hours"], sampler=Named.read("--sampler", "cma_es"))
+
+
+def pruning(text: str) -> Pruning:
+    return Pruning(Named.read("--scheduler", text))
+
+
+@pytest.mark.parametrize(("objective", "mode"), [("cam/val/miou", "max"), ("cam/val/fp", "min"), ("cam/val/fn", "min")])
+def test_a_scheduler_of_tune_ranks_by_the_objective_in_its_direction(search, objective, mode):
+    one = search("sigma", objectives=[objective], pruning=pruning("asha:grace_period=1,reduction_factor=2"))
+    asha = one.scheduler()
+    kept = {}
+    for name, score in {"a": 60.0, "b": 5.0, "c": 61.0, "d": 4.0}.items():
+        trial = SimpleNamespace(trial_id=name, status="RUNNING")
+        asha.on_trial_add(None, trial)
+        kept[name] = asha.on_trial_result(None, trial, {"epoch": 1, objective: score, "training_iteration": 9})
+    assert kept["d"] == ("STOP" if mode == "max" else "CONTINUE")
+    assert kept["c"] == ("CONTINUE" if mode == "max" else "STOP")
+
+
+@pytest.mark.parametrize(
+    ("objectives", "told"),
+    [(["gpu_hours"], "gpu_hours is not known before a trial has ended"), (["cam/val/miou", "gpu_hours"], "several")],
+)
+@pytest.mark.parametrize("name", ["asha", "hyperband"])
+def test_a_scheduler_is_refused_where_no_probe_measures_the_objective(search, objectives, told, name):
+    with pytest.raises(UserError, match=f"--scheduler: .*{told}"):
+        search("sigma", objectives=objectives, pruning=pruning(name))
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("ashe", "did you mean asha"),
+        ("pbt", "there are asha, median_stopping, hyperband"),
+        ("asha:grace=3", "unknown option 'grace': there are .*, grace_period, "),
+        ("percentile:percentile=400", "--scheduler percentile: ValueError"),
+    ],
+)
+def test_unknown_schedulers_are_refused_at_once(search, name, told):
+    with pytest.raises(UserError, match=told):
+        search("sigma", pruning=pruning(name))
+
+
+@pytest.mark.parametrize(("objective", "poor"), [("cam/val/miou", 1.0), ("cam/val/fp", 99.0)])
+def test_a_pruner_of_optuna_stops_what_it_would(search, objective, poor):
+    one = search("sigma", trials=6, objectives=[objective], pruning=pruning("median:n_startup_trials=2"))
+    for _ in range(2):
+        good = one.ask()
+        one.report(good, 1, {objective: 50.0})
+        finish(one, good)
+    bad = one.ask()
+    assert one.should_stop(bad.key, poor, 1)
+    assert not one.should_stop(one.ask().key, 50.0, 1)
+    assert one.study.trials[2].intermediate_values == {1: poor}
+
+
+# As a sweep
+
+
+def test_what_a_search_may_need_is_told_by_its_start_and_the_ends_of_its_axes(search):
+    one = search("sigma=0.1:0.4", "caae.class_dim=4:16", "merge")
+    configs = [trial.config for trial in one.samples]
+    assert configs[0] == one.own
+    assert {config.caae.class_dim for config in configs} == {4, 8, 16}
+    assert {config.segmentor.sigma for config in configs} == {0.1, 0.2, 0.4}
+    assert {config.caae.merge for config in configs} == {"sum", "mean", "max"}
 
 
 # Several drivers, one after the other or at once
@@ -355,7 +493,7 @@ def test_drivers_that_share_a_study_run_each_trial_once_and_none_too_many(driver
 def test_the_best_config_is_a_table_that_resolves_to_its_trial(search, tmp_path):
     one = search("losses", "sigma", "caae_lr", "thresholds", trials=8, overrides={"caae.epochs": "3"})
     run_all(one)
-    table = load_table(one.write_report(tmp_path / "report")[0])
+    table = load_table(write(one, tmp_path / "report")[0])
     best = one.best()[0]
     assert [row.id for row in table.rows] == ["start", f"trial-{best.number}"]
     keys = [pipeline.stage_keys(resolve(table, row, "micro", {}, 0), one.data)["evaluate"].digest for row in table.rows]
@@ -369,7 +507,7 @@ def test_several_objectives_end_with_the_pareto_front(search, tmp_path):
     front = {(trial.params["U"], trial.params["decoder_depth"]): trial.values for trial in one.best()}
     assert front[4, 4] == [pytest.approx(scores(one.own)["cam/val/miou"]), pytest.approx(315 / 3600)]
     assert front.keys() <= {(4, 4), (4, 3)}
-    files = one.write_report(tmp_path / "report")
+    files = write(one, tmp_path / "report")
     assert [file.name for file in files] == ["best.yaml", "history.png", "importances.png", "pareto_front.png"]
     for file in files[1:]:
         with Image.open(file) as picture:
@@ -378,9 +516,9 @@ def test_several_objectives_end_with_the_pareto_front(search, tmp_path):
 
 def test_a_report_holds_what_there_is_enough_for(search, tmp_path):
     one = search("sigma", trials=1)
-    assert one.write_report(tmp_path / "report") == []
+    assert write(one, tmp_path / "report") == []
     run_all(one)
-    assert [file.name for file in one.write_report(tmp_path / "report")] == ["best.yaml", "history.png"]
+    assert [file.name for file in write(one, tmp_path / "report")] == ["best.yaml", "history.png"]
     assert [row.id for row in load_table(tmp_path / "report" / "best.yaml").rows] == ["start"]
 
 
@@ -442,12 +580,13 @@ def test_the_probe_scores_every_epoch_and_leaves_the_network_as_it_is(shapes, tm
     config = load_config("micro")
     data = pipeline.open_data(config, shapes)
     runs, told = [], []
-    for name, probe in (("plain", None), ("probed", segmentor.map_probe(data["val"], config.precision, n_images=4))):
+    for name, probe in (("plain", None), ("probed", segmentor.map_probe(data["val"], config, n_images=4))):
         options = {"device": torch.device("cpu"), "until": "segmentor", "probe": probe}
         runs.append(list(pipeline.run(config, data, Store(tmp_path / name), progress=told.append, **options))[-1])
     plain, probed = (load_file(run.artifact.file("segmentor.safetensors")) for run in runs)
     assert runs[0].key == runs[1].key
     assert all(torch.equal(plain[name], probed[name]) for name in plain)
     assert runs[0].artifact.info["history"].keys() == runs[1].artifact.info["history"].keys()
-    scored = [(report.stage, report.epoch) for report in told if "probe_miou" in report.values]
-    assert scored == [("segmentor", 1), ("segmentor", 2)]
+    scored = [(report.stage, report.epoch, set(report.probe)) for report in told if report.probe]
+    names = {f"cam/val/{name}" for name in ("miou", "fp", "fn", "threshold", "miou_oracle", "miou_fixed")}
+    assert scored == [("segmentor", 1, names), ("segmentor", 2, names)]

@@ -1,5 +1,6 @@
 """What is left of a search: its best configs as a table file that can be run, and pictures of the study."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,12 @@ def write(search: "Search", folder: Path) -> list[Path]:
 
     Returns what there was enough for: nothing without a complete trial, no importances where all trials score alike.
     """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Optuna's remarks on what we know
+        return _write(search, folder)
+
+
+def _write(search: "Search", folder: Path) -> list[Path]:
     done = [trial for trial in search.study.get_trials(deepcopy=False) if trial.state == TrialState.COMPLETE]
     if not done:
         return []
@@ -48,7 +55,6 @@ def write(search: "Search", folder: Path) -> list[Path]:
 
 def best_table(search: "Search") -> str:
     """A table file (see `sweeps.plan.table`): the config that the search started from, and its best."""
-    plan = search.plan
     metrics = [name.rpartition("/")[2] for name in search.objectives if name.startswith("cam/")] or ["miou"]
 
     def row(name: str, label: str, params: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
@@ -56,16 +62,16 @@ def best_table(search: "Search") -> str:
         return {"id": name, "label": label, "marks": marks, "set": fields, "paper": dict.fromkeys(metrics)}
 
     start = {name: own_value(search.own, axis.field) for name, axis in search.axes.items()}
-    rows = [row("start", f"preset {plan.preset}", start, {})]
+    rows = [row("start", f"preset {search.preset}", start, {})]
     for trial in search.best():
         if trial.user_attrs["trial_key"] != search.start_key:
             fields = search.fields(trial.params)
             rows.append(row(f"trial-{trial.number}", f"trial {trial.number}", trial.params, fields))
     table = {
-        "name": plan.name,
-        "title": f"Best of a {plan.title}",
-        "source": f"Optuna study {plan.name}; the rows are meant for --preset {plan.preset}",
-        "baseline": dict(plan.overrides),
+        "name": search.name,
+        "title": f"Best of a {search.title}",
+        "source": f"Optuna study {search.name}; the rows are meant for --preset {search.preset}",
+        "baseline": dict(search.overrides),
         "metrics": [dict(zip(("name", "header", "best"), (name, *METRICS[name]), strict=True)) for name in metrics],
         "layout": {"marks": [{"name": name, "header": name} for name in search.axes]},
         "rows": rows,
@@ -94,7 +100,7 @@ def _history(search: "Search", done: Sequence[FrozenTrial]) -> Figure:
         panel.legend()
     panels[-1].set_xlabel("trial")
     panels[-1].xaxis.set_major_locator(MaxNLocator(integer=True))
-    figure.suptitle(f"{search.plan.name}: {len(done)} complete trials")
+    figure.suptitle(f"{search.name}: {len(done)} complete trials")
     return figure
 
 
@@ -115,7 +121,7 @@ def _importances(search: "Search", done: Sequence[FrozenTrial]) -> Figure:
         panel.set_title(name, loc="left")
         panel.margins(x=0.1)
     panels[-1].set_xlabel("importance")
-    figure.suptitle(f"{search.plan.name}: {len(done)} complete trials")
+    figure.suptitle(f"{search.name}: {len(done)} complete trials")
     return figure
 
 
@@ -138,7 +144,7 @@ def _front(search: "Search", done: Sequence[FrozenTrial]) -> Figure:
         panel.set_xlabel(f"{name} ({search.objectives[name]})")
     panels[0].set_ylabel(f"{first} ({search.objectives[first]})")
     panels[0].legend()
-    figure.suptitle(f"{search.plan.name}: {len(done)} complete trials")
+    figure.suptitle(f"{search.name}: {len(done)} complete trials")
     return figure
 
 
@@ -147,5 +153,5 @@ def _mark_start(
 ) -> None:
     for trial, *point in zip(done, x, y, strict=True):
         if trial.user_attrs["trial_key"] == search.start_key:
-            panel.plot(*point, "*", color="black", markersize=12, label=f"preset {search.plan.preset}")
+            panel.plot(*point, "*", color="black", markersize=12, label=f"preset {search.preset}")
             return

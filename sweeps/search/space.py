@@ -21,6 +21,8 @@ from semformer.config import Config, FinalMap, LossName, field_names, flatten, l
 from semformer.errors import UserError
 
 STORAGE = "sqlite:///runs/studies.db"
+PROBED = ("miou", "miou_oracle", "miou_fixed", "fp", "fn")
+"""Scores that can be measured after each epoch, by which poor trials may be stopped."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--storage", default=STORAGE, metavar="URL", help="of the Optuna study (default: %(default)s)")
     parser.add_argument("--study", metavar="NAME", help="default: search-PRESET; an existing one goes on")
+    sampler = "of Optuna: NAME or NAME:OPTION=VALUE,... (default: tpe, for several objectives nsgaii)"
+    parser.add_argument("--sampler", metavar="NAME", help=sampler)
     parser.add_argument("--sampler-seed", type=int, default=0, metavar="N", help="default: %(default)s")
+    scheduler = (
+        "what stops poor trials early, by their maps after each segmentation epoch: asha or median_stopping of Ray "
+        "Tune, or a pruner of Optuna (hyperband, percentile ...), with options as a sampler's"
+    )
+    parser.add_argument("--scheduler", metavar="NAME", help=scheduler)
 
 
 def read_axes(axes: Sequence[str], preset: str, overrides: Mapping[str, Any]) -> tuple[Config, dict[str, Axis]]:

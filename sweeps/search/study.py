@@ -1,7 +1,8 @@
 """Optuna over the axes: suggestions become trials, their scores go back into the study.
 
 The study is a plain Optuna study in a database, which any number of drivers with one store may share, and which
-optuna-dashboard opens. What the store has already is told to the study at once, without a run.
+optuna-dashboard opens. What the store has already is told to the study at once, without a run. A database that is away
+delays nothing but suggestions: results are kept, and told when it is back.
 
 A driver holds a lease in the store as long as it lives. So one that was killed is recognised, and its unfinished
 trials are closed and put back into the queue.
@@ -13,47 +14,75 @@ import json
 import logging
 import re
 import secrets
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import optuna
-from optuna.distributions import FloatDistribution
-from optuna.samplers import BaseSampler, NSGAIISampler, TPESampler
+from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import FrozenTrial, TrialState
 
 from semformer import pipeline
-from semformer.config import flatten, load_config
+from semformer.config import Config, flatten, load_config
 from semformer.errors import UserError
 from semformer.keys import StageKey, differences
+from semformer.leases import Lease, LeaseHeld, LeaseHolder
+from semformer.secrets import without_password
 from semformer.store import Artifact, Store
-from sweeps.plan.trials import Cell, Plan, Trial
-from sweeps.search.space import own_value, read_axes, read_objectives
+from sweeps.plan.table import Table
+from sweeps.plan.trials import Cell, Count, Trial
+from sweeps.search.algorithms import Named, Pruning, make_sampler
+from sweeps.search.space import PROBED, own_value, read_axes, read_objectives
 
 log = logging.getLogger(__name__)
 NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]*"
 """Of a study, which is a table's name in turn."""
 SPEC = "semformer"
 """The study's attribute that says what is searched; a trial's are named in `Search`."""
-PROBE = "probe_miou"
+HELD = "held_seconds:"
+"""What the study's attributes begin with that say how long each driver's trials have held their places."""
+HELD_EVERY = 30.0
+"""Seconds after which that is written again."""
+OPENING = 120.0
+"""Seconds for which other drivers may have the study to themselves when a search starts."""
+TRIED = 12
+"""Suggestions that are drawn from a sampler of the user's to see whether it can: most begin with ten random ones."""
 TRAINING = {stage.name for stage in pipeline.STAGES if stage.split == "train_split"}
+
+
+@dataclass(frozen=True)
+class _Result:
+    """What a trial came to, to be told to the study."""
+
+    trial: Trial
+    metrics: Mapping[str, float] | None
+    reason: str
+    state: TrialState
 
 
 class Search:
     """`trials` suggestions in all, those of earlier runs of the study included; the first is the preset's own config.
 
+    For those who run it, it is a sweep like a plan (`sweeps.plan.trials.Sweep`), whose trials become known as it goes.
     A trial of the study has the attributes trial_key and stage_keys, missing (the stages that the store did not have
     when it was asked), stage_seconds, metrics, reason, driver and retry_of (the trial of a killed driver
     that it repeats), as far as they are known.
 
-    `folder` is that of `data` where it is a devkit of the user's. `found` hears of trials that were told from the
-    store, without a run. Raises UserError for axes and objectives that make no sense, a database that cannot be used,
-    and a study that was begun with something else.
+    `folder` is that of `data` where it is a devkit of the user's; `sampler` and `pruning` are from `algorithms`.
+    `found` hears of trials that were told from the store, without a run. Raises UserError for axes, objectives and
+    algorithms that make no sense together, a database that cannot be used, and a study that was begun with something
+    else.
     """
+
+    tables: tuple[Table, ...] = ()
+    trials: tuple[Trial, ...] = ()
+    cached: frozenset[str] = frozenset()
 
     def __init__(
         self,
@@ -65,29 +94,38 @@ class Search:
         *,
         axes: Sequence[str],
         objectives: Sequence[str],
-        trials: int,
+        most: int,
         storage: str,
+        sampler: Named | None = None,
         sampler_seed: int = 0,
+        pruning: Pruning | None = None,
         folder: Path | None = None,
         found: Callable[[Trial], None] = lambda trial: None,
     ):
         if not re.fullmatch(NAME, study_name):
             raise UserError(f"--study {study_name!r}: a name is letters, digits and any of . _ + - after the first")
-        if trials < 1:
-            raise UserError(f"--trials {trials}: a search needs at least one")
+        if most < 1:
+            raise UserError(f"--trials {most}: a search needs at least one")
         self.own, self.axes = read_axes(axes, preset, overrides)
         self.objectives = read_objectives(objectives, self.own)
-        self.data, self.folder, self.store, self.trials, self.found = data, folder, store, trials, found
         fixed = {name: value for axis in self.axes.values() for name, value in axis.fixed.items()}
-        title = f"search for {' and '.join(self.objectives)} over {', '.join(self.axes)}"
-        self.plan = Plan(study_name, title, (), preset, {**overrides, **fixed}, (self.own.seed,), (), frozenset())
+        self.name, self.preset, self.overrides = study_name, preset, {**overrides, **fixed}
+        self.title = f"search for {' and '.join(self.objectives)} over {', '.join(self.axes)}"
+        self.seeds = (self.own.seed,)
+        self.data, self.folder, self.store, self.most, self.found = data, folder, store, most, found
+        self.pruning, self.sampler = pruning, sampler
+        if pruning:
+            self._check_probed()
+            self.scheduler()
         self.driver = secrets.token_hex(8)
         self._live: dict[str, list[optuna.Trial]] = {}  # by trial key: asked and not told yet
         self._unplaced: optuna.Trial | None = None  # asked, and an error came between
+        self._untold: list[_Result] = []
+        self._held_written = -HELD_EVERY
         self.start_key = pipeline.stage_keys(self.own, data)["evaluate"].digest
         self._lease = store.lease(self._driver_key(self.driver))
         try:
-            with self._alone():
+            with self._alone(OPENING):
                 with _storage_errors(storage):
                     self.study = self._open(storage, sampler_seed)
                 self._close_orphans()
@@ -95,14 +133,16 @@ class Search:
             self._lease.release()
             raise
 
-    # What the searcher calls
+    # What the gate calls
 
     def ask(self) -> Trial | None:
         """The next suggestion that has to be run; None when all were asked.
 
         A config that makes no sense fails at once. One that is being run waits for that run's result. May raise what
-        the store and the database raise; the next call goes on with the same suggestion.
+        the store and the database raise, and LeaseHeld while another driver asks; the next call goes on with the same
+        suggestion.
         """
+        self.flush()
         while (asked := self._unplaced or self._ask()) is not None:
             self._unplaced, trial = asked, None
             with _closed_by_others(asked):
@@ -112,6 +152,8 @@ class Search:
                 return trial
         return None
 
+    # What the driver calls
+
     def tell(
         self,
         trial: Trial,
@@ -119,35 +161,117 @@ class Search:
         reason: str = "",
         pruned: bool = False,
     ) -> None:
-        """The final metrics of stage evaluate, or None and the reason why there are none."""
+        """The final metrics of stage evaluate, or None and the reason why there are none. Never raises: what cannot be
+        told now is told by `flush`."""
         state = TrialState.PRUNED if pruned else TrialState.FAIL if metrics is None else TrialState.COMPLETE
-        artifacts = self._artifacts(trial)
-        for asked in self._live[trial.key]:
-            self._tell(asked, artifacts, metrics, reason, state)
-        del self._live[trial.key]  # not before: where the database was away, the caller may tell again
-
-    def report(self, trial: Trial, epoch: int, values: Mapping[str, float]) -> None:
-        """The values of a segmentation epoch, of which the probe's is kept. Several objectives have no such series."""
-        if PROBE in values and len(self.objectives) == 1:
-            for asked in self._live.get(trial.key, ()):
-                with _quiet(), _closed_by_others(asked):
-                    asked.report(values[PROBE], step=epoch)
-
-    def close(self) -> None:
-        """Put what is still running back into the queue, for when the study goes on."""
+        self._untold.append(_Result(trial, metrics, reason, state))
         try:
+            self.flush()
+        except Exception as error:
+            if len(self._untold) == 1:
+                log.warning("the study cannot be told of %s now, which is done later: %s", trial.name, _first(error))
+
+    def flush(self) -> None:
+        """Tell the study what it could not be told before. Raises what the store and the database raise."""
+        while self._untold:
+            result = self._untold[0]
+            artifacts = self._artifacts(result.trial)
+            for asked in self._live.get(result.trial.key, ()):
+                self._tell(asked, artifacts, result.metrics, result.reason, result.state)
+            self._live.pop(result.trial.key, None)  # not before: what was told twice does no harm
+            self._untold.pop(0)
+
+    @property
+    def untold(self) -> int:
+        """Results that the study does not know yet."""
+        return len(self._untold)
+
+    def report(self, trial: Trial, epoch: int, scores: Mapping[str, float]) -> None:
+        """The scores of the maps after a segmentation epoch, of which the objective's is kept."""
+        (objective, *others) = self.objectives
+        if objective in scores and not others:
+            self._report(trial.key, scores[objective], epoch)
+
+    def should_stop(self, trial_key: str, score: float, epoch: int) -> bool:
+        """What the study's pruner says of a trial whose objective is `score` after a segmentation epoch; not while
+        the database is away."""
+        try:
+            self._report(trial_key, score, epoch)
+            with _quiet():
+                return any(asked.should_prune() for asked in self._live.get(trial_key, ()))
+        except Exception as error:
+            log.warning("the pruner cannot be asked now: %s", _first(error))
+            return False
+
+    def scheduler(self) -> Any:
+        """Of Tune, that stops poor trials; None where none was asked for."""
+        if not self.pruning:
+            return None
+        ((objective, direction),) = self.objectives.items()
+        mode = "max" if direction == "maximize" else "min"
+        return self.pruning.scheduler(objective, mode, self.own.segmentor.epochs, self.should_stop)
+
+    def spent(self, held: float) -> float:
+        """Seconds for which the trials of all drivers have held their places, whatever came of them.
+
+        `held` is this driver's share, which is kept in the study from time to time. May raise what the database does.
+        """
+        now = time.monotonic()
+        if now - self._held_written > HELD_EVERY:
+            self._write_held(held)
+            self._held_written = now
+        others = (value for name, value in self.study.user_attrs.items() if name.startswith(HELD))
+        return sum(others) - self.study.user_attrs.get(HELD + self.driver, 0.0) + held
+
+    def close(self, held: float | None = None) -> None:
+        """Tell what is untold, and put what is still running back into the queue, for when the study goes on."""
+        try:
+            self.flush()
+            if held is not None:
+                self._write_held(held)
             for asked in (*itertools.chain(*self._live.values()), *filter(None, [self._unplaced])):
                 self._requeue(asked.number, asked.params)
             self._live.clear()
         finally:
             self._lease.release()
 
-    # What people want to know
+    # As a sweep
 
     @property
     def documents(self) -> dict[str, str]:
         """File name -> text of what the search was started from."""
         return {"search.json": json.dumps(self._spec(), indent=1)}
+
+    @property
+    def stages(self) -> dict[str, Count]:
+        return {}
+
+    def summary(self) -> dict[str, Any]:
+        return {"study": self.name, "trials": self.most}
+
+    def as_json(self) -> dict[str, Any]:
+        return {**self.summary(), "preset": self.preset, "overrides": dict(self.overrides), **self._spec()}
+
+    def name_of(self, trial: Trial) -> str:
+        return trial.name.removeprefix(f"{self.name}/")
+
+    def is_cached(self, trial: Trial) -> bool:
+        return False
+
+    @cached_property
+    def samples(self) -> tuple[Trial, ...]:
+        """Of what may be run: the config that the search starts from, and that with each axis at each of its ends."""
+        ends = [{}, *({name: end} for name, axis in self.axes.items() for end in _ends(axis.distribution))]
+        found: dict[str, Trial] = {}
+        for params in ends:
+            try:
+                trial = self.trial_of(load_config(self.preset, {**self.overrides, **self.fields(params)}))
+            except UserError:  # an end that makes no sound config alone
+                continue
+            found[trial.key] = trial
+        return tuple(found.values())
+
+    # What people want to know
 
     def saving(self) -> dict[str, float]:
         """Of all finished stages: seconds spent in this search, seconds had every trial made all of its own, and how
@@ -187,18 +311,11 @@ class Search:
         """The config fields that a suggestion stands for, as a table's row would set them."""
         return {self.axes[name].field: _clean(value, self.axes[name].distribution) for name, value in params.items()}
 
-    def write_report(self, folder: Path) -> list[Path]:
-        """The best configs as a table file that can be run, and pictures of the study; see `sweeps.search.report`."""
-        from sweeps.search.report import write  # matplotlib takes a while to import
-
-        with _quiet():
-            return write(self, Path(folder))
-
     # Helpers
 
     def _ask(self) -> optuna.Trial | None:
         with self._alone():  # so that no driver asks too many, and each sees what the others are at
-            if self._count() >= self.trials:
+            if self._count() >= self.most:
                 return None
             with _quiet():
                 asked = self.study.ask({name: axis.distribution for name, axis in self.axes.items()})
@@ -224,14 +341,32 @@ class Search:
 
     def _trial(self, asked: optuna.Trial) -> Trial:
         """Raises UserError for values that make no sound config together."""
-        config = load_config(self.plan.preset, {**self.plan.overrides, **self.fields(asked.params)}, source="--axes")
-        keys = pipeline.stage_keys(config, self.data)
-        name = self.data.describe(config.data.eval_split)
-        trial = Trial(config, self.folder, name, keys, ())
+        config = load_config(self.preset, {**self.overrides, **self.fields(asked.params)}, source="--axes")
+        trial = self.trial_of(config)
+        keys = trial.keys
         asked.set_user_attr("trial_key", trial.key)
         asked.set_user_attr("stage_keys", {stage: key.digest for stage, key in keys.items()})
         same = (other.number for other in self._all() if other.user_attrs.get("trial_key") == trial.key)
-        return replace(trial, cells=tuple(Cell(self.plan.name, f"trial-{number}", config.seed) for number in same))
+        return replace(trial, cells=tuple(Cell(self.name, f"trial-{number}", config.seed) for number in same))
+
+    def trial_of(self, config: Config) -> Trial:
+        """Of a config of this search, without cells. Raises UserError for one that is not sound."""
+        keys = pipeline.stage_keys(config, self.data)
+        return Trial(config, self.folder, self.data.describe(config.data.eval_split), keys, ())
+
+    def _check_probed(self) -> None:
+        """Raises UserError for objectives by which poor trials cannot be stopped."""
+        if len(self.objectives) > 1:
+            raise UserError(
+                f"--scheduler: with several objectives ({', '.join(self.objectives)}) no trial is worse than another "
+                "early on: name one, or search without --scheduler"
+            )
+        (name,) = self.objectives
+        if name.rpartition("/")[2] not in PROBED:
+            raise UserError(
+                f"--scheduler: {name} is not known before a trial has ended: search for one of "
+                f"{', '.join(PROBED)} of the maps, or without --scheduler"
+            )
 
     def _tell(
         self,
@@ -268,7 +403,7 @@ class Search:
     # Opening a study
 
     def _open(self, storage: str, sampler_seed: int) -> optuna.Study:
-        name, spec = self.plan.name, self._spec()
+        name, spec = self.name, self._spec()
         database = _open_database(storage)
         known = name in optuna.study.get_all_study_names(database)
         study = optuna.create_study(
@@ -283,20 +418,31 @@ class Search:
         drivers = study.user_attrs.get("drivers", 0)
         study.set_user_attr("drivers", drivers + 1)
         # Every driver draws from a stream of its own, else it would repeat the suggestions of the one before
-        study.sampler = self._sampler(int(np.random.SeedSequence([sampler_seed, drivers]).generate_state(1)[0]))
+        seed = int(np.random.SeedSequence([sampler_seed, drivers]).generate_state(1)[0])
+        study.sampler = make_sampler(self.sampler, objectives=len(self.objectives), trials=self.most, seed=seed)
+        if self.sampler:
+            self._try_sampler(seed)
+        if self.pruning and (pruner := self.pruning.pruner()):
+            study.pruner = pruner
         return study
 
-    def _sampler(self, seed: int) -> BaseSampler:
-        if len(self.objectives) == 1:
-            return TPESampler(multivariate=True, constant_liar=True, seed=seed)
-        # Optuna's default of 50 would leave a search of 30 trials without a second generation
-        return NSGAIISampler(population_size=min(50, max(4, self.trials // 4)), seed=seed)
+    def _try_sampler(self, seed: int) -> None:
+        """Raises UserError for one that cannot search these axes and objectives, before anything depends on it."""
+        assert self.sampler
+        sampler = make_sampler(self.sampler, objectives=len(self.objectives), trials=self.most, seed=seed)
+        study = optuna.create_study(directions=list(self.objectives.values()), sampler=sampler)
+        try:
+            for value in range(TRIED):
+                asked = study.ask({name: axis.distribution for name, axis in self.axes.items()})
+                study.tell(asked, [float(value)] * len(self.objectives))
+        except Exception as error:  # each sampler has its own
+            raise UserError(f"--sampler {self.sampler.name} cannot search this: {_first(error)}") from error
 
     def _spec(self) -> dict[str, Any]:
         """What makes two searches the same one."""
         options = self.own.data
         return {
-            "preset": self.plan.preset,
+            "preset": self.preset,
             "objectives": list(self.objectives),
             "axes": {name: str(axis) for name, axis in self.axes.items()},
             "images": {split: self.data.describe(split) for split in (options.train_split, options.eval_split)},
@@ -309,7 +455,7 @@ class Search:
                 continue
             driver = trial.user_attrs.get("driver")
             if driver is None or self.store.holder(self._driver_key(driver)) is None:
-                log.info("trial %d of %s belonged to a driver that is gone: once more", trial.number, self.plan.name)
+                log.info("trial %d of %s belonged to a driver that is gone: once more", trial.number, self.name)
                 self._requeue(trial.number, trial.params)
 
     def _requeue(self, number: int, params: Mapping[str, Any]) -> None:
@@ -319,24 +465,32 @@ class Search:
             self.study.tell(number, state=TrialState.FAIL, skip_if_finished=True)
 
     def _driver_key(self, driver: str) -> StageKey:
-        return StageKey("search", {"study": self.plan.name, "driver": driver})
+        return StageKey("search", {"study": self.name, "driver": driver})
 
-    @contextmanager
-    def _alone(self) -> Iterator[None]:
-        """Among the drivers of this study."""
-        with self.store.lease(StageKey("search", {"study": self.plan.name}), wait=lambda holder: None):
-            yield
+    def _alone(self, seconds: float = 1.0) -> Lease:
+        """Makes this driver the only one, for a moment, of those that share the study. Raises LeaseHeld after so long."""
+        key, until = StageKey("search", {"study": self.name}), time.monotonic() + seconds
+
+        def wait(holder: LeaseHolder) -> None:
+            if time.monotonic() > until:
+                raise LeaseHeld(key, holder)
+
+        return self.store.lease(key, wait=wait)
+
+    def _report(self, trial_key: str, score: float, epoch: int) -> None:
+        for asked in self._live.get(trial_key, ()):
+            with _quiet(), _closed_by_others(asked):
+                asked.report(score, step=epoch)
+
+    def _write_held(self, held: float) -> None:
+        self.study.set_user_attr(HELD + self.driver, held)
 
 
-def make_search(
-    options: argparse.Namespace,
-    overrides: Mapping[str, Any],
-    store: Store,
-    progress: Callable[[int, int], None] | None = None,
-    found: Callable[[Trial], None] = lambda trial: None,
-) -> Search:
-    """From `space.add_arguments`, --preset and --data. `progress` is of making the embedded data set."""
-    data = pipeline.open_data(load_config(options.preset, overrides), options.data, progress)
+def make_search(options: argparse.Namespace, overrides: Mapping[str, Any], store: Store) -> Search:
+    """From `space.add_arguments`, --preset and --data."""
+    sampler = Named.read("--sampler", options.sampler) if options.sampler else None
+    pruning = Pruning(Named.read("--scheduler", options.scheduler)) if options.scheduler else None
+    data = pipeline.open_data(load_config(options.preset, overrides), options.data)
     return Search(
         options.study or f"search-{options.preset}",
         options.preset,
@@ -345,12 +499,22 @@ def make_search(
         store,
         axes=options.axes,
         objectives=options.objectives,
-        trials=options.trials,
+        most=options.trials,
         storage=options.storage,
+        sampler=sampler,
         sampler_seed=options.sampler_seed,
+        pruning=pruning,
         folder=options.data,
-        found=found,
     )
+
+
+def _ends(distribution: optuna.distributions.BaseDistribution) -> tuple[Any, ...]:
+    match distribution:
+        case CategoricalDistribution(choices=choices):
+            return tuple(choices)
+        case IntDistribution(low=low, high=high) | FloatDistribution(low=low, high=high):
+            return low, high
+    return ()
 
 
 def _clean(value: Any, distribution: optuna.distributions.BaseDistribution) -> Any:
@@ -364,7 +528,9 @@ def _open_database(url: str) -> optuna.storages.RDBStorage:
     local = url.startswith("sqlite:///")
     if local:
         Path(url.removeprefix("sqlite:///").partition("?")[0]).absolute().parent.mkdir(parents=True, exist_ok=True)
-    options = {"connect_args": {"timeout": 60}} if local else {"pool_pre_ping": True}
+    options: dict[str, Any] = {"connect_args": {"timeout": 60}} if local else {"pool_pre_ping": True}
+    if url.startswith("postgresql"):
+        options["connect_args"] = {"connect_timeout": 10}
     return optuna.storages.RDBStorage(url, engine_kwargs=options)
 
 
@@ -396,11 +562,8 @@ def _storage_errors(url: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # whatever SQLAlchemy and the database's driver raise
-        from sweeps.tracking.tracker import without_password
-
-        first = str(error).strip().partition("\n")[0]
-        told = f"--storage {url}: no study can be kept there: {type(error).__name__}: {first}"
-        raise UserError(without_password(told)) from error
+        told = f"--storage {url}: no study can be kept there: {type(error).__name__}: {_first(error)}"
+        raise UserError(without_password(told, url)) from error
 
 
 @contextmanager
@@ -410,3 +573,10 @@ def _closed_by_others(asked: optuna.Trial) -> Iterator[None]:
         yield
     except optuna.exceptions.UpdateFinishedTrialError:
         log.warning("trial %d was closed by another driver, which runs it once more", asked.number)
+
+
+def _first(error: Exception) -> str:
+    """The first line of what was at the bottom of an error: Optuna speaks of commits where a server does not answer."""
+    while error.__cause__ and isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return str(error).strip().partition("\n")[0]

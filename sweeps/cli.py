@@ -2,11 +2,14 @@
 
 import argparse
 import json
+import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,36 +19,60 @@ from rich.table import Table as Grid
 
 from semformer.config import PRESETS, parse_overrides
 from semformer.errors import UserError
+from semformer.secrets import without_password
 from sweeps.plan.table import load_all_tables, load_tables, table_names
 from sweeps.tracking.folder import SWEEPS, SweepFolder, find_sweep, new_sweep
 
 if TYPE_CHECKING:  # torch, Ray and MLflow take seconds to import
     from semformer.keys import StageKey
     from semformer.store import Store
+    from sweeps.drive import Options
     from sweeps.plan.trials import Plan
 
 STORE = "runs/store"
 TRACKING_URI = "sqlite:///mlflow.db"
+TRACKING_DEFAULT = f"$MLFLOW_TRACKING_URI, else {TRACKING_URI}"
 SHORT = 8
 """Characters of a key that are shown."""
+SHOWN, NAMED = 200, 12
+"""Trials that `plan` lists, and rows that it names for one reason."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     options = _parser().parse_args(arguments, argparse.Namespace(arguments=arguments, folder=None))
     console = Console(stderr=options.json)
+    _log_without_passwords(options)
     try:
         return options.command(options, console)
     except UserError as error:
-        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        told = without_password(str(error), *_addresses(options))
+        Console(stderr=True).print(f"[red]error:[/] {escape(told)}", highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
         console.print("stopped; the same command, or resume, goes on from the last epochs", highlight=False)
         return 130
 
 
+def _addresses(options: argparse.Namespace) -> list[str]:
+    """Those that may hold passwords."""
+    given = (getattr(options, name, None) for name in ("tracking_uri", "storage", "store"))
+    return [*filter(None, given), *filter(None, [os.environ.get("MLFLOW_TRACKING_URI")])]
+
+
+def _log_without_passwords(options: argparse.Namespace) -> None:
+    class Formatter(logging.Formatter):
+        def format(self, record: logging.LogRecord) -> str:
+            return without_password(super().format(record), *_addresses(options))
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="semformer-sweep", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('semformer-sweeps')}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name: str, function: Callable[..., int], text: str) -> argparse.ArgumentParser:
@@ -87,7 +114,8 @@ def _parser() -> argparse.ArgumentParser:
     gc = command("gc", _gc, "delete from a store what no sweep reaches; without --apply, tell what that is")
     gc.add_argument("--store", default=STORE, metavar="DIR", help="a folder, or s3://BUCKET/PREFIX")
     gc.add_argument("--apply", action="store_true", help="delete it")
-    gc.add_argument("--drop", action="append", default=[], metavar="SWEEP", help="no longer keep what this one reaches")
+    drop = "no longer keep what this sweep reaches, wherever it was started"
+    gc.add_argument("--drop", action="append", default=[], metavar="SWEEP", help=drop)
     hours = "leave what is younger (default: %(default)s)"
     gc.add_argument("--grace", type=_positive(float, zero=True), default=24.0, metavar="HOURS", help=hours)
     return parser
@@ -101,15 +129,21 @@ def _add_tables(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_configs(parser: argparse.ArgumentParser, *, seeds: bool = True) -> None:
-    parser.add_argument("--preset", default="tiny", choices=tuple(PRESETS))
+    preset = "micro: toy networks, in seconds; tiny (default): small ones that learn; paper: the paper's, on --data"
+    parser.add_argument("--preset", default="tiny", choices=tuple(PRESETS), help=preset)
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field of all rows")
     data = "a VOC devkit, in the same place on every node (default: the embedded shapes)"
     parser.add_argument("--data", type=Path, metavar="DIR", help=data)
     parser.add_argument("--store", default=STORE, metavar="DIR", help="of artifacts: a folder, or s3://BUCKET/PREFIX")
+    weights = (
+        "pretrained weights instead of a download: a file for each backbone (timm's names), or a folder that holds "
+        "NAME.safetensors or NAME.pth; in the same place on every node"
+    )
+    parser.add_argument("--weights", action="append", default=[], metavar="NAME=FILE|DIR", help=weights)
 
 
 def _add_price(parser: argparse.ArgumentParser) -> None:
-    gpus = "whose wall time is told (default: %(default)s)"
+    gpus = "count on so many GPUs for the wall time that a price tells; none are asked for (default: %(default)s)"
     parser.add_argument("--gpus", type=_positive(int), default=4, metavar="N", help=gpus)
     tflops = "effective speed of one GPU, for stages of a kind that was never measured (default: 40)"
     parser.add_argument("--tflops", type=_positive(float), default=40.0, metavar="X", help=tflops)
@@ -119,12 +153,12 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--budget", metavar="TIME", help="of GPUs, such as 40h or 30m: do not start what costs more")
     add("--address", metavar="auto|HOST:PORT", help="of a Ray cluster (default: one of our own, on this machine)")
-    add("--tracking-uri", default=TRACKING_URI, metavar="URI", help="of MLflow (default: %(default)s)")
+    add("--tracking-uri", default=_tracking_uri(), metavar="URI", help=f"of MLflow (default: {TRACKING_DEFAULT})")
     add("--experiment", metavar="NAME", help="in MLflow (default: name and preset)")
     add("--register", metavar="NAME", help="register the trials' segmentation networks in MLflow under this name")
     add("--cpus-per-trial", type=_positive(int), default=1, metavar="N", help="default: %(default)s")
-    share = "may be a fraction; default: 1 if there is one"
-    add("--gpus-per-trial", type=_positive(float, zero=True), metavar="X", help=share)
+    share = "1, or a fraction of one, which trials then share (0.25: four on a GPU); default: 1 if there is one"
+    add("--gpus-per-trial", type=_share, metavar="X", help=share)
     add("--max-concurrent", type=_positive(int), metavar="N", help="trials at once; an autoscaling cluster grows to it")
     silence = "after which a trial that says nothing is killed and tried again (default: %(default)s)"
     add("--silence", type=_positive(float), default=600.0, metavar="SECONDS", help=silence)
@@ -135,8 +169,6 @@ def _add_search(parser: argparse.ArgumentParser) -> None:
     from sweeps.search.space import add_arguments
 
     add_arguments(parser)
-    asha = "stop poor trials early, by their maps after each segmentation epoch (ASHA)"
-    parser.add_argument("--scheduler", choices=("asha",), help=asha)
 
 
 def _add_sweeps(parser: argparse.ArgumentParser) -> None:
@@ -158,6 +190,20 @@ def _positive(kind: type, *, zero: bool = False) -> Callable[[str], Any]:
 
     parse.__name__ = kind.__name__
     return parse
+
+
+def _share(text: str) -> float:
+    share = _positive(float, zero=True)(text)
+    if share > 1:
+        raise argparse.ArgumentTypeError(
+            f"{text}: a trial uses one GPU, and would leave the others idle; more GPUs run more trials at once. "
+            "Give 1, or a fraction to let trials share a GPU"
+        )
+    return share
+
+
+def _tracking_uri() -> str:
+    return os.environ.get("MLFLOW_TRACKING_URI") or TRACKING_URI
 
 
 def _seeds(text: str) -> tuple[int, ...]:
@@ -211,10 +257,12 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
     trials = Grid()
     for name in ("row", "seed", *plan.stages):
         trials.add_column(name, no_wrap=name != "row")
-    for trial in plan.trials:
+    for trial in plan.trials[:SHOWN]:
         states = [_state(trial.keys.get(name), plan.cached) for name in plan.stages]
-        trials.add_row(escape(plan.rows_of(trial)), str(trial.config.seed), *states)
+        trials.add_row(escape(", ".join(plan.rows_of(trial))), str(trial.config.seed), *states)
     console.print(trials)
+    if len(plan.trials) > SHOWN:
+        console.print(f"... and {len(plan.trials) - SHOWN} more trials (--json tells all)", highlight=False)
     stages = Grid()
     for name in ("stage", "requested", "distinct", "cached", "to make"):
         stages.add_column(name, justify="left" if name == "stage" else "right")
@@ -224,11 +272,13 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
     reasons: dict[tuple[str, str], list[str]] = {}
     whys = store.why_many(distinct_stages(plan.trials))
     for key, wanted in plan.missing().items():
-        rows = [plan.rows_of(trial) for trial in wanted]
+        rows = [row for trial in wanted for row in plan.rows_of(trial)]
         reasons.setdefault((key.stage, whys[key]), []).extend(rows)
     for (stage, why), rows in reasons.items():
-        told = ", ".join(dict.fromkeys(rows))
-        console.print(f"{stage} of {told}: {why}", highlight=False, markup=False, soft_wrap=True)
+        named = list(dict.fromkeys(rows))
+        more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
+        told = f"{stage} of {', '.join(named[:NAMED])}{more}: {why}"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
     for line in cost.lines():
         console.print(line, highlight=False, soft_wrap=True)
     return 0
@@ -249,7 +299,13 @@ def _run(options: argparse.Namespace, console: Console) -> int:
 
     folder = _folder(options, plan.name)
     with folder.drive(options.arguments):
-        return Drive(options, console, plan, store, folder).run()
+        return Drive(_running(options), console, plan, store, folder).run()
+
+
+def _running(options: argparse.Namespace) -> "Options":
+    from sweeps.drive import Options
+
+    return Options(**{field.name: getattr(options, field.name) for field in fields(Options)})
 
 
 def _search(options: argparse.Namespace, console: Console) -> int:
@@ -262,9 +318,9 @@ def _search(options: argparse.Namespace, console: Console) -> int:
     with console.status("opening the study"):
         search = make_search(options, overrides, store)
     try:
-        folder = _folder(options, search.plan.name)
+        folder = _folder(options, search.name)
         with folder.drive(options.arguments):
-            return Drive(options, console, search.plan, store, folder, search).run()
+            return Drive(_running(options), console, search, store, folder).run()
     finally:
         search.close()
 
@@ -273,7 +329,8 @@ def _folder(options: argparse.Namespace, name: str) -> SweepFolder:
     """That of a resumed sweep; else the same for the same sweep, so that more seeds or trials extend it."""
     if options.folder:
         return options.folder
-    what = [options.preset, sorted(options.set), str(options.data), options.store, options.tracking_uri]
+    uri = without_password(options.tracking_uri, options.tracking_uri)
+    what = [options.preset, sorted(options.set), str(options.data), options.store, uri]
     digest = sha256(json.dumps([*what, options.experiment]).encode()).hexdigest()
     name = f"{name.removesuffix(f'-{options.preset}')}-{options.preset}"  # studies have it in their names already
     return new_sweep(options.sweeps, f"{name}-{digest[:6]}")
@@ -285,9 +342,12 @@ def _resume(options: argparse.Namespace, console: Console) -> int:
         raise UserError(f"the sweep {folder.name} is driven already, by {driver}")
     started = _go_back(folder)
     started.json |= options.json
-    told = f"semformer-sweep {' '.join(started.arguments)}"
+    told = without_password(f"semformer-sweep {shlex.join(started.arguments)}", *_addresses(started))
     console.print(told, highlight=False, markup=False, soft_wrap=True)
-    return started.command(started, console)
+    try:
+        return started.command(started, console)
+    except UserError as error:
+        raise UserError(without_password(str(error), *_addresses(started))) from error
 
 
 def _go_back(folder: SweepFolder) -> argparse.Namespace:

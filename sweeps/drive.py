@@ -1,85 +1,107 @@
 """Drives a sweep from a plan or a search to its end: its folder, MLflow, Ray, the display, and the tables at last."""
 
-import argparse
 import json
+import logging
 import math
+import os
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 
 from semformer.pipeline import open_data
+from semformer.secrets import without_password
 from semformer.store import Store
 from sweeps.plan.packing import check_packing
 from sweeps.plan.price import budget_hours, check_budget, estimate, price
-from sweeps.plan.trials import Plan, Trial, distinct_stages
+from sweeps.plan.trials import Plan, Sweep, Trial, distinct_stages
+from sweeps.reports import EpochEnded, Failed, Finished, Found, Pruned, Report
 from sweeps.tracking.display import Display
 from sweeps.tracking.folder import SweepFolder
 from sweeps.tracking.state import SweepState, duration
-from sweeps.tracking.tracker import Tracker, without_password
+from sweeps.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
+    from semformer.keys import StageKey
+    from sweeps.cluster.preflight import Images, Watch
     from sweeps.schedule.gate import Gate
     from sweeps.search.study import Search
 
+log = logging.getLogger(__name__)
 PATIENCE = 120.0
-"""Seconds for which MLflow may be away at the end, before its records are left for `sync`."""
+"""Seconds for which MLflow, or a study's database, may be away at the end, before the rest is left for later."""
 SHARE_OF_TIME = 0.05
 """Of the driver's time, at most, that goes into writing its state."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a sweep is run; see `semformer-sweep run --help`. `data` is a VOC devkit's folder."""
+
+    tracking_uri: str
+    data: Path | None = None
+    experiment: str | None = None
+    register: str | None = None
+    address: str | None = None
+    budget: str | None = None
+    gpus: int = 4
+    tflops: float = 40.0
+    cpus_per_trial: int = 1
+    gpus_per_trial: float | None = None
+    max_concurrent: int | None = None
+    silence: float = 600.0
+    json: bool = False
 
 
 class Drive:
     """One sweep being driven; `run` does it all."""
 
-    def __init__(
-        self,
-        options: argparse.Namespace,
-        console: Console,
-        plan: Plan,
-        store: Store,
-        folder: SweepFolder,
-        search: "Search | None" = None,
-    ):
-        """`search` suggests trials beyond those of the plan.
-
-        Raises UserError for a budget that cannot be read, and when MLflow cannot be used.
-        """
-        self.options, self.console, self.plan, self.store = options, console, plan, store
-        self.folder, self.search = folder, search
+    def __init__(self, options: Options, console: Console, sweep: "Plan | Search", store: Store, folder: SweepFolder):
+        """Raises UserError for a budget that cannot be read, and when MLflow cannot be used."""
+        self.options, self.console, self.store, self.folder = options, console, store, folder
+        self.sweep: Sweep = sweep
+        self.plan = sweep if isinstance(sweep, Plan) else None
+        self.search = None if isinstance(sweep, Plan) else sweep
         self.budget = budget_hours(options.budget) if options.budget else math.inf
-        self.state = SweepState(plan)
+        self.state = SweepState(sweep)
         self.display = Display(self.state, console)
-        self.missing = [trial for trial in plan.trials if not plan.is_cached(trial)]
+        self._scores = self._read_scores()
+        self.missing = [trial for trial in sweep.trials if trial.key not in self._scores]
+        self.gave_up = False
+        self._gpus = 1.0  # that a trial's time counts for
+        self._seconds: dict[str, float] = {}  # that stages take, by digest
         self._kept: set[str] | None = None  # digests that the store keeps for this sweep
         self._told: set[str] = set()  # keys of trials that the search found by itself
         self._next_save = 0.0
-        experiment = options.experiment or (plan.name if search else None)
+        experiment = options.experiment or (sweep.name if self.search else None)
         with console.status("opening MLflow"):
             self.tracker = Tracker(
-                options.tracking_uri, plan, store, experiment, folder=folder.path, register=options.register
+                options.tracking_uri, sweep, store, experiment, folder=folder.path, register=options.register
             )
-        if search:
-            search.found = self._found_by_search
+        if self.search:
+            self.search.found = self._found_by_search
 
     def run(self) -> int:
         """Run what is missing; returns the exit status. Raises UserError when the budget or the cluster forbids it."""
-        if not self.missing and not self.search and self.tracker.is_complete():
+        self._keep({key.digest for trial in self.sweep.trials for key in trial.keys.values()})
+        if self.plan and not self.missing and self.tracker.is_complete():
             self._tell_found()
             self.folder.save(self.state.as_json())
             self._print(f"nothing to do: all {len(self.plan.trials)} trials are finished and recorded")
-            return self._conclude(self.state.counts(), failed=False)
-        if self.options.budget and self.plan.trials:
+            return self._conclude()
+        if self.plan and self.options.budget:
             plan = self.plan
             cost = price(plan.trials, plan.cached, self.store, gpus=self.options.gpus, tflops=self.options.tflops)
             check_budget(cost, self.options.budget)
         self._announce()
         with self._ray() as run_trials:
-            self._keep({key.digest for trial in self.plan.trials for key in trial.keys.values()})
             self.tracker.begin()
             for name, text in (self.search.documents if self.search else {}).items():
                 self.tracker.log_file(text, name)
@@ -93,90 +115,137 @@ class Drive:
                 self.folder.save(self.state.as_json())
                 counts = self.state.counts()
                 try:
-                    counts |= self._report_search()
+                    counts |= self._close_search()
                 finally:
                     with self.console.status("delivering the last records to MLflow"):
                         self.tracker.end(status, counts, patience=PATIENCE)
         self.display.summary()
-        return self._conclude(self.state.counts(), failed=self.failed)
+        return self._conclude()
 
     @property
     def failed(self) -> bool:
-        """Whether a row has no result. A search goes on without those that failed."""
-        return not self.search and not self.state.complete
+        """Whether a row has no result. A search goes on without those that failed, unless nothing could be started."""
+        return self.gave_up if self.search else not self.state.complete
 
     # While it runs
 
-    def tell(self, trial: Trial, report: Mapping[str, Any]) -> None:
-        """What a trial or the gate reports, passed on to MLflow, the search and the display."""
-        event = report["event"]
-        if event == "found":
-            artifact = self.store.find(trial.keys["evaluate"], verify=False)
-            report = {**report, "metrics": artifact.info["metrics"] if artifact else {}}
-            self.tracker.record_found(trial)
+    def tell(self, trial: Trial, report: Report) -> None:
+        """What a trial or the gate reports, passed on to the display, MLflow and the search."""
+        metrics = self._metrics(trial) if isinstance(report, Found) else {}
+        line = self.state.tell(trial, report, metrics)
+        self.display.tell(trial, line)
+        tags = self.state.trials[trial.key].tags()
+        if isinstance(report, Found):
+            self.tracker.record_found(trial, tags)
         else:
-            self.tracker.tell(trial, report)
+            self.tracker.tell(trial, report, tags)
         if self.search and trial.key not in self._told:
-            if event in ("finished", "found"):
-                self.search.tell(trial, report["metrics"])
-            elif event in ("failed", "pruned"):
-                self.search.tell(trial, None, report.get("reason", ""), pruned=event == "pruned")
-            elif event == "epoch":
-                self.search.report(trial, report["epoch"], report["values"])
-        self.display.tell(trial, report)
+            self._tell_search(self.search, trial, report, metrics)
 
     def every_second(self, gate: "Gate") -> bool:
-        """Keeps the state for `status`; whether `stop` has asked for the end."""
+        """Draws the display, and keeps the state for `status`; whether `stop` has asked for the end."""
         now = time.monotonic()
         if now >= self._next_save:
             self.state.explain(gate.waiting())
+            self.state.unfit = dict(gate.faults.unfit)
             self.folder.save(self.state.as_json())
             self.tracker.progress(self.state.counts())
             cost = time.monotonic() - now
             self._next_save = now + cost / SHARE_OF_TIME
+        self.display.refresh()
+        if self.search and self.search.untold:
+            self._flush(self.search)
+        self.gave_up = gate.over is not None
         return self.folder.asked_to_stop()
 
+    def _read_scores(self) -> dict[str, Mapping[str, float]]:
+        """The final metrics of the trials whose stages were all in the store, by trial key; one that is damaged is made
+        again."""
+        keys = [trial.keys["evaluate"] for trial in self.sweep.trials if self.sweep.is_cached(trial)]
+        return {key.digest: artifact.info["metrics"] for key, artifact in self.store.find_many(keys).items()}
+
+    def _metrics(self, trial: Trial) -> Mapping[str, float]:
+        if trial.key not in self._scores:
+            artifact = self.store.find(trial.keys["evaluate"], verify=False)
+            return artifact.info["metrics"] if artifact else {}
+        return self._scores[trial.key]
+
+    def _tell_search(self, search: "Search", trial: Trial, report: Report, metrics: Mapping[str, float]) -> None:
+        match report:
+            case Finished():
+                search.tell(trial, report.metrics)
+            case Found():
+                search.tell(trial, metrics)
+            case Failed():
+                search.tell(trial, None, report.failure.reason)
+            case Pruned():
+                search.tell(trial, None, pruned=True)
+            case EpochEnded() if report.probe:
+                search.report(trial, report.epoch, report.probe)
+
+    def _flush(self, search: "Search") -> bool:
+        """Whether the study knows every result."""
+        try:
+            search.flush()
+        except Exception as error:  # whatever its database raises while it is away
+            log.debug("the study is still away: %s", error)
+        return not search.untold
+
     def _ask(self) -> Trial | None:
-        """Another suggestion, unless the search has none or has used up its budget."""
+        """Another suggestion, unless the search has none or its budget is used up."""
         assert self.search
-        spent = self.search.saving()["spent_seconds"] / 3600
-        if spent >= self.budget:
-            self._print(f"--budget {self.options.budget} is used up: nothing more is suggested")
+        spent = self.search.spent(self._held())
+        rest = sum(self._seconds.get(digest, 0.0) for digest in self.state.in_work()) * self._gpus
+        if spent + rest >= 3600 * self.budget:
+            self._print(
+                f"--budget {self.options.budget}: {duration(spent)} are spent, and trials that run may need "
+                f"{duration(rest)}: nothing more is suggested"
+            )
             return None
         trial = self.search.ask()
         self._keep(self.search.reached())
         if trial:
+            self._estimate([trial])
             self.tracker.add(trial)
         return trial
 
+    def _held(self) -> float:
+        """GPU-seconds that this driver's trials have held (seconds, where they have no GPU)."""
+        return self.state.held() * self._gpus
+
+    def _estimate(self, trials: list[Trial]) -> None:
+        estimates = estimate(trials, self.sweep.cached, self.store, tflops=self.options.tflops)
+        self._seconds |= {digest: one.seconds for digest, one in estimates.items()}
+
     def _tell_found(self) -> None:
-        for trial in self.plan.trials:
-            if self.plan.is_cached(trial):
-                self.tell(trial, {"event": "found"})
+        for trial in self.sweep.trials:
+            if trial.key in self._scores:
+                self.tell(trial, Found())
 
     def _found_by_search(self, trial: Trial) -> None:
         """The study knows it already."""
         self._told.add(trial.key)
-        self.tell(trial, {"event": "found"})
+        self.tell(trial, Found())
 
     def _keep(self, digests: set[str]) -> None:
         """Tell the store, for `gc`, that this sweep reaches these too: it may have reached others with other seeds."""
+        name = f"{self.folder.name}.{self.folder.id}"
         if self._kept is None:
-            known = self.store.roots().get(self.folder.name)
+            known = self.store.kept(name)
             self._kept = set(known.digests) if known else set()
         if not digests <= self._kept:
             self._kept |= digests
-            self.store.keep(self.folder.name, self._kept, {"plan": self.plan.name, "preset": self.plan.preset})
+            self.store.keep(name, self._kept, {"plan": self.sweep.name, "preset": self.sweep.preset})
 
     # Before and after
 
     def _announce(self) -> None:
-        plan = self.plan
-        to_make = {name: count.distinct - count.cached for name, count in plan.stages.items()}
+        sweep = self.sweep
+        to_make = {name: count.distinct - count.cached for name, count in sweep.stages.items()}
         told = ", ".join(f"{n} {name}" for name, n in to_make.items() if n) or "nothing, only to record"
-        rows = f"{plan.summary()['rows']} rows, " if len(plan.tables) > 1 else ""
-        what = plan.title if self.search else f"{rows}{len(plan.trials)} trials; to make: {told}"
-        self._print(f"{plan.name}, preset {plan.preset}: {what}")
+        rows = f"{sweep.summary()['rows']} rows, " if len(sweep.tables) > 1 else ""
+        what = sweep.title if self.search else f"{rows}{len(sweep.trials)} trials; to make: {told}"
+        self._print(f"{sweep.name}, preset {sweep.preset}: {what}")
         self._print(f"sweep {self.folder.name}: semformer-sweep status, stop or resume {self.folder.name}")
 
     @contextmanager
@@ -188,73 +257,110 @@ class Drive:
         options = self.options
         with ExitStack() as stack:
             with self.console.status("starting Ray"):
-                from sweeps.cluster import connect, nodes, preflight, runner
+                from sweeps.cluster import nodes, runner
+                from sweeps.cluster.connect import connect
 
-                stack.enter_context(connect.connect(options.address))
+                stack.enter_context(connect(options.address))
             share = nodes.trial_share(options.cpus_per_trial, options.gpus_per_trial, address=options.address)
-            if options.address:
-                with self.console.status("asking every node of the cluster"):
-                    gpu_memory = self._preflight(share)
-            else:
-                gpu_memory = preflight.gpu_memory()
-            if 0 < share["gpu"] < 1 and gpu_memory:
-                keys = distinct_stages(self.missing)
-                fits = check_packing(keys, self.store, gpus_per_trial=share["gpu"], gpu_bytes=min(gpu_memory))
-                self._print(fits)
-            estimates = estimate(self.plan.trials, self.plan.cached, self.store, tflops=options.tflops)
-            seconds = {digest: one.seconds for digest, one in estimates.items()}
+            self._gpus = share["gpu"] or 1.0
+            watch = stack.enter_context(self._watch(share))
+            if 0 < share["gpu"] < 1:
+                keys, memory = distinct_stages(self.sweep.samples), min(watch.gpu_memory(), default=0)
+                self._print(check_packing(keys, self.store, gpus_per_trial=share["gpu"], gpu_bytes=memory))
+            self._estimate(list(self.sweep.trials))
             yield lambda: runner.run_trials(
                 self.missing,
                 self.store,
                 self.tell,
                 share=share,
+                watch=watch,
+                unfit=self._tell_unfit,
                 more=self._ask if self.search else None,
-                ahead=2 * nodes.places(share),  # what is held back was drawn without knowing the latest results
-                seconds=lambda key: seconds.get(key.digest, 1.0),
+                seconds=self._seconds_of,
                 max_concurrent=options.max_concurrent,
                 silence=options.silence,
                 every_second=self.every_second,
-                asha=runner.asha(self.search.own.segmentor.epochs) if self.search and options.scheduler else None,
+                scheduler=self.search.scheduler() if self.search else None,
             )
 
-    def _preflight(self, share: Mapping[str, float]) -> tuple[int, ...]:
-        """The memory of every GPU of the cluster, in bytes. Raises UserError that names the nodes at fault."""
-        from sweeps.cluster.preflight import preflight
+    @contextmanager
+    def _watch(self, share: Mapping[str, float]) -> "Iterator[Watch]":
+        """The nodes; those of a cluster have answered. Raises UserError where none of them is fit."""
+        from sweeps.cluster.preflight import Watch
 
-        found: list[int] = []
-        configs = [self.search.own] if self.search else [trial.config for trial in self.missing]
-        folder = self.options.data
-        for shapes, config in {config.data.shapes: config for config in configs}.items():
-            data = open_data(config, folder)
-            splits = (config.data.train_split, config.data.eval_split)
-            reports = preflight(
-                data=folder or shapes.model_dump(),
-                digests={name: data[name].digest for name in splits},
-                store=self.store.location,
-                share=share,
+        if not self.options.address:
+            yield Watch(share, ask=False)
+            return
+        watch = Watch(share, self._images(), self.store.location)
+        try:
+            with self.console.status("asking every node of the cluster"):
+                watch.wait()
+            yield watch
+        finally:
+            watch.close()
+
+    def _images(self) -> "list[Images]":
+        """What the sweep reads, once for each data set."""
+        from sweeps.cluster.preflight import Images
+
+        found = {}
+        for config in (trial.config for trial in self.sweep.samples):
+            shapes = config.data.shapes
+            if self.options.data or shapes:
+                found.setdefault(None if self.options.data else shapes, config)
+        return [
+            Images(
+                self.options.data or config.data.shapes.model_dump(),
+                {split: open_data(config, self.options.data)[split].digest for split in config.data.splits},
             )
-            found = [size for report in reports for size in report.gpu_memory]
-        return tuple(found)
+            for config in found.values()
+        ]
 
-    def _report_search(self) -> dict[str, float]:
+    def _seconds_of(self, key: "StageKey") -> float:
+        return self._seconds.get(key.digest, 1.0)
+
+    def _tell_unfit(self, why: str) -> None:
+        self._print(f"[yellow]no work any more for[/] {escape(why)}")
+
+    def _close_search(self) -> dict[str, float]:
         """Best configs, importances and pictures, in the folder and with the parent run; what sharing saved."""
         if not self.search:
             return {}
-        for path in self.search.write_report(self.folder.path / "report"):
+        try:
+            return self._report_search(self.search)
+        except Exception as error:  # whatever its database raises
+            log.debug("no report of the search", exc_info=error)
+            first = str(error).partition("\n")[0]
+            self._print(
+                f"[red]the study's database cannot be used now[/] ({escape(first)}). Nothing is lost: "
+                f"`semformer-sweep resume {self.folder.name}` tells it what is in the store"
+            )
+            self.gave_up = True
+            return {}
+
+    def _report_search(self, search: "Search") -> dict[str, float]:
+        from sweeps.search.report import write  # matplotlib takes a while to import
+
+        end = time.monotonic() + PATIENCE
+        while not self._flush(search) and time.monotonic() < end:
+            time.sleep(1.0)
+        search.close(self._held())
+        for path in write(search, self.folder.path / "report"):
             self.tracker.log_file(path, path.name)
             self._print(f"wrote {escape(str(path))}")
-        saving = self.search.saving()
+        saving = search.saving() | {"held_seconds": search.spent(self._held())}
         spent, unshared = saving["spent_seconds"], saving["unshared_seconds"]
         self._print(
             f"made in {duration(spent)} what would have taken {duration(unshared)} without sharing; "
-            f"{saving['trials_inference_only']:g} trials needed no training"
+            f"{saving['trials_inference_only']:g} trials needed no training; in all, trials ran for "
+            f"{duration(saving['held_seconds'])}"
         )
         return {f"search/{name}": value for name, value in saving.items()}
 
-    def _conclude(self, counts: Mapping[str, float], *, failed: bool) -> int:
+    def _conclude(self) -> int:
         """Where everything is, and the tables."""
         options, tracker = self.options, self.tracker
-        where = without_password(tracker.view_url or f"mlflow ui --backend-store-uri {options.tracking_uri}")
+        where = tracker.view_url or f"mlflow ui --backend-store-uri {options.tracking_uri}"
         self._print(f"Runs, curves and pictures: {where} (experiment {tracker.experiment!r})")
         if tracker.undelivered:
             self._print(
@@ -263,26 +369,31 @@ class Drive:
             )
         for error in tracker.errors[:3]:
             self._print(f"[red]MLflow:[/] {escape(error)}")
-        if self.plan.tables and not tracker.undelivered:
-            self._compile_tables()
+        if self.plan and not tracker.undelivered:
+            self._compile_tables(self.plan)
         if options.json:
             told = {"sweep": self.folder.name, "experiment": tracker.experiment, "parent_run_id": tracker.parent_run_id}
-            planned = {"trials": len(self.state.trials)} if self.search else self.plan.summary()
-            print(json.dumps({**planned, **counts, **told}))
-        return 1 if failed or tracker.undelivered or tracker.errors else 0
+            planned = {"trials": len(self.state.trials)} if self.search else self.sweep.summary()
+            print(json.dumps({**planned, **self.state.counts(), **told}))
+        return 1 if self.failed or tracker.undelivered or tracker.errors else 0
 
-    def _compile_tables(self) -> None:
+    def _compile_tables(self, plan: Plan) -> None:
         """By the program for it, as a user would: this floor knows nothing of the one above."""
-        options, folder = self.options, self.folder.path / "tables"
-        command = [sys.executable, "-m", "analysis.cli", "tables", *(str(table.path) for table in self.plan.tables)]
-        command += ["--preset", self.plan.preset, "--tracking-uri", options.tracking_uri]
-        command += ["--experiment", self.tracker.experiment, "--log", "--out", str(folder)]
-        command += [part for field, value in self.plan.overrides.items() for part in ("--set", f"{field}={value}")]
-        done = subprocess.run(command, capture_output=True, text=True)
-        told = done.stdout if len(self.plan.tables) == 1 else done.stdout.splitlines()[-1]
-        self._print(escape(done.stderr if done.returncode else told))
+        folder = self.folder.path / "tables"
+        command = [sys.executable, "-m", "analysis.cli", *(str(table.path) for table in plan.tables)]
+        command += ["--preset", plan.preset, "--experiment", self.tracker.experiment, "--log", "--out", str(folder)]
+        command += [part for field, value in plan.overrides.items() for part in ("--set", f"{field}={value}")]
+        environment = os.environ | {
+            "MLFLOW_TRACKING_URI": self.options.tracking_uri
+        }  # others see a command's arguments
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if done.returncode:
+            self._print(f"no tables: {escape(done.stderr.removeprefix('error: '))}")
+            return
+        self._print(escape(done.stdout if len(plan.tables) == 1 else done.stdout.rstrip().rpartition("\n")[2]))
         self._print(f"tables: {escape(str(folder))}")
 
     def _print(self, text: str) -> None:
         if text:
-            self.console.print(text, highlight=False, soft_wrap=True)
+            uris = (self.options.tracking_uri,)
+            self.console.print(without_password(text, *uris), highlight=False, soft_wrap=True)

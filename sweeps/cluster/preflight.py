@@ -1,10 +1,7 @@
 """Whether the nodes of the connected Ray can run a sweep: each is asked once, at the start or when it joins."""
 
-import hashlib
-import importlib.metadata
 import logging
 import os
-import platform
 import secrets
 import shutil
 import time
@@ -15,18 +12,15 @@ from pathlib import Path
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-import semformer
-import sweeps
 from semformer.data.shapes import cached_shapes
 from semformer.data.voc import open_devkit
 from semformer.errors import UserError
 from semformer.store import Store, open_store
 from sweeps.cluster.nodes import Node, Share, may_hold, nodes
+from sweeps.cluster.versions import difference, versions
 from sweeps.schedule.faults import Places
 
 log = logging.getLogger(__name__)
-PACKAGES = ("ray", "semformer-sweeps", "torch", "torchvision", "timm", "numpy", "pillow")
-"""What must be the same everywhere."""
 ANSWER = 120.0
 """Seconds in which a node must answer."""
 SEEN = 30.0
@@ -87,7 +81,7 @@ class Watch:
         if ask:
             self._store = open_store(store, patience=0.0)  # a look must not wait
             _mark(self._store, f"{self._run}-driver")
-            self._question = (self._run, _versions(), tuple(images), store, dict(share), min_free)
+            self._question = (self._run, versions(), tuple(images), store, dict(share), min_free)
         self.look()
 
     def look(self) -> None:
@@ -201,9 +195,7 @@ def _ask(
     min_free: int,
 ) -> NodeReport:
     """On the node; `here` are the versions of the driver."""
-    versions, faults = _versions(), []
-    if different := [f"{k} {versions.get(k)} (driver: {v})" for k, v in here.items() if versions.get(k) != v]:
-        faults.append(f"has {', '.join(different)}: install the same everywhere (constraints.txt)")
+    faults = [told] if (told := difference(here)) else []
     for one in images:
         faults += _compare(one)
     try:
@@ -224,7 +216,7 @@ def _ask(
     disk = next(folder for folder in (cache, *cache.parents) if folder.exists())
     if (free := shutil.disk_usage(disk).free) < min_free:
         faults.append(f"has {free / 2**30:.1f} GiB of free disk in {disk}; needed are {min_free / 2**30:.1f}")
-    return NodeReport(node, versions, memory, free, tuple(faults))
+    return NodeReport(node, versions(), memory, free, tuple(faults))
 
 
 def _compare(images: Images) -> list[str]:
@@ -240,21 +232,6 @@ def _compare(images: Images) -> list[str]:
         for name, digest in images.digests.items()
         if found[name] != digest
     ]
-
-
-def _versions() -> dict[str, str]:
-    """Of Python, of `PACKAGES`, and the start of the sha256 over this project's own code."""
-    versions = {"python": platform.python_version()}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            versions[name] = "none"
-    digest = hashlib.sha256()
-    for package in (Path(semformer.__file__).parent, Path(sweeps.__file__).parent):
-        for path in sorted(package.rglob("*.py")):
-            digest.update(f"{package.name}/{path.relative_to(package)}\n".encode() + path.read_bytes())
-    return versions | {"code": digest.hexdigest()[:12]}
 
 
 def gpu_memory() -> tuple[int, ...]:

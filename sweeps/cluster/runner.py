@@ -21,6 +21,7 @@ from sweeps.cluster.board import Board
 from sweeps.cluster.nodes import Share
 from sweeps.cluster.preflight import Watch
 from sweeps.cluster.trial import payload, run_trial
+from sweeps.cluster.versions import versions
 from sweeps.plan.trials import Trial
 from sweeps.reports import Raised, Report
 from sweeps.schedule.faults import Faults
@@ -78,7 +79,9 @@ def run_trials(
     watch.listen(lambda report: faults.node_is_unfit(report.node.id, str(report)))
 
     def config_of(trial: Trial) -> dict[str, Any]:
-        config = payload(trial, store=store, share=share, board=board.name, probe=scheduler is not None)
+        here = versions() if watch.ask else {}  # on one machine, there is nothing to compare
+        probe = scheduler is not None
+        config = payload(trial, store=store, share=share, board=board.name, versions=here, probe=probe)
         return config | {"avoid": sorted(faults.avoided_by(trial))}
 
     choice = _Choice(gate, config_of)

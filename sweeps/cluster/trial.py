@@ -20,6 +20,7 @@ from ray import tune
 from semformer.errors import MachineError, StoreError, UserError
 from sweeps.cluster.board import Pin
 from sweeps.cluster.system import sample
+from sweeps.cluster.versions import difference
 from sweeps.reports import (
     EpochEnded,
     Failure,
@@ -51,11 +52,18 @@ EPOCH = "epoch"
 
 
 def payload(
-    trial: "Trial", *, store: "Store", share: Mapping[str, float], board: str = "", probe: bool = False
+    trial: "Trial",
+    *,
+    store: "Store",
+    share: Mapping[str, float],
+    board: str = "",
+    versions: Mapping[str, str] | None = None,
+    probe: bool = False,
 ) -> dict[str, Any]:
     """The Tune config of a trial, in plain JSON values.
 
-    `board`: the name of a `board.Board`. `probe`: measure the maps after every segmentation epoch.
+    `board`: the name of a `board.Board`. `versions`: what other machines must have. `probe`: measure the maps after
+    every segmentation epoch.
     """
     return {
         "config": trial.config.model_dump(mode="json"),
@@ -65,6 +73,7 @@ def payload(
         "cpus": max(1, int(share["cpu"])),
         "gpus": share["gpu"],
         "board": board,
+        "versions": dict(versions or {}),
         "probe": probe,
     }
 
@@ -132,6 +141,8 @@ def run_trial(config: dict[str, Any]) -> None:
 
 
 def _stage_runs(config: dict[str, Any], reporter: Reporter) -> "Iterator[StageRun]":
+    if told := difference(config["versions"]):
+        raise MachineError(f"{socket.gethostname()} {told}")
     os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(config["cpus"])
     import torch
 

@@ -468,7 +468,7 @@ class Search:
         return StageKey("search", {"study": self.name, "driver": driver})
 
     def _alone(self, seconds: float = 1.0) -> Lease:
-        """Makes this driver the only one, for a moment, of those that share the study. Raises LeaseHeld after so long."""
+        """Makes this driver the only one of the study's, for a moment. Raises LeaseHeld after so many seconds."""
         key, until = StageKey("search", {"study": self.name}), time.monotonic() + seconds
 
         def wait(holder: LeaseHolder) -> None:

@@ -19,9 +19,9 @@ Spec = Mapping[str, Any]
 def reasons(store: "Store", keys: Iterable[StageKey]) -> dict[StageKey, str]:
     """See `Store.why_many`."""
     keys = list(keys)
-    stages = {key.stage for key in keys}
-    published = store.published(stages)
-    newest = {stage: store.newest(stage, NEAREST) for stage in stages}
+    published = {stage: store.newest_first(stage) for stage in {key.stage for key in keys}}
+    there = {digest for digests in published.values() for digest in digests}
+    newest = {stage: digests[:NEAREST] for stage, digests in published.items()}
     specs = _specs(store, keys, newest)
     damaged = sorted({name.split("/")[1] for name in store.storage.entries("damaged/")})
     aside = {name.rpartition("-")[0]: name for name in damaged}  # the last of each
@@ -31,7 +31,7 @@ def reasons(store: "Store", keys: Iterable[StageKey]) -> dict[StageKey, str]:
         return _values(specs[digest], specs.get)
 
     def reason(key: StageKey) -> str:
-        if key.digest in published:
+        if key.digest in there:
             return "already published"
         if moved := aside.get(f"{key.stage}-{key.short}"):
             return f"the published artifact was damaged (moved to {store.location}/damaged/{moved})"

@@ -147,10 +147,10 @@ class Store:
         """The digests of all published artifacts (of some stages), by their names alone: nothing is read or checked."""
         return {digest for stage in (self._stages() if stages is None else stages) for digest in self._digests(stage)}
 
-    def newest(self, stage: str, n: int) -> list[str]:
-        """The digests of the `n` artifacts of a stage that were published last, by their names and ages alone."""
+    def newest_first(self, stage: str) -> list[str]:
+        """The digests of a stage's published artifacts, by their names and ages alone."""
         ages = self._ages(stage)
-        return sorted(ages, key=ages.__getitem__)[:n]
+        return sorted(ages, key=ages.__getitem__)
 
     def artifacts(self) -> Iterator[Artifact]:
         """Everything published, by stage; contents unverified, bad manifests skipped with a warning."""

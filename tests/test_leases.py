@@ -269,7 +269,7 @@ def test_a_folder_that_stays_away_is_given_up(tmp_path):
         lambda: store.find(caae()),
         lambda: store.find_many([caae(lr=n) for n in range(1000)]),
         lambda: store.published(["caae"]),
-        lambda: store.newest("caae", 1),
+        lambda: store.newest_first("caae"),
         lambda: store.holder(caae()),
         lambda: store.workspace(caae()),
     ):

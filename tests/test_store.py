@@ -144,12 +144,12 @@ def test_what_is_published_is_told_by_names_alone(either):
     assert either.published(["segmentor", "cams"]) == {segmentor(source).digest}
 
 
-def test_the_newest_are_told_by_names_and_ages_alone(store):
+def test_the_newest_are_told_first_by_names_and_ages_alone(store):
     artifacts = [publish(store, caae(decoder_depth=n)) for n in range(5)]
     for age, artifact in enumerate(artifacts):
         os.utime(artifact.path / "manifest.json", (1e9 - age, 1e9 - age))
-    assert store.newest("caae", 2) == [artifact.key.digest for artifact in artifacts[:2]]
-    assert store.newest("segmentor", 2) == []
+    assert store.newest_first("caae") == [artifact.key.digest for artifact in artifacts]
+    assert store.newest_first("segmentor") == []
 
 
 def test_many_are_found_at_once_without_what_is_missing_or_damaged(either, tmp_path):

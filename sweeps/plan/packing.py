@@ -66,8 +66,9 @@ def _peaks(keys: Iterable[StageKey], store: Store) -> tuple[dict[str, int], list
 def _measured(stage: str, wanted: Mapping[str, StageKey], store: Store) -> dict[str, int]:
     """The largest peak of artifacts that are alike, in bytes, by `_like`; of a sample: the `wanted` that are there, and
     the newest."""
-    own = sorted(wanted.keys() & store.published([stage]))
-    names = {(stage, digest) for digest in (*spread(own), *store.newest(stage, SAMPLE))}
+    published = store.newest_first(stage)
+    own = [digest for digest in published if digest in wanted]
+    names = {(stage, digest) for digest in (*spread(own), *published[:SAMPLE])}
     found = [one for one in store.read_with_inputs(names).values() if isinstance(one, Artifact)]
     specs = {artifact.key.digest: artifact.key.spec for artifact in found}
     peaks: dict[str, int] = {}

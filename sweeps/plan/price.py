@@ -236,7 +236,7 @@ class _Work:
 
 def _sample(stage: str, own: Sequence[str], store: Store, work: _Work) -> list[Artifact]:
     """Published artifacts of a stage: of those with the digests `own`, else the newest, which `work` learns about."""
-    digests = spread(own) or store.newest(stage, SAMPLE)
+    digests = spread(own) or store.newest_first(stage)[:SAMPLE]
     read = store.read_with_inputs(((stage, digest) for digest in digests), but=work.specs)
     found = [one for one in read.values() if isinstance(one, Artifact)]
     work.specs |= {artifact.key.digest: artifact.key.spec for artifact in found}

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 
-import semformer
-import sweeps
+from semformer import keys
 
 PACKAGES = ("ray", "semformer-sweeps", "torch", "torchvision", "timm", "numpy", "pillow")
 
@@ -23,7 +22,7 @@ def versions() -> dict[str, str]:
         except importlib.metadata.PackageNotFoundError:
             found[name] = "none"
     digest = hashlib.sha256()
-    for package in (Path(semformer.__file__).parent, Path(sweeps.__file__).parent):
+    for package in (Path(keys.__file__).parent, Path(__file__).parents[1]):
         for path in sorted(package.rglob("*.py")):
             digest.update(f"{package.name}/{path.relative_to(package)}\n".encode() + path.read_bytes())
     return found | {"code": digest.hexdigest()[:12]}

@@ -14,10 +14,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from mlflow import MlflowClient
 from ray.cluster_utils import Cluster
 
+from semformer.keys import StageKey
 from semformer.store import Store, open_store
 from sweeps.plan.table import load_tables
 from sweeps.plan.trials import Plan, make_plan
@@ -25,6 +27,8 @@ from tests.servers import S3Server
 
 ROOT = Path(__file__).parents[2]
 EPOCHS = 5
+STAGES = {"caae": 1, "segmentor": 2, "cams": 3, "evaluate": 3}
+"""That TABLE needs."""
 TABLE = """
 name: faults
 title: Two networks on one CAAE, and one more way to use the first
@@ -38,7 +42,7 @@ rows:
   - {id: CF, label: CF, set: {segmentor.losses: "CF,SS"}, paper: {miou: null}}
   - {id: U1, label: U1, set: {cams.last_blocks: 1}, paper: {miou: null}}
 """
-LINE = re.compile(r"^ *\d+ s  (?P<row>[\w, ]+): (?P<stage>\w+) epoch (?P<epoch>\d+)/\d+, (?!step)", re.M)
+LINE = re.compile(r"^ *\d+ s  (?P<row>[\w, +-]+): (?P<stage>\w+) epoch (?P<epoch>\d+)/\d+, (?!step)", re.M)
 ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_health_check_period_ms": "1000",
@@ -80,12 +84,28 @@ def three_nodes() -> Iterator[Site]:
         os.environ.update(before)
 
 
+class Maker(NamedTuple):
+    pid: int
+    key: StageKey
+
+
 class Scene:
     """One sweep of TABLE, in a folder of its own."""
 
-    def __init__(self, folder: Path, site: Site, *, store: str = "", uri: str = "", text: str = TABLE):
+    stages = STAGES
+
+    def __init__(
+        self,
+        folder: Path,
+        site: Site,
+        *,
+        store: str = "",
+        uri: str = "",
+        text: str = TABLE,
+        sweeps: Path | None = None,
+    ):
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.site = folder, site
+        self.folder, self.site, self.sweeps = folder, site, sweeps or folder / "sweeps"
         self.location, self.uri = store or str(folder / "store"), uri or f"sqlite:///{folder / 'mlflow.db'}"
         self.table = folder / "faults.yaml"
         self.table.write_text(text)
@@ -94,10 +114,10 @@ class Scene:
 
     def start(self, *options: str, command: str = "run") -> subprocess.Popen:
         """A driver. `command` resume goes on with the sweep that there is."""
-        arguments = [command, "--sweeps", str(self.folder / "sweeps")]
+        arguments = [command, "--sweeps", str(self.sweeps)]
         if command == "run":
-            arguments += [str(self.table), "--preset", "micro", "--store", self.location, "--tracking-uri", self.uri]
-            arguments += ["--address", self.site.cluster.address, *options]
+            arguments = [*self.command(), *arguments[1:], "--preset", "micro", "--store", self.location]
+            arguments += ["--tracking-uri", self.uri, "--address", self.site.cluster.address, *options]
         self.outputs.append(self.folder / f"output-{len(self.outputs)}.txt")
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
         with self.outputs[-1].open("w") as out:
@@ -111,6 +131,9 @@ class Scene:
             )
         self.drivers.append(process)
         return process
+
+    def command(self) -> list[str]:
+        return ["run", str(self.table)]
 
     def finish(self, driver: subprocess.Popen, seconds: float = 240) -> int:
         """The exit status of a driver; one that does not end is killed."""
@@ -137,15 +160,24 @@ class Scene:
     def store(self) -> Store:
         return open_store(self.location)
 
-    def maker(self, stage: str, seconds: float = 120) -> int:
-        """Waits until some process makes a stage of that kind; its pid."""
-        keys = {trial.keys[stage] for trial in self.plan().trials}
+    def maker(self, stage: str, key: StageKey | None = None, *, but: int = 0, seconds: float = 120) -> Maker:
+        """Waits until some process makes a stage of that kind, or of that key, other than the process `but`."""
+        keys = {key} if key else {trial.keys[stage] for trial in self.plan().trials}
         store = self.store()
-        return eventually(lambda: next((h.pid for key in keys if (h := store.holder(key))), None), seconds)
+
+        def look() -> Maker | None:
+            held = ((store.holder(key), key) for key in keys)
+            return next((Maker(holder.pid, key) for holder, key in held if holder and holder.pid != but), None)
+
+        return eventually(look, seconds)
 
     def after_epoch(self, stage: str, epoch: int, seconds: float = 120) -> None:
         """Waits until the driver has told the end of that epoch, of any row."""
-        told = re.compile(rf": {stage} epoch {epoch}/\d+, (?!step)")
+        self.after(rf": {stage} epoch {epoch}/\d+, (?!step)", seconds)
+
+    def after(self, pattern: str, seconds: float) -> None:
+        """Waits until the driver has told something that matches."""
+        told = re.compile(pattern)
         eventually(lambda: told.search(self.output()), seconds)
 
     # What came of it
@@ -156,7 +188,7 @@ class Scene:
         digests = {
             (row, stage): key.digest
             for trial in plan.trials
-            for row in [plan.rows_of(trial)]
+            for row in [plan.name_of(trial)]
             for stage, key in trial.keys.items()
         }
         found = LINE.finditer(self.output())
@@ -188,6 +220,26 @@ class Scene:
                 if sorted(steps) != list(range(1, EPOCHS + 1)):
                     wrong.append(f"{row}: {name} has steps {steps}")
         return wrong
+
+
+class Search(Scene):
+    """A search over U on the same networks, with its study in a database at `storage`."""
+
+    TRIALS = 4
+    stages = {"caae": 1, "segmentor": 1, "cams": TRIALS, "evaluate": TRIALS}  # noqa: RUF012
+
+    def __init__(self, folder: Path, site: Site, *, storage: str):
+        super().__init__(folder, site)
+        self.storage = storage
+
+    def command(self) -> list[str]:
+        fields = {"data.shapes.train": 64, "data.shapes.val": 24, "caae.epochs": EPOCHS, "segmentor.epochs": EPOCHS}
+        sets = [part for field, value in fields.items() for part in ("--set", f"{field}={value}")]
+        search = ["search", "--trials", str(self.TRIALS), "--axes", f"U=1:{self.TRIALS}", "--sampler", "brute_force"]
+        return [*search, "--storage", self.storage, *sets]
+
+    def epochs_trained(self) -> Counter[tuple[str, int]]:
+        return Counter((match["stage"], int(match["epoch"])) for match in LINE.finditer(self.output()))
 
 
 def eventually(look: Callable[[], object], seconds: float):

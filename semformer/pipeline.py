@@ -22,7 +22,7 @@ from semformer.data.shapes import cached_shapes
 from semformer.data.voc import Devkit, Split, open_devkit
 from semformer.errors import UserError
 from semformer.keys import StageKey
-from semformer.leases import LeaseHolder
+from semformer.leases import Lease, LeaseHolder
 from semformer.models.vit import backbone_shape
 from semformer.stages import caae, cams, evaluate, segmentor
 from semformer.stages.context import Context, Progress
@@ -172,8 +172,8 @@ def run(
     def make(stage: Stage, workspace: Path, check: Callable[[], None]) -> dict[str, Any]:
         ctx = Context(device, progress, workspace, store.checkpoints(keys[stage.name]), workers, check, probe)
         inputs = [done.get(name) for name in stage.inputs]
-        memory.reset_peak(device)
         with memory.explained(stage.name, device):
+            memory.reset_peak(device)
             made = stage.run(config, data[getattr(config.data, stage.split)], *inputs, ctx)
         return {**made, "memory": memory.peak(device)}
 
@@ -190,23 +190,17 @@ def _find_or_make(
     make: Callable[[Stage, Path, Callable[[], None]], dict[str, Any]],
     waiting: Callable[[StageKey, LeaseHolder], None],
 ) -> StageRun:
-    if artifact := store.find(key):
-        return StageRun(stage.name, key.digest, True, 0.0, artifact)
-    with store.lease(key, wait=lambda holder: waiting(key, holder)) as lease:
-        if artifact := store.find(key):
-            return StageRun(stage.name, key.digest, True, 0.0, artifact)
-        started = time.monotonic()
-        workspace = store.workspace(key)
-
+    def make_here(workspace: Path, lease: Lease) -> dict[str, Any]:
         def check() -> None:
             lease.check()
             store.save_checkpoints(key)
 
-        with store.writing(key, workspace):
-            made = make(stage, workspace, check)
-        seconds = time.monotonic() - started
-        artifact = store.publish(key, workspace, {**made, "seconds": seconds, "versions": versions()})
-        return StageRun(stage.name, key.digest, False, seconds, artifact)
+        started = time.monotonic()
+        made = make(stage, workspace, check)
+        return {**made, "seconds": time.monotonic() - started, "versions": versions()}
+
+    artifact, found = store.find_or_make(key, make_here, wait=lambda holder: waiting(key, holder))
+    return StageRun(stage.name, key.digest, found, 0.0 if found else artifact.info["seconds"], artifact)
 
 
 def _is_imported(stage: Stage, config: Config) -> bool:

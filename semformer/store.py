@@ -257,6 +257,28 @@ class Store:
 
     # Single flight
 
+    def find_or_make(
+        self,
+        key: StageKey,
+        make: Callable[[Path, Lease], Mapping[str, Any]],
+        *,
+        wait: Callable[[LeaseHolder], None] | None = lambda holder: None,
+    ) -> tuple[Artifact, bool]:
+        """The artifact of `key`, and whether it was found; if not, it is made here, and nowhere else meanwhile.
+
+        make(workspace, lease) fills a folder and returns the artifact's info; it may use `checkpoints`. `wait` is as
+        for `lease`. Raises what `make` raises, and as `publish` does.
+        """
+        if artifact := self.find(key):
+            return artifact, True
+        with self.lease(key, wait=wait) as lease:
+            if artifact := self.find(key):
+                return artifact, True
+            workspace = self.workspace(key)
+            with self.writing(key, workspace):
+                info = make(workspace, lease)
+            return self.publish(key, workspace, info), False
+
     def lease(self, key: StageKey, *, wait: Callable[[LeaseHolder], None] | None = None) -> Lease:
         """Become the only one to build `key`; use as a context manager and call `find` again inside.
 

@@ -30,17 +30,14 @@ def segmentor(source: StageKey, *, sigma: float = 0.1, **changes) -> StageKey:
 
 
 def build(store: Store, key: StageKey, make, wait=None):
-    """Single flight, as the pipeline composes it from the store's pieces."""
-    if found := store.find(key):
-        return found
-    with store.lease(key, wait=wait) as lease:
-        if found := store.find(key):
-            return found
-        workspace = store.workspace(key)
-        with store.writing(key, workspace):
-            info = make(workspace, store.checkpoints(key), lease)
-            lease.check()
-        return store.publish(key, workspace, info)
+    """The artifact of `key`: make(workspace, checkpoints, lease) makes it where it is not there."""
+
+    def make_here(workspace, lease):
+        info = make(workspace, store.checkpoints(key), lease)
+        lease.check()
+        return info
+
+    return store.find_or_make(key, make_here, wait=wait)[0]
 
 
 def make_weights(workspace: Path, checkpoints: Path, lease) -> dict:

@@ -11,6 +11,7 @@ from semformer.store import Store
 from sweeps.cluster import runner
 from sweeps.cluster.connect import ENVIRONMENT
 from sweeps.plan.trials import Cell, Trial
+from sweeps.reports import Finished, Started
 from tests.benchmarks.sleeper import work
 
 STAGES = ("caae", "evaluate")
@@ -31,10 +32,10 @@ def test_trials_of_a_quarter_share_a_gpu(tmp_path, monkeypatch):
 
     def tell(trial, report):
         nonlocal most
-        if report["event"] == "start":
+        if isinstance(report, Started):
             running.add(trial.key)
         most = max(most, len(running))
-        if report["event"] == "finished":
+        if isinstance(report, Finished):
             running.discard(trial.key)
 
     ray.init(num_gpus=1, num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level=logging.CRITICAL)

@@ -14,7 +14,6 @@ import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray import tune
@@ -29,6 +28,7 @@ from sweeps.cluster.trial import payload
 from sweeps.plan.price import PIXELS_PER_SECOND, TFLOPS, list_schedule
 from sweeps.plan.table import load_all_tables
 from sweeps.plan.trials import Trial, distinct_stages, make_plan
+from sweeps.reports import Finished, Report
 from tests.benchmarks.sleeper import work
 from tests.devkits import paper_splits
 
@@ -54,13 +54,13 @@ def measure(way: str, trials: Sequence[Trial], seconds: Mapping[str, float], fol
     store, share = Store(folder / way, heartbeat=0.2, expiry=60), {"cpu": 0.5, "gpu": 1}
     specs = {key.digest: key.spec for trial in trials for key in trial.keys.values()}
     trainable = tune.with_parameters(work, seconds=seconds, specs=specs, share=way != "naive")
-    results: list[Mapping[str, Any]] = []
+    results: list[Mapping[str, float]] = []
     started = time.monotonic()
     if way == "ours":
 
-        def tell(trial: Trial, report: Mapping[str, Any]) -> None:
-            if report["event"] == "finished":
-                results.append(report)
+        def tell(trial: Trial, report: Report) -> None:
+            if isinstance(report, Finished):
+                results.append(report.metrics)
 
         order = {"seconds": lambda key: seconds[key.digest]}
         runner.run_trials(trials, store, tell, share=share, trainable=trainable, **order)
@@ -71,7 +71,7 @@ def measure(way: str, trials: Sequence[Trial], seconds: Mapping[str, float], fol
             param_space=tune.grid_search(grid),
             run_config=tune.RunConfig(name=way, storage_path=str(folder / "tune"), verbose=0),
         ).fit()
-        results = [result.metrics for result in tuned]
+        results = [result.metrics["report"].metrics for result in tuned]
     wall = time.monotonic() - started
     held, waited = (sum(result[part] for result in results) for part in ("held", "waited"))
     return {"wall": wall, "held": held, "waited": waited}

@@ -5,32 +5,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ray import tune
-
 from semformer.keys import StageKey
+from semformer.leases import Lease
 from semformer.store import Store
+from sweeps.cluster.trial import reporting
+from sweeps.reports import Finished, StageDone
 
 
 def work(config: Mapping[str, Any], seconds: Mapping[str, float], specs: Mapping[str, Any], share: bool) -> None:
-    """A trial that sleeps instead of training; tells how long it held its GPU, and how long of that it waited.
+    """Its metrics are how long it held its GPU, and how long of that it waited.
 
     `config` is that of `sweeps.cluster.trial.payload`; `seconds` and `specs` of all stages, by digest.
     """
-    tune.report({"event": "start"})
-    started, waited = time.monotonic(), 0.0
-    store = Store(Path(config["store"]), heartbeat=0.2, expiry=60)
-    for stage, digest in config["keys"].items():
-        key = StageKey(stage, specs[digest])
-        if not share:
-            time.sleep(seconds[digest])
-            continue
-        began = time.monotonic()
-        if not store.find(key):
-            with store.lease(key, wait=lambda holder: None):
-                waited += time.monotonic() - began
-                if not store.find(key):
-                    workspace = store.workspace(key)
-                    time.sleep(seconds[digest])
-                    store.publish(key, workspace, {"seconds": seconds[digest]})
-        tune.report({"event": "stage", "stage": stage, "key": digest, "found": False, "seconds": 0.0})
-    tune.report({"event": "finished", "metrics": {}, "held": time.monotonic() - started, "waited": waited})
+    with reporting(config) as reporter:
+        started, waited = time.monotonic(), 0.0
+        store = Store(Path(config["store"]), heartbeat=0.2, expiry=60)
+        for stage, digest in config["keys"].items():
+            key = StageKey(stage, specs[digest])
+            if not share:
+                time.sleep(seconds[digest])
+                continue
+            began, slept = time.monotonic(), seconds[digest]
+
+            def make(workspace: Path, lease: Lease, slept: float = slept) -> dict[str, float]:
+                time.sleep(slept)
+                return {"seconds": slept}
+
+            _, found = store.find_or_make(key, make)
+            waited += time.monotonic() - began - (0.0 if found else slept)
+            reporter.tell(StageDone(stage, digest, found))
+        reporter.tell(Finished({"held": time.monotonic() - started, "waited": waited}))

@@ -98,12 +98,41 @@ def test_a_search_for_two_things_ends_with_its_budget_and_a_front(place, searche
     options = ["--study", "thrifty", "--objectives", objectives, "--budget", "0.001m", "--max-concurrent", "1"]
     answer = place.call("search", "--axes", "U,erosion", "--trials", "40", *options, "--json")
     assert answer.json()["trials"] < 10
-    assert "--budget 0.001m is used up: nothing more is suggested" in answer.err
+    assert re.search(r"--budget 0.001m: .* are spent, and trials that run may need .*: nothing more", answer.err)
     trials = study(place, "thrifty").trials
     assert all(len(trial.values) == 2 for trial in trials if trial.state == TrialState.COMPLETE)
     assert sum(trial.state == TrialState.COMPLETE for trial in trials) >= 1
     report = place.folder / "sweeps" / sweep_name(place, "thrifty") / "report"
     assert {"best.yaml", "pareto_front.png"} <= {path.name for path in report.iterdir()}
+
+
+def test_a_budget_counts_what_came_to_nothing(place):
+    """Every trial has a network of its own, which diverges."""
+    axes = ["--axes", "segmentor.optimizer.lr=1e8:1e9:log", "--set", "segmentor.optimizer.lr=1e9"]
+    options = ["--study", "hopeless", "--trials", "40", "--budget", "0.04m", "--max-concurrent", "1", *axes]
+    answer = place.call("search", *options)
+    assert "nothing more is suggested" in answer.out
+    assert 1 <= answer.out.count("failed: segmentor: TrainingDiverged") < 20
+
+
+def test_a_pruner_stops_poor_trials_of_a_search(place):
+    axes = ["--axes", "segmentor.optimizer.lr=1e-4:1e-2", "--set", "segmentor.epochs=4"]
+    options = [
+        "--study",
+        "pruned",
+        "--trials",
+        "6",
+        "--scheduler",
+        "threshold:lower=100",
+        "--max-concurrent",
+        "1",
+        *axes,
+    ]
+    answer = place.call("search", *options)
+    assert answer.status == 0, answer
+    assert answer.out.count(": pruned") == 6
+    assert {trial.state for trial in study(place, "pruned").trials} == {TrialState.PRUNED}
+    assert all(0 < len(trial.intermediate_values) < 4 for trial in study(place, "pruned").trials)
 
 
 def test_asha_ends_poor_trials_of_a_search_early(place):

@@ -18,6 +18,8 @@ from sweeps.cluster import runner
 from sweeps.cluster.connect import connect
 from sweeps.plan.table import load_table
 from sweeps.plan.trials import make_plan
+from sweeps.reports import EpochEnded, Finished, Retried, Started
+from sweeps.tracking.state import SweepState
 from sweeps.tracking.tracker import Tracker
 from tests.workplace import Workplace
 
@@ -164,27 +166,28 @@ def test_a_killed_worker_is_replaced_and_goes_on_from_its_last_epoch(place, tabl
     table = load_table(place.table("killed", only="segmentor.epochs: 12"))
     plan = make_plan([table], "micro", {}, (0,), None, place.store)
     (trial,) = plan.trials
-    tracker = Tracker(place.uri, plan, place.store, folder=place.folder / "killed")
+    tracker, state = Tracker(place.uri, plan, place.store, folder=place.folder / "killed"), SweepState(plan)
     tracker.begin()
-    heard, killed = [], []
+    heard, pids = [], []
 
     def tell(trial, report):
-        tracker.tell(trial, report)
-        heard.append((report["event"], report.get("epoch"), report.get("reason", "")))
-        if report["event"] == "epoch" and report["epoch"] == 5 and not killed:
-            killed.append(report["pid"])
-            os.kill(report["pid"], signal.SIGKILL)
+        state.tell(trial, report)
+        tracker.tell(trial, report, state.trials[trial.key].tags())
+        heard.append(report)
+        if isinstance(report, Started):
+            pids.append(report.pid)
+        if isinstance(report, EpochEnded) and report.epoch == 5 and len(pids) == 1:
+            os.kill(pids[0], signal.SIGKILL)
 
     with connect(None):
         runner.run_trials([trial], place.store, tell, share={"cpu": 1, "gpu": 0})
     tracker.end("FINISHED")
     assert tracker.errors == []
-    assert killed
-    events = [event for event, _, _ in heard]
-    assert (events.count("start"), events.count("retry"), events.count("finished")) == (2, 1, 1)
-    (reason,) = (reason for event, _, reason in heard if event == "retry")
-    assert reason.startswith("segmentor: WorkerDied: ")
-    assert [n for event, n, _ in heard if event == "epoch"] == [*range(1, 6), *range(6, 13)]
+    kinds = Counter(map(type, heard))
+    assert (kinds[Started], kinds[Retried], kinds[Finished]) == (2, 1, 1)
+    (retried,) = (report for report in heard if isinstance(report, Retried))
+    assert retried.failure.reason.startswith("segmentor: WorkerDied: ")
+    assert [report.epoch for report in heard if isinstance(report, EpochEnded)] == list(range(1, 13))
     assert len(place.store.find(trial.keys["segmentor"]).info["history"]["total"]) == 12
     (run,) = place.runs("killed micro", "trial")
     assert run.info.status == "FINISHED"

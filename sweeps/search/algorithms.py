@@ -94,11 +94,14 @@ class Pruning:
             return None
         return self.named.make(_choose(self.named, pruners(), SCHEDULERS))
 
-    def scheduler(self, metric: str, mode: str, epochs: int, should_stop: Callable[[str, float, int], bool]) -> Any:
+    def scheduler(
+        self, metric: str, mode: str, epochs: int, should_stop: Callable[[str, float, int], bool]
+    ) -> "TrialScheduler":
         """Of Tune. metric: the score that decides, better when `mode` ("max" or "min"); epochs: of the segmentation
         network. should_stop(trial key, score, epoch) asks the pruner. Raises UserError as `pruner` does."""
         from ray.tune import schedulers
 
+        from sweeps.cluster.pruning import ByPruner
         from sweeps.cluster.trial import EPOCH
 
         common = {"time_attr": EPOCH, "metric": metric, "mode": mode}
@@ -106,31 +109,15 @@ class Pruning:
             return self.named.make(schedulers.ASHAScheduler, **common, max_t=epochs, stop_last_trials=False)
         if self.named.name == "median_stopping":
             return self.named.make(schedulers.MedianStoppingRule, **common, hard_stop=True)
-        return _by_pruner(metric, should_stop)
-
-
-def _by_pruner(metric: str, should_stop: Callable[[str, float, int], bool]) -> "TrialScheduler":
-    from ray.tune.schedulers import FIFOScheduler, TrialScheduler
-
-    from sweeps.cluster.trial import EPOCH
-
-    class ByPruner(FIFOScheduler):
-        """Stops what a pruner of Optuna would."""
-
-        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-            if metric in result and should_stop(trial.config["keys"]["evaluate"], result[metric], result[EPOCH]):
-                return TrialScheduler.STOP
-            return TrialScheduler.CONTINUE
-
-    return ByPruner()
+        return ByPruner(metric, should_stop)
 
 
 def _choose(named: Named, classes: Mapping[str, Any], others: tuple[str, ...] = ()) -> Any:
     known = (*others, *classes)
     if named.name not in classes:
         near = difflib.get_close_matches(named.name, known, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise UserError(f"{named.option} {named.name}: {hint}there are {', '.join(known)}")
+        hint = f"did you mean {near[0]}? There" if near else "there"
+        raise UserError(f"{named.option} {named.name}: {hint} are {', '.join(known)}")
     return classes[named.name]
 
 

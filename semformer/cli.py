@@ -159,8 +159,8 @@ def _predict(options: argparse.Namespace) -> int:
     if named is None and "caae" not in keys:
         raise UserError("an imported segmentation network knows no class semantics: name the --classes in the images")
     store = Store(options.store)
-    artifacts = {stage: store.find(key) for stage, key in keys.items()}
-    if None in artifacts.values():
+    artifacts = {key.stage: artifact for key, artifact in store.find_many(keys.values(), verify=True).items()}
+    if len(artifacts) < len(keys):
         raise UserError(
             f"{options.store} has no segmentation network of this config: train it with `semformer run` and the same "
             "--preset, --set and --data"
@@ -173,7 +173,7 @@ def _predict(options: argparse.Namespace) -> int:
     for path in options.images:
         image = read_image(path)
         present = present_classes(model, S, image, config) if named is None else named
-        maps = {}
+        maps: dict[str, Any] = {}
         for kind in MAP_KINDS:
             view = config.cams.model_copy(update={"final_map": kind})
             full = multi_scale_maps(model, image, present, view, precision=config.precision).full

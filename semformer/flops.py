@@ -118,8 +118,8 @@ def _cams(config: Config, images: Images) -> float:
         last_blocks = 0 if kind == "activation" else options.last_blocks
         views = 0.0
         for scale in options.scales:
-            size = tuple(math.ceil(side * scale / P) * P for side in (images.height, images.width))
-            views += segmentor_view(backbone, size, images.n_classes, last_blocks=last_blocks)
+            height, width = (math.ceil(side * scale / P) * P for side in (images.height, images.width))
+            views += segmentor_view(backbone, (height, width), images.n_classes, last_blocks=last_blocks)
         return (2 if options.flip else 1) * views
 
     drawn = min(options.pictures, images.count)

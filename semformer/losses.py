@@ -7,6 +7,8 @@ Similarities are cosine similarities in (-1, 1); ReLU before them makes them non
 differs from the paper, the default is the code and the paper's reading is an argument.
 """
 
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -126,3 +128,8 @@ def _weights(pairs: Pairs, reduction: str) -> tuple[Tensor, Tensor]:
 def _share(pairs: Pairs) -> float:
     """How much of the batch's pairs these are, 1 where they are all."""
     return len(pairs.own) / len((pairs.batch or pairs).own)
+
+
+def total(terms: Mapping[str, Tensor]) -> Tensor:
+    """The sum of the named terms: L_CAAE of Eq. 4, L_seg of Eq. 13."""
+    return functools.reduce(torch.add, terms.values())

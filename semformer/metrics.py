@@ -103,7 +103,9 @@ class ThresholdCurve:
         self._row_of_label[:n_classes] = np.arange(n_classes)
         self._row_of_label[IGNORE] = n_classes
 
-    def add(self, maps: np.ndarray, classes: Sequence[int], truth: np.ndarray, *, name: str = "image") -> None:
+    def add(
+        self, maps: np.ndarray, classes: Sequence[int] | np.ndarray, truth: np.ndarray, *, name: str = "image"
+    ) -> None:
         """Counts the pixels of one image.
 
         maps: (C, H, W) floats, one channel per object class in `classes`: (C,) distinct, 1..K-1.
@@ -111,18 +113,18 @@ class ThresholdCurve:
         Raises UserError, with `name`, for shapes that do not fit, NaN, and classes or labels out of range;
         the counts are then as before.
         """
-        maps, classes = np.asarray(maps), np.asarray(classes, dtype=np.intp)
-        self._check_maps(maps, classes, name)
+        maps, channels = np.asarray(maps), np.asarray(classes, dtype=np.intp)
+        self._check_maps(maps, channels, name)
         _check_truth(truth, maps.shape[1:], name)
-        if not classes.size:
-            maps, classes = np.full((1, *truth.shape), -np.inf), np.array([0])
+        if not channels.size:
+            maps, channels = np.full((1, *truth.shape), -np.inf), np.array([0])
         value, channel = _dominant(maps)
         if np.isnan(value).any():
             raise UserError(f"{name}: the activation maps contain NaN")
         if self.erosion:
             value = _eroded(value, channel, self.erosion)
 
-        n_labels, n_channels, n_levels = self.n_classes + 2, classes.size, self.thresholds.size + 1
+        n_labels, n_channels, n_levels = self.n_classes + 2, channels.size, self.thresholds.size + 1
         cell = np.searchsorted(self.thresholds.astype(value.dtype), value)
         cell += np.multiply(channel, n_levels, dtype=np.int32)
         cell += (self._row_of_label * (n_channels * n_levels)).take(truth)
@@ -132,7 +134,7 @@ class ThresholdCurve:
             raise UserError(
                 f"{name}: the mask has labels outside 0..{self.n_classes - 1} that are not {IGNORE} (ignored)"
             )
-        self._counts[:, classes] += counts[: self.n_classes]
+        self._counts[:, channels] += counts[: self.n_classes]
 
     def confusion(self) -> np.ndarray:
         """Pixel counts (T, K, K) int64, indexed [threshold, true, predicted]."""

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
 
 from semformer import memory
 from semformer.config import Config, Settings
@@ -157,7 +156,7 @@ def run(
     waiting: Callable[[StageKey, LeaseHolder], None] = lambda key, holder: None,
     workers: int = 0,
     until: str = "evaluate",
-    probe: Callable[[nn.Module], Mapping[str, float]] | None = None,
+    probe: Callable[[Any], Mapping[str, float]] | None = None,
 ) -> Iterator[StageRun]:
     """Find or make every stage that leads to `until`, in order; yields each as it is done.
 

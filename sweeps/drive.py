@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.markup import escape
 
+from semformer.config import Config
 from semformer.pipeline import open_data
 from semformer.secrets import without_password
 from semformer.store import Store
@@ -303,14 +304,14 @@ class Drive:
         """What the sweep reads, once for each data set."""
         from sweeps.cluster.preflight import Images
 
-        found = {}
+        found: dict[Any, Config] = {}
         for config in (trial.config for trial in self.sweep.samples):
             shapes = config.data.shapes
             if self.options.data or shapes:
                 found.setdefault(None if self.options.data else shapes, config)
         return [
             Images(
-                self.options.data or config.data.shapes.model_dump(),
+                self.options.data or (config.data.shapes.model_dump() if config.data.shapes else {}),
                 {split: open_data(config, self.options.data)[split].digest for split in config.data.splits},
             )
             for config in found.values()

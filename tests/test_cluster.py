@@ -148,6 +148,13 @@ def test_a_wrong_or_missing_token_is_told_at_once(guarded, tmp_path, token, mode
     assert "auth_token" in driver.stderr
 
 
+def test_an_open_cluster_is_told_even_to_a_driver_that_has_a_token(three, guarded, tmp_path):
+    told = "asks for no token: whoever reaches it can run code there"
+    assert told in drive(environment(tmp_path / "home", "a" * 64), three.address, tmp_path).stderr
+    assert told in drive(environment(tmp_path / "home"), three.address, tmp_path).stderr
+    assert told not in drive(guarded.env, guarded.address, tmp_path).stderr
+
+
 @pytest.fixture
 def no_ray():
     """The port of a server that is no Ray."""

@@ -198,7 +198,7 @@ class Body:
 
     @property
     def area(self) -> int:
-        return np.count_nonzero(self.distance < 0)
+        return int(np.count_nonzero(self.distance < 0))
 
 
 def _draw_classes(rng: np.random.Generator) -> list[str]:
@@ -235,14 +235,14 @@ def _place(rng: np.random.Generator, object_class: ObjectClass, size: int) -> Bo
     centre_x, centre_y = rng.uniform(margin, size - margin, 2)
     angle = rng.uniform(0, 2 * np.pi)
     reach = REACH * extent
-    window = tuple(
+    rows, columns = (
         slice(max(0, int(centre - reach)), min(size, int(centre + reach) + 1)) for centre in (centre_y, centre_x)
     )
-    y, x = _grid(size)[0][window[0]] - centre_y, _grid(size)[1][:, window[1]] - centre_x
+    y, x = _grid(size)[0][rows] - centre_y, _grid(size)[1][:, columns] - centre_x
     upright_x = (np.cos(angle) * x + np.sin(angle) * y) / extent
     upright_y = (np.cos(angle) * y - np.sin(angle) * x) / extent
     distance = extent * OUTLINES[object_class.outline](upright_x, upright_y)
-    return Body(window, extent, x, y, upright_x, upright_y, distance)
+    return Body((rows, columns), extent, x, y, upright_x, upright_y, distance)
 
 
 def _choose_context(rng: np.random.Generator, preferred: str) -> str:

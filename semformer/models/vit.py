@@ -76,8 +76,9 @@ class Backbone(nn.Module):
         self.norm = vit.norm
         self.dim = vit.embed_dim
         self.patch_size = vit.patch_embed.patch_size[0]
-        self.num_heads = vit.blocks[0].attn.num_heads
+        self.num_heads = _attention(vit.blocks[0]).num_heads
         prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+        assert vit.pos_embed is not None  # `build_backbone` takes no other
         position = vit.pos_embed.detach()[:, prefix:]
         if image_size:
             position = _resize_positions(position, (image_size // self.patch_size,) * 2)
@@ -113,13 +114,14 @@ def _resize_positions(position: Tensor, grid: tuple[int, int]) -> Tensor:
     return F.interpolate(square, size=grid, mode="bicubic", align_corners=False).flatten(2).transpose(1, 2)
 
 
-def class_to_patch_attention(block: Block, tokens: Tensor, n_class: int) -> Tensor:
+def class_to_patch_attention(block: nn.Module, tokens: Tensor, n_class: int) -> Tensor:
     """What the class tokens look at in one block: A^l of section 3.3.3.
 
     tokens: (B, K + N, d), the block's *input*, class tokens first. Returns (B, K, N), mean over heads; rows of the
     softmax over all K + N tokens, of which only the K rows that are needed are computed.
     """
-    attention = block.attn
+    assert isinstance(block, Block)  # `Backbone` takes no other
+    attention = _attention(block)
     B, T, _ = tokens.shape
     qkv = attention.qkv(block.norm1(tokens)).reshape(B, T, 3, attention.num_heads, attention.head_dim)
     q, k, _ = qkv.permute(2, 0, 3, 1, 4)
@@ -134,7 +136,7 @@ def build_backbone(name: str, *, pretrained: bool = False, weights: str = "", im
     Raises UserError for an unknown name, a model that is no plain ViT, an image size that the patches do not tile,
     a download that is impossible, and a weights file of another architecture.
     """
-    shape = backbone_shape(name)
+    shape = backbone_shape(name)  # which takes plain ViTs alone
     if image_size % shape["patch_size"]:
         raise UserError(f"image_size {image_size} is no multiple of {name}'s patch size {shape['patch_size']}")
     try:
@@ -146,9 +148,16 @@ def build_backbone(name: str, *, pretrained: bool = False, weights: str = "", im
             f"cannot download the pretrained weights of {name} ({type(error).__name__}: {str(error).splitlines()[0]}). "
             "Give a local file with --weights FILE (timm's parameter names), or set pretrained=false."
         ) from error
+    assert isinstance(vit, VisionTransformer)
     if weights:
         _load_weights(vit, name, Path(weights))
     return Backbone(vit, image_size)
+
+
+def _attention(block: nn.Module) -> Attention:
+    attention = block.attn
+    assert isinstance(attention, Attention)
+    return attention
 
 
 @cache
@@ -164,7 +173,7 @@ def backbone_shape(name: str) -> dict[str, int]:
     return {
         "depth": len(vit.blocks),
         "dim": vit.embed_dim,
-        "num_heads": vit.blocks[0].attn.num_heads,
+        "num_heads": _attention(vit.blocks[0]).num_heads,
         "patch_size": vit.patch_embed.patch_size[0],
     }
 

@@ -57,7 +57,7 @@ def loss_terms(model: CAAE, images: Tensor, Y: Tensor, *, part: slice = slice(No
     terms = {"SS": share * losses.semantic_similarity(losses.similarity(E.float(), S), Y)}
     if images_recon is not None:
         terms["recon"] = share * losses.reconstruction(images, images_recon.float())
-    return {"total": sum(terms.values()), **terms}
+    return {"total": losses.total(terms), **terms}
 
 
 def build(options: CaaeConfig, *, n_classes: int) -> CAAE:

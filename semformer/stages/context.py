@@ -3,9 +3,9 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
 
 
 @dataclass(frozen=True)
@@ -41,4 +41,4 @@ class Context:
     checkpoints: Path
     workers: int = 0
     check: Callable[[], None] = lambda: None
-    probe: Callable[[nn.Module], Mapping[str, float]] | None = None
+    probe: Callable[[Any], Mapping[str, float]] | None = None

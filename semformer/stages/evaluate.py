@@ -4,6 +4,7 @@ import json
 import time
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from safetensors.torch import load_file
@@ -54,7 +55,7 @@ def _draw(config: Config, data: Split, cams: Artifact, threshold: float, ctx: Co
     folder = ctx.out / "pictures"
     folder.mkdir()
     for i in range(min(config.cams.pictures, len(data))):
-        maps = {kind: tensors[f"{i}/{kind}"].float().numpy() for kind in MAP_KINDS}
+        maps: dict[str, np.ndarray] = {kind: tensors[f"{i}/{kind}"].float().numpy() for kind in MAP_KINDS}
         picture = draw.figure4(
             data.image(i), maps, data.objects(i), data.classes, truth=data.mask(i), threshold=threshold
         )

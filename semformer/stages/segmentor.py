@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from semformer import losses
 from semformer.config import CamsConfig, Config, SegmentorConfig
@@ -103,7 +103,7 @@ class BestEpoch:
         load_state(self.model, load_file(self.path), str(self.path))
 
 
-def map_probe(data: Split, config: Config, *, n_images: int = 64) -> Callable[[nn.Module], dict[str, float]]:
+def map_probe(data: Split, config: Config, *, n_images: int = 64) -> Callable[[Segmentor], dict[str, float]]:
     """Measures the final metrics (`metrics.reported`) on the single-scale maps of images spread over a split.
 
     Reads pixel masks. Draws no random number, and leaves the network in the mode it was in.
@@ -111,7 +111,7 @@ def map_probe(data: Split, config: Config, *, n_images: int = 64) -> Callable[[n
     options = config.evaluate
     indices = [i * len(data) // n_images for i in range(n_images)] if n_images < len(data) else range(len(data))
 
-    def probe(model: nn.Module) -> dict[str, float]:
+    def probe(model: Segmentor) -> dict[str, float]:
         was_training = model.training
         curve = ThresholdCurve(len(data.classes), options.scored_thresholds(), erosion=options.erosion)
         add_single_scale(curve, model.eval(), data, indices, config.precision)
@@ -170,7 +170,7 @@ def loss_terms(
     M = activation_maps(logits, valid)
     S = caae.semantics
 
-    terms = {}
+    terms: dict[str, Tensor] = {}
     M_pairs, I_pairs = M[pairs.image, pairs.own, None], I[pairs.image]
     kinds = {"CF": (M_pairs, losses.class_foreground), "CB": (1 - M_pairs, losses.class_background)}
     wanted = {name: kind for name, kind in kinds.items() if name in options.losses}
@@ -185,7 +185,7 @@ def loss_terms(
         terms["AC"] = share_of_counted * losses.activation_complementation(M, Y, valid, options.complement)
     if "SS" in options.losses:
         terms["SS"] = share_of_images * losses.semantic_similarity(similarity(E.float(), S), Y)
-    return {"total": sum(terms.values()), **terms}
+    return {"total": losses.total(terms), **terms}
 
 
 def activation_maps(logits: Tensor, valid: Tensor) -> Tensor:

@@ -83,10 +83,10 @@ def train(
     it is passed in parts ("micro_batch" images at a time) from then on, which changes the result by rounding only.
     Raises TrainingDiverged, what `ctx.check` raises, and torch's error where not even one image fits into memory.
     """
-    sampler = EpochSampler(n_images, seed)
+    sampler, batch_size = EpochSampler(n_images, seed), min(config.batch_size, n_images)
     loader = DataLoader(
         Crops(sample, seed),
-        batch_size=min(config.batch_size, n_images),
+        batch_size=batch_size,
         sampler=sampler,
         drop_last=True,
         num_workers=ctx.workers,
@@ -101,7 +101,7 @@ def train(
     history = checkpoint.load(model, optimizer)
     first_epoch = len(history.get("total", []))
     steps = config.epochs * len(loader)
-    micro_batch, note = loader.batch_size, ""
+    micro_batch, note = batch_size, ""
     started = time.monotonic()
     for epoch in range(first_epoch, config.epochs):
         sampler.epoch = epoch
@@ -134,7 +134,7 @@ def train(
                 epoch=epoch + 1,
                 epochs=config.epochs,
                 values=values,
-                images_per_second=here * loader.batch_size / elapsed,
+                images_per_second=here * batch_size / elapsed,
                 seconds_left=(steps - done - 1) * elapsed / here,
                 note=note,
             )

@@ -34,7 +34,7 @@ class Board:
         self.name = name
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         options: dict[str, Any] = {"num_cpus": 0, "max_restarts": -1, "scheduling_strategy": here, "name": name}
-        self._actor = ray.remote(_Board).options(**options).remote()
+        self._actor: Any = ray.remote(_Board).options(**options).remote()
         self._coming: ray.ObjectRef | None = None
 
     def look(self, hear: Callable[[str, Report], None]) -> None:

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -33,7 +34,7 @@ class Images:
     """What a sweep reads: a devkit's folder, or the parameters of the embedded data set, which each node then makes;
     and the `Split.digest` of its splits by name."""
 
-    data: Path | Mapping[str, int]
+    data: Path | Mapping[str, Any]
     digests: Mapping[str, str]
 
 
@@ -224,8 +225,7 @@ def _ask(
 def _compare(images: Images) -> list[str]:
     """What is wrong with a node's images."""
     try:
-        is_made = isinstance(images.data, Mapping)
-        devkit = open_devkit(cached_shapes(**images.data) if is_made else images.data)
+        devkit = open_devkit(images.data if isinstance(images.data, Path) else cached_shapes(**images.data))
         found = {name: devkit.split(name).digest for name in images.digests}
     except (UserError, OSError) as error:
         return [str(error)]

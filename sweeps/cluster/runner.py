@@ -140,7 +140,7 @@ class _Choice(Searcher):
         self.gate, self.config_of = gate, config_of
         self.until = 0.0
 
-    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+    def suggest(self, trial_id: str) -> Any:
         """Several times in each of Tune's steps, until there is None."""
         if time.monotonic() < self.until and (trial := self.gate.next(trial_id)):
             return self.config_of(trial)

@@ -31,13 +31,11 @@ def _gpus() -> Iterator[tuple[str, float]]:
     except Exception:  # not installed, or no driver
         return
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = range(pynvml.nvmlDeviceGetCount()) if visible is None else [name for name in visible.split(",") if name]
+    names = map(str, range(pynvml.nvmlDeviceGetCount())) if visible is None else filter(None, visible.split(","))
     for i, name in enumerate(names):
         try:
-            is_index = isinstance(name, int) or name.isdigit()
-            handle = (
-                pynvml.nvmlDeviceGetHandleByIndex(int(name)) if is_index else pynvml.nvmlDeviceGetHandleByUUID(name)
-            )
+            by_index, by_uuid = pynvml.nvmlDeviceGetHandleByIndex, pynvml.nvmlDeviceGetHandleByUUID
+            handle = by_index(int(name)) if name.isdigit() else by_uuid(name)
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
             yield f"system/gpu_{i}_memory_usage_megabytes", memory.used / 1e6
             yield f"system/gpu_{i}_memory_usage_percentage", 100 * memory.used / memory.total

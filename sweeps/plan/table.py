@@ -264,7 +264,8 @@ def _explain(item: Mapping[str, Any], path: Path, lines: Mapping[Location, int],
         place += f": row {row.get('id', location[1] + 1)!r}"
         name = ".".join(str(part) for part in location[2:])
     if item["type"] == "extra_forbidden":
-        models = {"rows": Row, "paper_only": PaperRow, "metrics": Metric, "marks": Mark, "layout": Layout}
+        models: dict[str, type[Spec]] = {"rows": Row, "paper_only": PaperRow, "metrics": Metric}
+        models |= {"marks": Mark, "layout": Layout}
         section = next((part for part in reversed(location[:-1]) if isinstance(part, str)), "")
         valid = list(models.get(section, Table).model_fields)
         near = difflib.get_close_matches(str(location[-1]), valid, n=1, cutoff=0.4)

@@ -1,5 +1,6 @@
 """What is left of a search: its best configs as a table file that can be run, and pictures of the study."""
 
+import functools
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -113,9 +114,9 @@ def _importances(search: "Search", done: Sequence[FrozenTrial]) -> Figure:
         shares = optuna.importance.get_param_importances(
             search.study,
             evaluator=optuna.importance.PedAnovaImportanceEvaluator(target_quantile=0.25),
-            target=lambda trial, index=index, sign=sign: sign * trial.values[index],  # the evaluator looks for low ones
+            target=functools.partial(_signed, index, sign),
         )
-        axes = sorted(shares, key=shares.get)
+        axes = sorted(shares, key=shares.__getitem__)
         bars = panel.barh(axes, [shares[axis] for axis in axes], color=BLUE)
         panel.bar_label(bars, fmt="%.2f", padding=3)
         panel.set_title(name, loc="left")
@@ -123,6 +124,11 @@ def _importances(search: "Search", done: Sequence[FrozenTrial]) -> Figure:
     panels[-1].set_xlabel("importance")
     figure.suptitle(f"{search.name}: {len(done)} complete trials")
     return figure
+
+
+def _signed(index: int, sign: int, trial: FrozenTrial) -> float:
+    """An objective's value, the lower the better, as the evaluator wants it."""
+    return sign * trial.values[index]
 
 
 def _front(search: "Search", done: Sequence[FrozenTrial]) -> Figure:

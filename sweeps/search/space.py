@@ -255,7 +255,7 @@ def _read_values(item: str, text: str, field: str, preset: str, overrides: Mappi
     low, high = read(low), read(high)
     if isinstance(low, bool) or not isinstance(low, int | float):
         raise UserError(f"--axes {item}: the field holds no number: write A|B|C")
-    distribution = IntDistribution if isinstance(low, int) else FloatDistribution
+    distribution: Any = IntDistribution if isinstance(low, int) else FloatDistribution
     try:
         return distribution(low, high, log=bool(scale))
     except ValueError as error:

@@ -331,8 +331,9 @@ class Search:
             return None
         artifacts = self._artifacts(trial)
         asked.set_user_attr("missing", [stage for stage, artifact in artifacts.items() if artifact is None])
-        if all(artifacts.values()):
-            self._tell(asked, artifacts, artifacts["evaluate"].info["metrics"], "", TrialState.COMPLETE)
+        scored = artifacts["evaluate"]
+        if scored and all(artifacts.values()):
+            self._tell(asked, artifacts, scored.info["metrics"], "", TrialState.COMPLETE)
             self.found(trial)
             return None
         same = self._live.setdefault(trial.key, [])
@@ -380,7 +381,7 @@ class Search:
         attributes = {"stage_seconds": seconds, "metrics": metrics, "reason": reason}
         values = None
         if state == TrialState.COMPLETE:
-            measured = {**metrics, "gpu_hours": sum(seconds.values()) / 3600}
+            measured = {**(metrics or {}), "gpu_hours": sum(seconds.values()) / 3600}
             values = [measured[name] for name in self.objectives]
         with _quiet(), _closed_by_others(asked):
             for name, value in attributes.items():

@@ -115,11 +115,11 @@ def grid(trials: Sequence[TrialState], seconds: float, left: float, *, cut: bool
     heads = ("row", "status", "host", "tells")
     lines = [(trial.name, trial.status, trial.host, _told(trial)) for trial in shown]
     table = Grid(caption=caption, caption_justify="left", expand=False)
-    for name, cells in zip(heads, zip(heads, *lines, strict=True), strict=True):
+    for name, column in zip(heads, zip(heads, *lines, strict=True), strict=True):
         if name == "tells":  # the one that gives way where the terminal is narrow
             table.add_column(name)
         else:
-            table.add_column(name, width=min(WIDEST, max(map(len, cells))), overflow="ellipsis", no_wrap=True)
+            table.add_column(name, width=min(WIDEST, max(map(len, column))), overflow="ellipsis", no_wrap=True)
     for trial, (*cells, told) in zip(shown, lines, strict=True):
         last = Text(told, no_wrap=cut, overflow="ellipsis" if cut else "fold")
         table.add_row(*map(Text, cells), last, style=STYLES[trial.status])

@@ -395,10 +395,10 @@ def _sync(options: argparse.Namespace, console: Console) -> int:
     if driver := folder.driver():
         raise UserError(f"{driver} drives {folder.name} and delivers its records itself: `stop` it first")
     from semformer.store import open_store
-    from sweeps.tracking.tracker import deliver
+    from sweeps.tracking.delivery import deliver
 
     started = _go_back(folder)
-    with console.status("delivering to MLflow"):
+    with started.folder.lock(), console.status("delivering to MLflow"):
         uri = options.tracking_uri or started.tracking_uri
         count = deliver(started.folder.path, open_store(started.store), uri)
     console.print(f"{count} records delivered", highlight=False)

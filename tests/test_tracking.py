@@ -16,8 +16,23 @@ from semformer.config import flatten
 from semformer.errors import UserError
 from semformer.store import Store
 from sweeps.plan.table import load_table
-from sweeps.plan.trials import Cell, Plan, make_plan
-from sweeps.tracking.tracker import Tracker, without_password
+from sweeps.plan.trials import Cell, Plan, Trial, make_plan
+from sweeps.reports import (
+    EpochEnded,
+    Failed,
+    Failure,
+    Finished,
+    Found,
+    Progress,
+    Report,
+    Retried,
+    Sampled,
+    Scope,
+    StageDone,
+    Started,
+)
+from sweeps.tracking.state import SweepState
+from sweeps.tracking.tracker import Tracker
 
 MINE = """\
 name: mine
@@ -48,6 +63,22 @@ def plan_of(folder: Path, table: str = "mine.yaml", seeds: tuple[int, ...] = (0,
     return make_plan([load_table(folder / table)], "micro", overrides, seeds, None, Store(folder / "store"))
 
 
+class Driver(Tracker):
+    """A tracker that hears reports, with the state that a driver keeps of them."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.state = SweepState(self.sweep)
+
+    def hear(self, trial: Trial, report: Report) -> None:
+        self.state.tell(trial, report)
+        tags = self.state.trials[trial.key].tags()
+        if isinstance(report, Found):
+            self.record_found(trial, tags)
+        else:
+            self.tell(trial, report, tags)
+
+
 class Recorded:
     """A sweep's own experiment, and what is in it."""
 
@@ -55,10 +86,10 @@ class Recorded:
         self.folder, self.name, self.uri = folder, name, f"sqlite:///{folder / 'mlflow.db'}"
         self.store = Store(folder / "store")
 
-    def tracker(self, plan: Plan | None = None, store: Store | None = None, **options) -> Tracker:
-        own = self.folder / "sweeps" / self.name
+    def tracker(self, plan: Plan | None = None, store: Store | None = None, driver: str = "", **options) -> Driver:
+        own = self.folder / "sweeps" / f"{self.name}{driver}"
         plan, store = plan or plan_of(self.folder), store or self.store
-        return Tracker(self.uri, plan, store, self.name, folder=own, **options)
+        return Driver(self.uri, plan, store, self.name, folder=own, **options)
 
     def runs(self, kind: str) -> dict[str, object]:
         """Trials by their rows, others by name; it is an error to have two of the same."""
@@ -85,33 +116,36 @@ def recorded(folder, request) -> Recorded:
     return Recorded(folder, request.node.name)
 
 
-def epoch(trial, store, stage: str, n: int) -> dict:
+def epoch(trial: Trial, store: Store, stage: str, n: int) -> EpochEnded:
     """The report of the end of an epoch, as training gave it."""
     history = store.find(trial.keys[stage]).info["history"]
     values = {name: series[n - 1] for name, series in history.items()}
-    return {"event": "epoch", "stage": stage, "epoch": n, "epochs": EPOCHS, "values": values}
+    return EpochEnded(stage, 1, 1, n, EPOCHS, values)
 
 
-def made(trial, stage: str) -> dict:
-    return {"event": "stage", "stage": stage, "key": trial.keys[stage].digest, "found": False, "seconds": 1.0}
+def done(trial: Trial, stage: str, *, found: bool = False) -> StageDone:
+    return StageDone(stage, trial.keys[stage].digest, found, seconds=1.0)
 
 
-def run_through(tracker: Tracker, trial) -> None:
-    tracker.tell(trial, {"event": "start"})
+STARTED, FINISHED = Started("node-1", pid=1, gpu="0"), Finished({})
+
+
+def run_through(tracker: Driver, trial: Trial) -> None:
+    tracker.hear(trial, STARTED)
     for stage in trial.keys:
         for n in range(1, 3 if stage == "caae" else EPOCHS + 1 if stage == "segmentor" else 0):
-            tracker.tell(trial, epoch(trial, tracker.store, stage, n))
-        tracker.tell(trial, made(trial, stage))
-    tracker.tell(trial, {"event": "finished", "metrics": {}})
+            tracker.hear(trial, epoch(trial, tracker.store, stage, n))
+        tracker.hear(trial, done(trial, stage))
+    tracker.hear(trial, FINISHED)
 
 
 def test_a_sweep_is_recorded_in_full(recorded):
     tracker = recorded.tracker()
-    plan = tracker.plan
+    plan = tracker.sweep
     assert not tracker.is_complete()
     tracker.begin()
     run_through(tracker, plan.trials[0])
-    tracker.record_found(plan.trials[1])
+    tracker.hear(plan.trials[1], Found())
     tracker.end("FINISHED", {"sweep/finished": 2.0})
     assert tracker.errors == []
 
@@ -181,7 +215,7 @@ def test_recording_twice_adds_nothing(recorded):
     def record():
         tracker = recorded.tracker()
         tracker.begin()
-        for trial in tracker.plan.trials:
+        for trial in tracker.sweep.trials:
             run_through(tracker, trial)
         tracker.end("FINISHED", {})
         assert tracker.errors == []
@@ -193,11 +227,11 @@ def test_recording_twice_adds_nothing(recorded):
 
 def test_a_sweep_that_was_cut_short_is_continued_without_gaps_or_doubles(recorded):
     first = recorded.tracker()
-    trial = first.plan.trials[0]
+    trial = first.sweep.trials[0]
     first.begin()
-    first.tell(trial, {"event": "start"})
-    first.tell(trial, epoch(trial, first.store, "caae", 1))  # the report of epoch 2 is lost, and the end of the stage
-    first.tell(trial, epoch(trial, first.store, "segmentor", 1))
+    first.hear(trial, STARTED)
+    first.hear(trial, epoch(trial, first.store, "caae", 1))  # the report of epoch 2 is lost, and the end of the stage
+    first.hear(trial, epoch(trial, first.store, "segmentor", 1))
     first.end("KILLED")
     (parent,) = recorded.runs("sweep").values()
     assert parent.info.status == "KILLED"
@@ -208,14 +242,14 @@ def test_a_sweep_that_was_cut_short_is_continued_without_gaps_or_doubles(recorde
 
     second = recorded.tracker()
     second.begin()
-    second.tell(trial, {"event": "start"})
-    second.tell(trial, made(trial, "caae") | {"found": True})
+    second.hear(trial, STARTED)
+    second.hear(trial, done(trial, "caae", found=True))
     for n in (2, 3):
-        second.tell(trial, epoch(trial, second.store, "segmentor", n))
+        second.hear(trial, epoch(trial, second.store, "segmentor", n))
     for stage in ("segmentor", "cams", "evaluate"):
-        second.tell(trial, made(trial, stage))
-    second.tell(trial, {"event": "finished", "metrics": {}})
-    second.record_found(second.plan.trials[1])
+        second.hear(trial, done(trial, stage))
+    second.hear(trial, FINISHED)
+    second.hear(second.sweep.trials[1], Found())
     second.end("FINISHED")
     assert second.errors == []
     continued = recorded.runs("trial")
@@ -229,14 +263,14 @@ def test_a_sweep_that_was_cut_short_is_continued_without_gaps_or_doubles(recorde
 
 def test_a_failure_is_recorded_with_its_reason_and_mended_later(recorded):
     tracker = recorded.tracker()
-    a, b = tracker.plan.trials
+    a, b = tracker.sweep.trials
     tracker.begin()
-    tracker.tell(a, {"event": "start"})
-    failure = {"stage": "segmentor", "error": "TrainingDiverged", "message": "too fast", "traceback": "Traceback: here"}
-    reason = "segmentor: TrainingDiverged: too fast " + "!" * 20_000
-    tracker.tell(a, {"event": "failed", "reason": reason, **failure})
-    tracker.tell(b, {"event": "start"})
-    tracker.tell(b, {"event": "retry", "reason": "caae: WorkerDied: killed", **failure})
+    tracker.hear(a, STARTED)
+    message = "too fast " + "!" * 20_000
+    failure = Failure(Scope.STAGE, "segmentor", "TrainingDiverged", message, traceback="Traceback: here")
+    tracker.hear(a, Failed(failure))
+    tracker.hear(b, STARTED)
+    tracker.hear(b, Retried(Failure(Scope.TRIAL, "caae", "WorkerDied", "killed")))
     run_through(tracker, b)
     tracker.end("FAILED")
     assert tracker.errors == []
@@ -252,7 +286,7 @@ def test_a_failure_is_recorded_with_its_reason_and_mended_later(recorded):
     again = recorded.tracker()
     assert [again.is_recorded(trial) for trial in (a, b)] == [False, True]
     again.begin()
-    again.record_found(a)
+    again.hear(a, Found())
     again.end("FINISHED")
     mended = recorded.runs("trial")["a"]
     assert mended.info.run_id == runs["a"].info.run_id
@@ -263,16 +297,16 @@ def test_renamed_rows_rename_the_records_of_their_trials(recorded):
     folder = recorded.folder
     tracker = recorded.tracker()
     tracker.begin()
-    for trial in tracker.plan.trials:
-        tracker.record_found(trial)
+    for trial in tracker.sweep.trials:
+        tracker.hear(trial, Found())
     tracker.end("FINISHED")
 
     (folder / "renamed.yaml").write_text(MINE.replace("id: a", "id: first"))
     renamed = recorded.tracker(plan_of(folder, "renamed.yaml"))
     assert not renamed.is_complete()
     renamed.begin()
-    for trial in renamed.plan.trials:
-        renamed.record_found(trial)
+    for trial in renamed.sweep.trials:
+        renamed.hear(trial, Found())
     renamed.end("FINISHED")
     names = {row: run.info.run_name for row, run in recorded.runs("trial").items()}
     assert names == {"first": "first, seed 0", "b": "b, seed 0"}
@@ -284,9 +318,9 @@ def test_more_seeds_extend_a_sweep(recorded):
         tracker = recorded.tracker(plan_of(recorded.folder, seeds=seeds))
         assert not tracker.is_complete()
         tracker.begin()
-        for trial in tracker.plan.trials:
+        for trial in tracker.sweep.trials:
             if trial.config.seed == 0:
-                tracker.record_found(trial)
+                tracker.hear(trial, Found())
         tracker.end("FINISHED")
     assert recorded.tracker().is_complete()
     (parent,) = recorded.runs("sweep").values()
@@ -299,8 +333,8 @@ def test_more_seeds_extend_a_sweep(recorded):
 def test_a_changed_table_file_is_recorded_anew(recorded):
     tracker = recorded.tracker()
     tracker.begin()
-    for trial in tracker.plan.trials:
-        tracker.record_found(trial)
+    for trial in tracker.sweep.trials:
+        tracker.hear(trial, Found())
     tracker.end("FINISHED")
     (recorded.folder / "corrected.yaml").write_text(MINE.replace("miou: 60", "miou: 61"))
     corrected = recorded.tracker(plan_of(recorded.folder, "corrected.yaml"))
@@ -314,26 +348,26 @@ def test_a_changed_table_file_is_recorded_anew(recorded):
 def test_what_cannot_be_written_is_told_and_loses_nothing_else(recorded, tmp_path):
     empty = Store(tmp_path / "empty")
     tracker = recorded.tracker(store=empty)
-    a, b = tracker.plan.trials
+    a, b = tracker.sweep.trials
     tracker.begin()
-    tracker.tell(a, {"event": "start"})
-    tracker.tell(a, made(a, "caae"))  # no such artifact
-    tracker.tell(b, {"event": "failed", "reason": "no data", "traceback": ""})
+    tracker.hear(a, STARTED)
+    tracker.hear(a, done(a, "caae"))  # no such artifact
+    tracker.hear(b, Failed(Failure(Scope.NODE, "", "UserError", "no data")))
     tracker.end("FAILED")
     (error,) = tracker.errors
     assert str(a.keys["caae"]) in error
-    assert recorded.runs("trial")["b"].data.tags["semformer.reason"] == "no data"
+    assert recorded.runs("trial")["b"].data.tags["semformer.reason"] == "UserError: no data"
 
 
 def test_what_a_trial_tells_of_its_machine_is_recorded_once(recorded):
     tracker = recorded.tracker()
-    trial = tracker.plan.trials[0]
+    trial = tracker.sweep.trials[0]
     tracker.begin()
-    tracker.tell(trial, {"event": "start", "host": "node-7", "pid": 3, "gpu": "2"})
+    tracker.hear(trial, Started("node-7", pid=3, gpu="2"))
     for value in (10.0, 20.0):
-        tracker.tell(trial, {"event": "system", "values": {"system/cpu_utilization_percentage": value}})
+        tracker.hear(trial, Sampled({"system/cpu_utilization_percentage": value}))
         time.sleep(1.1)
-    tracker.tell(trial, {"event": "progress", "values": {"not": 1.0}})  # not for MLflow
+    tracker.hear(trial, Progress("caae", 1, 2, values={"not": 1.0}))  # not for MLflow
     tracker.end("KILLED")
     run = recorded.runs("trial")["a"]
     assert (run.data.tags["semformer.host"], run.data.tags["semformer.gpu"]) == ("node-7", "2")
@@ -345,8 +379,9 @@ def test_what_a_trial_tells_of_its_machine_is_recorded_once(recorded):
 def test_the_data_sets_are_recorded_with_their_digests(recorded):
     tracker = recorded.tracker()
     tracker.begin()
+    trial = tracker.sweep.trials[0]
+    tracker.hear(trial, STARTED)
     tracker.end("KILLED")
-    trial = tracker.plan.trials[0]
     inputs = recorded.runs("trial")["a"].inputs.dataset_inputs
     told = {i.tags[0].value: (i.dataset.name.split()[-1], i.dataset.digest) for i in inputs}
     digests = {stage: trial.keys[stage].spec["data"]["images"][:12] for stage in ("segmentor", "evaluate")}
@@ -386,13 +421,11 @@ def test_trials_of_a_search_are_added_as_it_goes_on(recorded):
     tracker.begin()
     tracker.add(found)
     run_through(tracker, found)
-    tracker.tell(found, {"event": "finished", "objectives": {"gpu_hours": 0.5}})
     tracker.end("FINISHED")
     assert tracker.errors == []
     (run,) = recorded.runs("trial").values()
     assert run.info.run_name == "trial-7, seed 0"
     assert run.data.tags["semformer.search"] == "my study"
-    assert run.data.metrics["objective/gpu_hours"] == 0.5
 
 
 # MLflow that cannot be used
@@ -415,8 +448,3 @@ def test_a_deleted_experiment_is_told(recorded):
     client.delete_experiment(client.get_experiment_by_name(recorded.name).experiment_id)
     with pytest.raises(UserError, match=r"was deleted: restore it .* or give another name with --experiment"):
         recorded.tracker()
-
-
-def test_passwords_are_not_shown():
-    assert without_password("postgresql://me:secret@host:5432/db") == "postgresql://me:***@host:5432/db"
-    assert without_password("sqlite:////data/mlflow.db") == "sqlite:////data/mlflow.db"

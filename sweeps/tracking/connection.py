@@ -2,7 +2,6 @@
 
 import hashlib
 import logging
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +10,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 from semformer.errors import UserError
+from semformer.secrets import without_password
 
 TAG = "semformer."
 """All our tags begin with this."""
@@ -28,12 +28,7 @@ def connecting(uri: str) -> Iterator[None]:
     except Exception as error:  # MLflow lets through whatever the database driver or the HTTP library raises
         first = str(error).strip().partition("\n")[0]
         told = f"--tracking-uri {uri}: MLflow cannot be used there: {type(error).__name__}: {first}"
-        raise UserError(without_password(told)) from error
-
-
-def without_password(text: str) -> str:
-    """Text with URIs, such as "postgresql://me:***@host/db"."""
-    return re.sub(r"(?<=:)[^:@/\s]+(?=@)", "***", text)
+        raise UserError(without_password(told, uri)) from error
 
 
 def open_experiment(client: MlflowClient, name: str) -> str:

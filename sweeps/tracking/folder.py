@@ -41,10 +41,17 @@ class SweepFolder:
 
     @contextmanager
     def drive(self, arguments: Sequence[str]) -> Iterator[None]:
-        """Be the driver of this sweep, started with such arguments.
+        """Be the driver of this sweep, started with such arguments. Raises UserError as `lock` does."""
+        with self.lock():
+            (self.path / "stop").unlink(missing_ok=True)
+            (self.path / "state.json").unlink(missing_ok=True)
+            told = {"cwd": os.getcwd(), "arguments": list(arguments)}
+            self._write("sweep.json", told, mode=0o600)  # addresses may hold passwords
+            yield
 
-        Raises UserError when another process is, and when the folder cannot be written to.
-        """
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Raises UserError when another process has it, and when the folder cannot be written to."""
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = open(self.path / "driver.lock", "a+", encoding="utf-8")  # noqa: SIM115
@@ -62,10 +69,6 @@ class SweepFolder:
             lock.truncate(0)
             lock.write(f"process {os.getpid()} on {socket.gethostname()}")
             lock.flush()
-            (self.path / "stop").unlink(missing_ok=True)
-            (self.path / "state.json").unlink(missing_ok=True)
-            told = {"cwd": os.getcwd(), "arguments": list(arguments)}
-            self._write("sweep.json", told, mode=0o600)  # addresses may hold passwords
             yield
 
     def driver(self) -> str:

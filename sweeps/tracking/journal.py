@@ -1,20 +1,17 @@
-"""Events on their way to MLflow: lines of JSON on disk, delivered in order, each surviving the death of the driver.
+"""Events on their way to MLflow: rows of an sqlite file on disk, delivered in order, each surviving the driver's death.
 
-    <folder>/events-1.jsonl        one event a line, with its time
-    <folder>/events-1.delivered    how many bytes of it have been delivered
-    <folder>/files/                what `Tracker.log_file` was given
+    <folder>/journal.db    events that are not delivered yet, and the descriptions that they refer to
+    <folder>/files/        what `Tracker.log_file` was given
 
-A driver locks the journal it writes to. Another driver in the same folder writes to events-2.jsonl, and so on; a
-driver that starts again takes the first journal that nobody holds, and delivers what is left in it.
+One process at a time has a journal open. What it holds is in the hands of the operating system; a power cut may lose
+its last moments, but damages nothing. A locked journal needs no shared memory, so it may lie on a network folder.
 """
 
-import fcntl
 import json
 import logging
-import os
+import sqlite3
 import threading
-from collections.abc import Iterator, Mapping
-from itertools import count
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,138 +19,107 @@ from semformer.errors import UserError
 
 log = logging.getLogger(__name__)
 Event = dict[str, Any]
+FILE = "journal.db"
+MOST = 100_000
+"""Events that are kept in memory while the disk is full."""
 
 
 class Journal:
-    """One locked journal. `append` belongs to one thread; `read` and `advance` may belong to another.
+    """Appended to by one thread, read by another.
 
-    `undelivered` is the number of events that are still to be delivered. Raises BlockingIOError if another process
-    (or another Journal in this one) holds it.
+    Raises UserError where the folder cannot be written to, and for a journal that another process has open.
     """
 
-    def __init__(self, path: Path):
-        self.path, self._cursor = path, path.with_suffix(".delivered")
-        self._file = path.open("ab", buffering=0)
-        self._counting = threading.Lock()
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._delivered = min(_read_cursor(self._cursor), path.stat().st_size)
-            self._mend()
-        except OSError:
-            self._file.close()
-            raise
-        self.undelivered = sum(1 for _ in self._lines(self._delivered))
-
-    @classmethod
-    def open(cls, folder: Path) -> "Journal":
-        """The first journal of `folder` that nobody holds, emptied if all of it was delivered. Raises UserError."""
+    def __init__(self, folder: Path):
+        self.files = folder / "files"
+        self._lock = threading.Lock()
+        self._unwritten: list[tuple[str, str | None]] = []  # events (and keys) that the disk has no room for
+        self._done = 0  # the last one that is delivered, whether or not it could be deleted
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for n in count(1):
-                try:
-                    journal = cls(folder / f"events-{n}.jsonl")
-                except BlockingIOError:
-                    continue
-                if not journal.undelivered:
-                    journal._empty()
-                return journal
-        except OSError as error:
-            raise UserError(f"{folder}: a sweep keeps its events there, but: {error.strerror}") from error
-
-    @classmethod
-    def left_in(cls, folder: Path) -> Iterator["Journal"]:
-        """The journals of `folder` that nobody holds, one after the other; each is closed afterwards."""
-        for path in sorted(folder.glob("events-*.jsonl")):
-            try:
-                journal = cls(path)
-            except BlockingIOError:
-                continue
-            try:
-                yield journal
-            finally:
-                journal.close()
+            self._database = _connect(folder / FILE)
+            self._database.executescript(
+                "create table if not exists events (id integer primary key autoincrement, body text not null);"
+                "create table if not exists described (key text primary key, body text not null);"
+            )
+            (self._rows,) = self._database.execute("select count(*) from events").fetchone()
+        except (OSError, sqlite3.Error) as error:
+            locked = isinstance(error, sqlite3.Error) and "locked" in str(error)
+            told = "another process has them open" if locked else getattr(error, "strerror", None) or error
+            raise UserError(f"{folder}: a sweep keeps its events there, but: {told}") from error
 
     @property
-    def files(self) -> Path:
-        return self.path.parent / "files"
+    def undelivered(self) -> int:
+        return self._rows + len(self._unwritten)
 
-    def append(self, event: Mapping[str, Any]) -> None:
-        """One line, in the hands of the operating system when this returns. Raises OSError."""
-        line = json.dumps(event, default=float).encode() + b"\n"
-        with self._counting:
-            if self._file.write(line) != len(line):
-                self._mend()
-                raise OSError(f"{self.path} was written in part: is the disk full?")
-            self.undelivered += 1
+    def append(self, event: Mapping[str, Any], *, describes: str | None = None) -> None:
+        """Keep an event, and what it describes under a key, for `described`.
 
-    def history(self) -> Iterator[Event]:
-        """The events that were delivered before."""
-        for event, end in self._events(0):
-            if end > self._delivered:
-                return
-            if event is not None:
-                yield event
+        While the disk is full, events are kept in memory, and written with the next one that finds room; raises OSError
+        then, once it is sure that this one is kept there.
+        """
+        with self._lock:
+            self._unwritten.append((json.dumps(event, default=float), describes))
+            try:
+                with self._database:
+                    for body, key in self._unwritten:
+                        self._database.execute("insert into events (body) values (?)", (body,))
+                        if key:
+                            self._database.execute("insert or replace into described values (?, ?)", (key, body))
+            except sqlite3.Error as error:
+                del self._unwritten[: len(self._unwritten) - MOST]
+                raise OSError(f"{self.files.parent / FILE} cannot be written ({error}): is the disk full?") from error
+            self._rows += len(self._unwritten)
+            self._unwritten.clear()
 
-    def read(self, limit: int) -> list[tuple[Event | None, int]]:
-        """The next events to deliver, each with what `advance` is to be told; None for a damaged line."""
-        return [item for item, _ in zip(self._events(self._delivered), range(limit), strict=False)]
+    def described(self, key: str) -> Event | None:
+        """The latest event that describes this key."""
+        with self._lock:
+            row = self._database.execute("select body from described where key = ?", (key,)).fetchone()
+        return json.loads(row[0]) if row else None
 
-    def advance(self, end: int, events: int) -> None:
-        """So many `events`, up to byte `end`, have been delivered."""
-        try:
-            self._write_cursor(end)
-        except OSError as error:  # they may be delivered again, which changes nothing
-            log.warning("%s cannot be written: %s", self._cursor, error.strerror)
-        with self._counting:
-            self.undelivered -= events
+    def read(self, limit: int) -> list[tuple[int, Event]]:
+        """The next events to deliver, each with the number that `advance` is to be told."""
+        with self._lock:
+            query = "select id, body from events where id > ? order by id limit ?"
+            rows = self._database.execute(query, (self._done, limit)).fetchall()
+        return [(number, json.loads(body)) for number, body in rows]
+
+    def advance(self, number: int, events: int) -> None:
+        """So many `events`, up to this number, have been delivered."""
+        with self._lock:
+            self._done, self._rows = number, self._rows - events
+            try:
+                with self._database:
+                    self._database.execute("delete from events where id <= ?", (number,))
+            except sqlite3.Error as error:  # they may be delivered again, which changes nothing
+                log.warning("%s cannot be written: %s", self.files.parent / FILE, error)
+
+    def clear(self) -> None:
+        """Forget what was described, where nothing refers to it any more."""
+        if not self.undelivered:
+            with self._lock, self._database:
+                self._database.execute("delete from described")
 
     def close(self) -> None:
-        self._file.close()
-
-    def _events(self, start: int) -> Iterator[tuple[Event | None, int]]:
-        for line, end in self._lines(start):
-            try:
-                yield json.loads(line), end
-            except ValueError:
-                log.warning("skipping a damaged line that ends at byte %d of %s", end, self.path)
-                yield None, end
-
-    def _lines(self, start: int) -> Iterator[tuple[bytes, int]]:
-        with self.path.open("rb") as file:
-            file.seek(start)
-            for line in file:
-                if not line.endswith(b"\n"):  # being written
-                    return
-                start += len(line)
-                yield line, start
-
-    def _mend(self) -> None:
-        """End a line that a dead driver or a full disk left half-written."""
-        size = self.path.stat().st_size
-        with self.path.open("rb") as file:
-            file.seek(max(0, size - 1))
-            if size and file.read(1) != b"\n":
-                self._file.write(b"\n")
-
-    def _empty(self) -> None:
-        self._write_cursor(0)
-        self._file.truncate(0)
-
-    def _write_cursor(self, end: int) -> None:
-        self._delivered = end
-        partial = self._cursor.with_suffix(".partial")
-        partial.write_text(str(end))
-        os.replace(partial, self._cursor)
+        with self._lock:
+            self._database.close()
 
 
 def has_backlog(folder: Path) -> bool:
-    """Whether any journal of `folder` holds events that have not been delivered."""
-    paths = folder.glob("events-*.jsonl")
-    return any(path.stat().st_size > _read_cursor(path.with_suffix(".delivered")) for path in paths)
-
-
-def _read_cursor(path: Path) -> int:
+    """Whether the journal of a folder holds events that have not been delivered."""
+    if not (folder / FILE).exists():
+        return False
+    journal = Journal(folder)
     try:
-        return int(path.read_text())
-    except (FileNotFoundError, ValueError):
-        return 0
+        return journal.undelivered > 0
+    finally:
+        journal.close()
+
+
+def _connect(path: Path) -> sqlite3.Connection:
+    database = sqlite3.connect(path, timeout=2.0, check_same_thread=False)
+    database.execute("pragma locking_mode = exclusive")
+    database.execute("pragma journal_mode = wal")  # no wait for the disk at each event
+    database.execute("pragma synchronous = normal")
+    return database

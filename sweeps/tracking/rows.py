@@ -18,17 +18,19 @@ def tags(names: Sequence[str]) -> dict[str, str]:
 
 def read(found: Mapping[str, str]) -> list[str]:
     """The rows in a run's tags; `found` by names without "semformer."."""
-    texts = []
+    texts: list[str] = []
     while text := found.get(_name(len(texts) + 1)):
         texts.append(text)
     return [row for text in texts for row in text.split(",")]
 
 
 def merged(found: Mapping[str, str], names: Sequence[str], tables: Iterable[str]) -> dict[str, str]:
-    """The tags of a run that has others, when a sweep of `tables` says that its trial fills `names`: rows of other tables
-    stay."""
+    """The tags of a run that has some, when a sweep of `tables` says that its trial fills `names`.
+
+    Rows of other tables stay.
+    """
     swept = set(tables)
-    others = [row for row in read(found) if row.partition("/")[0] not in swept]
+    others = [row for row in read(found) if row not in names and row.partition("/")[0] not in swept]
     now = tags([*others, *names])
     emptied = {f"{TAG}{name}": "" for name in found if name.startswith("rows.") and f"{TAG}{name}" not in now}
     return now | emptied

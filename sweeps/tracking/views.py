@@ -3,16 +3,17 @@
 import json
 from collections.abc import Sequence
 
-from sweeps.plan.trials import Plan
-from sweeps.tracking.connection import TAG, without_password
+from semformer.secrets import without_password
+from sweeps.plan.trials import Sweep
+from sweeps.tracking.connection import TAG
 
 SHARE_KEY = "semformer"
 """Of the view in the page's address, and in the experiment's tag that holds the view."""
 
 
-def varied_fields(plan: Plan) -> list[str]:
-    """The fields in which the rows of a plan's tables differ."""
-    deltas = [row.set for table in plan.tables for row in table.rows]
+def varied_fields(sweep: Sweep) -> list[str]:
+    """The fields in which the rows of a sweep's tables differ."""
+    deltas = [row.set for table in sweep.tables for row in table.rows]
     fields = dict.fromkeys(field for delta in deltas for field in delta)
     return [field for field in fields if len({json.dumps(delta.get(field), default=str) for delta in deltas}) > 1]
 
@@ -42,23 +43,23 @@ def url(uri: str, experiment_id: str) -> str | None:
     """The page of the runs, grouped under their sweep, with `columns`; None where no server shows it."""
     if not uri.startswith(("http://", "https://")):
         return None
-    page = f"{without_password(uri).rstrip('/')}/#/experiments/{experiment_id}/runs"
+    page = f"{without_password(uri, uri).rstrip('/')}/#/experiments/{experiment_id}/runs"
     return f"{page}?workflowType=machine_learning&viewStateShareKey={SHARE_KEY}"
 
 
-def note(plan: Plan, metric: str) -> str:
+def note(sweep: Sweep, metric: str) -> str:
     """Markdown for the sweep's own page: what it is, and where to look."""
-    head = [f"**{table.title}** {table.source}".strip() + "  " for table in plan.tables] or [f"**{plan.title}**"]
-    counts = ", ".join(f"{count.distinct} {name}" for name, count in plan.stages.items())
+    head = [f"**{table.title}** {table.source}".strip() + "  " for table in sweep.tables] or [f"**{sweep.title}**"]
+    counts = ", ".join(f"{count.distinct} {name}" for name, count in sweep.stages.items())
     trials = (
-        f"{len(plan.trials)} trials; distinct stages: {counts}." if plan.trials else "Its trials come as it goes on."
+        f"{len(sweep.trials)} trials; distinct stages: {counts}." if sweep.trials else "Its trials come as it goes on."
     )
-    fields = ", ".join(f"`{field}`" for field in varied_fields(plan))
+    fields = ", ".join(f"`{field}`" for field in varied_fields(sweep))
     return "\n".join(
         [
             *head,
             "",
-            f"Preset `{plan.preset}`. {trials}",
+            f"Preset `{sweep.preset}`. {trials}",
             "",
             "- Each run below this one is a trial (`semformer.kind` is `trial`) or a stage that was trained for several"
             " of them (`stage`).",

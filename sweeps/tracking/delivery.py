@@ -1,0 +1,113 @@
+"""Takes the events of a journal to MLflow, whatever happens there meanwhile."""
+
+import logging
+import time
+from pathlib import Path
+
+from mlflow.exceptions import MlflowException
+
+from semformer.errors import UserError
+from semformer.secrets import without_password
+from semformer.store import Store
+from sweeps.tracking.journal import Journal
+from sweeps.tracking.recorder import MissingArtifact, Recorder
+
+log = logging.getLogger(__name__)
+EVENTS_A_TIME = 5000
+LONGEST_WAIT = 5.0
+"""Seconds between two attempts to deliver."""
+PATIENCE = 60.0
+"""Seconds for which an event is tried again that MLflow, though it answers, does not take."""
+
+
+class Delivery:
+    """Of one journal. `errors` gets a line for every event that was refused for good."""
+
+    def __init__(self, journal: Journal, recorder: Recorder, errors: list[str]):
+        self.journal, self.recorder, self.errors = journal, recorder, errors
+        self.last_error = "there was no time"
+        self._size = EVENTS_A_TIME
+        self._attempts, self._since = 0, 0.0
+
+    def step(self) -> float:
+        """Deliver the next events; returns the seconds after which to go on, more than 0 after a failure.
+
+        While MLflow does not answer, an event is tried for ever. One that MLflow refuses is looked for by halves, and
+        skipped: at the second attempt if it will never be taken, else after PATIENCE seconds.
+        """
+        entries = self.journal.read(self._size)
+        try:
+            self.recorder.write([event for _, event in entries])
+        except Exception as error:
+            self.recorder.forget()
+            self.last_error = told(error, self.recorder.uri)
+            if (wait := self._wait(error)) is not None:
+                return wait
+            if len(entries) > 1:
+                self._size = len(entries) // 2
+                return 0.0
+            self.errors.append(self.last_error)
+            log.warning("could not write to MLflow: %s", entries[0][1], exc_info=error)
+        self._attempts = 0
+        self._size = min(2 * self._size, EVENTS_A_TIME)
+        self.journal.advance(entries[-1][0], len(entries))
+        return 0.0
+
+    def _wait(self, error: Exception) -> float | None:
+        """Seconds until the same events are tried again; None where that would not help."""
+        self._attempts += 1
+        wait = min(0.1 * 2**self._attempts, LONGEST_WAIT)
+        if self._attempts == 1 or not self.recorder.answers():
+            self._since = time.monotonic()
+            return wait
+        if not _is_final(error) and time.monotonic() - self._since < PATIENCE:
+            return wait
+        self._attempts = 1  # its half is tried once before it is halved in turn
+        return None
+
+
+def deliver(folder: Path, store: Store, uri: str, *, patience: float = 60.0) -> int:
+    """Take what is left in a sweep's folder to the MLflow at `uri`; returns how many events that was.
+
+    Raises UserError when MLflow cannot be reached, or takes nothing for `patience` seconds, and when it refuses events.
+    """
+    journal = Journal(folder)
+    try:
+        return _deliver_all(journal, Recorder(uri, store, journal.files, journal.described), patience)
+    finally:
+        journal.close()
+
+
+def _deliver_all(journal: Journal, recorder: Recorder, patience: float) -> int:
+    errors: list[str] = []
+    delivery, delivered, since = Delivery(journal, recorder, errors), 0, time.monotonic()
+    while before := journal.undelivered:
+        wait = delivery.step()
+        delivered += before - journal.undelivered
+        if before > journal.undelivered:
+            since = time.monotonic()
+        elif time.monotonic() - since > patience:
+            raise UserError(
+                f"--tracking-uri {recorder.uri}: MLflow does not answer; {before} events of {journal.files.parent} are "
+                "still to be delivered. Try again when it is back."
+            )
+        time.sleep(wait)
+    if errors:
+        raise UserError(
+            f"{len(errors)} of {delivered} events in {journal.files.parent} were refused, the first because of "
+            f"{errors[0]}"
+        )
+    return delivered
+
+
+def told(error: Exception, uri: str) -> str:
+    """An error in a line, without the password of `uri`."""
+    first = str(error).partition("\n")[0]
+    return without_password(f"{type(error).__name__}: {first}", uri)
+
+
+def _is_final(error: Exception) -> bool:
+    """Whether trying again must fail again, if MLflow answers."""
+    if isinstance(error, MlflowException):
+        return error.get_http_status_code() in (400, 404, 409)
+    return isinstance(error, MissingArtifact | LookupError | TypeError | ValueError | AttributeError)

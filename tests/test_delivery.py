@@ -1,23 +1,35 @@
 """Records on their way to MLflow when the server, the driver or the disk is not there."""
 
-import json
 import os
 import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from mlflow import MlflowClient
 
 from semformer.errors import UserError
 from semformer.store import Store
+from sweeps.reports import Sampled
+from sweeps.tracking.delivery import deliver
 from sweeps.tracking.journal import Journal, has_backlog
-from sweeps.tracking.tracker import Tracker, deliver
+from sweeps.tracking.tracker import Tracker
 from tests.artifacts import eventually
 from tests.conftest import ROOT
 from tests.servers import mlflow_server, postgres
-from tests.test_tracking import Recorded, epoch, folder, made, plan_of, run_through  # noqa: F401 (folder is a fixture)
+from tests.test_tracking import (  # noqa: F401 (folder is a fixture)
+    FINISHED,
+    STARTED,
+    Recorded,
+    done,
+    epoch,
+    folder,
+    plan_of,
+    run_through,
+)
 
 EPOCHS = 3
 SERIES = {"caae/loss/total": 2, "segmentor/loss/total": EPOCHS, "segmentor/lr": EPOCHS}
@@ -59,17 +71,17 @@ def check_complete(recorded: Recorded) -> None:
 
 def test_a_server_that_is_away_for_a_while_loses_nothing_and_delays_nothing(sweep, server):
     tracker = sweep.tracker()
-    a, b = tracker.plan.trials
+    a, b = tracker.sweep.trials
     tracker.begin()
-    tracker.tell(a, {"event": "start", "host": "node-1", "pid": 1, "gpu": "0"})
-    tracker.tell(a, epoch(a, tracker.store, "caae", 1))
+    tracker.hear(a, STARTED)
+    tracker.hear(a, epoch(a, tracker.store, "caae", 1))
     eventually(lambda: tracker.undelivered == 0, 30)
     server.stop()
     told = time.time()
     slowest = 0.0
     for _ in range(20):
         before = time.perf_counter()
-        tracker.tell(a, {"event": "system", "values": {"system/cpu_utilization_percentage": 50.0}})
+        tracker.hear(a, Sampled({"system/cpu_utilization_percentage": 50.0}))
         slowest = max(slowest, time.perf_counter() - before)
     run_through(tracker, a)
     run_through(tracker, b)
@@ -92,7 +104,7 @@ def test_what_a_server_that_stays_away_did_not_get_is_delivered_later(sweep, ser
     tracker.begin()
     eventually(lambda: tracker.undelivered == 0, 30)
     server.stop()
-    for trial in tracker.plan.trials:
+    for trial in tracker.sweep.trials:
         run_through(tracker, trial)
     tracker.log_file("| a table |", "tables/mine.md")
     started = time.monotonic()
@@ -121,11 +133,11 @@ from pathlib import Path
 from tests.test_delivery import *
 tracker = Recorded(Path(sys.argv[1]), sys.argv[2]).tracker()
 tracker.begin()
-a, b = tracker.plan.trials
+a, b = tracker.sweep.trials
 run_through(tracker, a)
-tracker.tell(b, {"event": "start"})
-tracker.tell(b, made(b, "caae"))
-tracker.tell(b, epoch(b, tracker.store, "segmentor", 1))
+tracker.hear(b, STARTED)
+tracker.hear(b, done(b, "caae"))
+tracker.hear(b, epoch(b, tracker.store, "segmentor", 1))
 print("told", flush=True)
 time.sleep(60)
 """
@@ -145,30 +157,29 @@ def test_a_driver_that_is_killed_leaves_its_events_to_the_next_one(folder, reque
     tracker = sweep.tracker()
     assert not tracker.is_complete()
     tracker.begin()
-    b = tracker.plan.trials[1]
-    tracker.tell(b, {"event": "start"})
+    b = tracker.sweep.trials[1]
+    tracker.hear(b, STARTED)
     for n in (2, 3):
-        tracker.tell(b, epoch(b, tracker.store, "segmentor", n))
+        tracker.hear(b, epoch(b, tracker.store, "segmentor", n))
     for stage in ("segmentor", "cams", "evaluate"):
-        tracker.tell(b, made(b, stage))
-    tracker.tell(b, {"event": "finished"})
+        tracker.hear(b, done(b, stage))
+    tracker.hear(b, FINISHED)
     tracker.end("FINISHED")
     assert (tracker.errors, tracker.undelivered) == ([], 0)
     check_complete(sweep)
 
 
 def test_two_drivers_with_the_same_table_make_every_run_once(sweep):
-    first, second = sweep.tracker(), sweep.tracker()
+    first, second = sweep.tracker(), sweep.tracker(driver="-2")
     for tracker in (first, second):
         tracker.begin()
     for tracker in (first, second):
-        for trial in tracker.plan.trials:
+        for trial in tracker.sweep.trials:
             run_through(tracker, trial)
     for tracker in (first, second):
         tracker.end("FINISHED")
         assert tracker.errors == []
     check_complete(sweep)
-    assert sorted(p.name for p in first.folder.glob("*.jsonl")) == ["events-1.jsonl", "events-2.jsonl"]
 
 
 def test_postgres_records_the_same(folder, tmp_path, request):  # noqa: F811
@@ -177,7 +188,7 @@ def test_postgres_records_the_same(folder, tmp_path, request):  # noqa: F811
         recorded.uri = server.uri
         tracker = recorded.tracker()
         tracker.begin()
-        for trial in tracker.plan.trials:
+        for trial in tracker.sweep.trials:
             run_through(tracker, trial)
         tracker.end("FINISHED")
         assert tracker.errors == []
@@ -189,10 +200,10 @@ def test_postgres_records_the_same(folder, tmp_path, request):  # noqa: F811
 
 def test_an_event_that_mlflow_refuses_is_told_and_holds_up_no_other(sweep):
     tracker = sweep.tracker()
-    a, b = tracker.plan.trials
+    a, b = tracker.sweep.trials
     tracker.begin()
-    tracker.tell(a, {"event": "start"})
-    tracker.tell(a, {"event": "system", "values": {"a name that MLflow does not allow: ?*": 1.0}})
+    tracker.hear(a, STARTED)
+    tracker.hear(a, Sampled({"a name that MLflow does not allow: ?*": 1.0}))
     run_through(tracker, a)
     run_through(tracker, b)
     tracker.end("FINISHED")
@@ -215,53 +226,93 @@ def test_a_folder_that_cannot_be_written_to_is_told(folder, tmp_path):  # noqa: 
 # The journal alone
 
 
-def events_of(journal: Journal) -> list:
-    return [event and event["n"] for event, _ in journal.read(100)]
+def numbers(journal: Journal) -> list[int]:
+    return [event["n"] for _, event in journal.read(100)]
 
 
 def test_a_journal_goes_on_where_delivery_stopped(tmp_path):
-    journal = Journal.open(tmp_path)
+    journal = Journal(tmp_path)
     for n in range(4):
-        journal.append({"n": n})
-    entries = journal.read(2)
-    assert [event["n"] for event, _ in entries] == [0, 1]
-    journal.advance(entries[-1][1], len(entries))
-    assert (events_of(journal), journal.undelivered) == ([2, 3], 2)
+        journal.append({"n": n}, describes="even" if n % 2 == 0 else None)
+    first, second = journal.read(2)
+    journal.advance(second[0], 2)
+    assert (numbers(journal), journal.undelivered) == ([2, 3], 2)
     journal.close()
-    again = Journal.open(tmp_path)
-    assert (events_of(again), again.undelivered) == ([2, 3], 2)
-    assert [event["n"] for event in again.history()] == [0, 1]
+    assert has_backlog(tmp_path)
+    again = Journal(tmp_path)
+    assert (first[1], numbers(again), again.undelivered) == ({"n": 0}, [2, 3], 2)
+    assert again.described("even") == {"n": 2}
+    assert again.described("odd") is None
 
 
-def test_a_delivered_journal_starts_anew(tmp_path):
-    journal = Journal.open(tmp_path)
+def test_a_journal_belongs_to_one_process_at_a_time(tmp_path, start):
+    held = Journal(tmp_path)
+    code = """
+from sweeps.tracking.journal import Journal
+try:
+    Journal(root)
+except UserError as error:
+    print(error)
+"""
+    told = start(tmp_path, code).stdout.read()
+    assert f"{tmp_path}: a sweep keeps its events there, but: another process has them open" in told
+    held.append({"n": 0})
+    assert numbers(held) == [0]
+
+
+def test_a_file_that_is_no_journal_is_told(tmp_path):
+    (tmp_path / "journal.db").write_text("this is text, not a database" * 100)
+    with pytest.raises(UserError, match=r"a sweep keeps its events there, but: file is not a database"):
+        Journal(tmp_path)
+
+
+@pytest.mark.parametrize("kilobytes_left", [0, 6])
+def test_events_of_a_full_disk_are_kept_in_memory_and_in_order(small_disk, kilobytes_left):
+    journal = Journal(small_disk)
     journal.append({"n": 0})
-    journal.advance(journal.read(1)[-1][1], 1)
-    assert not has_backlog(tmp_path)
+    (number, _) = journal.read(1)[0]
+    stuff = small_disk / "stuff"
+    fill(stuff, kilobytes_left)
+    told = [append(journal, n) for n in range(1, 60)]
+    assert not told[-1]
+    assert told == sorted(told, reverse=True)  # once it is full, it stays so
+    assert journal.undelivered == 60
+    journal.advance(number, 1)  # delivered, though it cannot be deleted
+    assert journal.undelivered == 59
+    assert 0 not in numbers(journal)
+    stuff.unlink()
+    journal.append({"n": 60})
+    assert numbers(journal) == list(range(1, 61))
+    assert journal.described("59")["n"] == 59
     journal.close()
-    again = Journal.open(tmp_path)
-    assert (list(again.history()), again.path.stat().st_size) == ([], 0)
-    again.append({"n": 1})
-    assert events_of(again) == [1]
+    assert numbers(Journal(small_disk))[-60:] == list(range(1, 61))
 
 
-def test_a_half_written_line_is_skipped(tmp_path, caplog):
-    journal = Journal.open(tmp_path)
-    journal.append({"n": 0})
+def append(journal: Journal, n: int) -> bool:
+    """Whether there was room for it."""
+    try:
+        journal.append({"n": n, "text": "x" * 500}, describes=str(n))
+    except OSError as error:
+        if "is the disk full?" not in str(error):
+            raise
+        return False
+    return True
+
+
+def fill(path: Path, kilobytes_left: int) -> None:
+    """Take the rest of the disk, but for so much."""
+    with path.open("wb", buffering=0) as file, suppress(OSError):
+        while True:
+            file.write(b"x" * 1024)
+    os.truncate(path, path.stat().st_size - 1024 * kilobytes_left)
+
+
+def test_a_delivered_journal_stays_small(tmp_path):
+    journal = Journal(tmp_path)
+    for n in range(20_000):
+        journal.append({"n": n, "text": "x" * 200})
+        if n % 1000 == 999:
+            journal.advance(journal.read(1000)[-1][0], 1000)
+    assert journal.undelivered == 0
     journal.close()
-    with journal.path.open("ab") as file:
-        file.write(b'{"n": 1, "val')
-    again = Journal.open(tmp_path)
-    again.append({"n": 2})
-    assert events_of(again) == [0, None, 2]
-    assert "damaged line" in caplog.text
-
-
-def test_a_held_journal_is_left_alone(tmp_path):
-    first = Journal.open(tmp_path)
-    second = Journal.open(tmp_path)
-    assert (first.path.name, second.path.name) == ("events-1.jsonl", "events-2.jsonl")
-    second.append({"n": 7})
-    second.close()
-    assert [events_of(journal) for journal in Journal.left_in(tmp_path)] == [[7]]
-    assert json.loads(second.path.read_text()) == {"n": 7}
+    assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 2e6

@@ -12,7 +12,7 @@ from mlflow import MlflowClient
 
 from semformer.stages import segmentor
 from sweeps.tracking.registry import DEFAULT_NAME
-from tests.test_tracking import Recorded, folder  # noqa: F401 (a fixture)
+from tests.test_tracking import FINISHED, Recorded, folder  # noqa: F401 (a fixture)
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +22,8 @@ def registered(folder):  # noqa: F811
     for _ in range(2):
         tracker = recorded.tracker(register=DEFAULT_NAME)
         tracker.begin()
-        for trial in tracker.plan.trials:
-            tracker.tell(trial, {"event": "finished"})
+        for trial in tracker.sweep.trials:
+            tracker.hear(trial, FINISHED)
         tracker.end("FINISHED")
         assert tracker.errors == []
     before = mlflow.get_tracking_uri()
@@ -47,7 +47,7 @@ def test_every_trial_has_one_version_with_its_scores(registered):
 
 @pytest.mark.parametrize("n_images", [1, 3])
 def test_mlflow_loads_the_network_and_gets_our_logits(registered, n_images):
-    trial = registered.tracker().plan.trials[0]
+    trial = registered.tracker().sweep.trials[0]
     version = next(
         v
         for v in MlflowClient(registered.uri).search_model_versions(f"name = '{DEFAULT_NAME}'")

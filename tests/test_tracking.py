@@ -1,6 +1,7 @@
 """The MLflow records of a sweep, without Ray: what a trial reports is told by hand, its stages are really made."""
 
 import json
+import math
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -31,8 +32,10 @@ from sweeps.reports import (
     StageDone,
     Started,
 )
+from sweeps.tracking import rows
 from sweeps.tracking.state import SweepState
 from sweeps.tracking.tracker import Tracker
+from tests.artifacts import eventually
 
 MINE = """\
 name: mine
@@ -328,6 +331,71 @@ def test_more_seeds_extend_a_sweep(recorded):
     runs = client.search_runs([parent.info.experiment_id], f"tags.mlflow.parentRunId = '{parent.info.run_id}'")
     trials = sorted(run.info.run_name for run in runs if run.data.tags["semformer.kind"] == "trial")
     assert trials == ["a, seed 0", "a, seed 1", "b, seed 0", "b, seed 1"]
+
+
+def test_a_sweep_of_some_tables_keeps_the_rows_of_others(recorded):
+    """A table that another sweep filled must not lose its cells because one of them is swept again."""
+    folder = recorded.folder
+    (folder / "other.yaml").write_text(MINE.replace("name: mine", "name: other").replace("id: b", "id: only-b"))
+    (folder / "fewer.yaml").write_text(MINE.replace("id: b", "id: c").replace("0.2", "0.3"))
+
+    def sweep(*tables: str) -> dict[float, dict[str, str]]:
+        overrides = {"segmentor.epochs": EPOCHS}
+        loaded = [load_table(folder / table) for table in tables]
+        tracker = recorded.tracker(make_plan(loaded, "micro", overrides, (0,), None, recorded.store))
+        tracker.begin()
+        for trial in tracker.sweep.trials:
+            if trial.config.segmentor.sigma != 0.3:
+                tracker.hear(trial, Found())
+        tracker.end("FINISHED")
+        assert tracker.errors == []
+        runs = recorded.runs("trial").values()
+        return {json.loads(run.data.params["segmentor.sigma"]): run.data.tags for run in runs if run.data.params}
+
+    both = sweep("mine.yaml", "other.yaml")
+    parent = both[0.1]["mlflow.parentRunId"]
+    assert both[0.1]["semformer.rows"] == "mine/a,other/a"
+    again = sweep("other.yaml")
+    assert again[0.1]["semformer.rows"] == "mine/a,other/a"
+    assert again[0.1]["semformer.table"] == "mine,other"
+    assert again[0.1]["mlflow.parentRunId"] == parent
+    renamed = sweep("fewer.yaml")  # its table `mine` has no row b
+    assert renamed[0.1]["semformer.rows"] == "other/a,mine/a"
+    assert renamed[0.2]["semformer.rows"] == "mine/b,other/only-b"  # of a trial that it does not ask for
+
+
+def test_rows_that_are_too_many_for_a_tag_go_on_in_others():
+    names = [f"table/a-row-with-a-long-name-{n}" for n in range(400)]
+    found = {name.removeprefix("semformer."): text for name, text in rows.tags(names).items()}
+    assert max(map(len, found.values())) <= 4000
+    assert rows.read(found) == names
+    fewer = rows.merged(found, names[:2], ["table"])
+    now = found | {name.removeprefix("semformer."): text for name, text in fewer.items()}
+    assert rows.read(now) == names[:2]
+
+
+def test_a_trial_that_waits_has_a_run_with_no_more_than_its_tags(recorded):
+    tracker = recorded.tracker()
+    tracker.begin()
+    eventually(lambda: tracker.undelivered == 0, 30)
+    for run in recorded.runs("trial").values():
+        assert (run.info.status, run.data.tags["semformer.status"]) == ("SCHEDULED", "queued")
+        assert (run.data.params, recorded.files(run)) == ({}, {})
+    tracker.end("KILLED")
+
+
+def test_losses_that_are_not_finite_are_recorded(recorded):
+    tracker = recorded.tracker()
+    trial = tracker.sweep.trials[0]
+    tracker.begin()
+    tracker.hear(trial, STARTED)
+    for n, value in enumerate([1.0, math.nan, math.inf, 2.0], start=1):
+        tracker.hear(trial, EpochEnded("segmentor", 1, 1, n, 4, {"total": value}))
+    tracker.end("KILLED")
+    assert tracker.errors == []
+    series = recorded.series(recorded.runs("trial")["a"], "segmentor/loss/total")
+    assert [step for step, _ in series] == [1, 2, 3, 4]
+    assert math.isnan(series[1][1])
 
 
 def test_a_changed_table_file_is_recorded_anew(recorded):

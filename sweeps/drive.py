@@ -93,7 +93,8 @@ class Drive:
         """Run what is missing; returns the exit status. Raises UserError when the budget or the cluster forbids it."""
         self._keep({key.digest for trial in self.sweep.trials for key in trial.keys.values()})
         if self.plan and not self.missing and self.tracker.is_complete():
-            self._tell_found()
+            for trial in self.plan.trials:
+                self.state.tell(trial, Found(), self._metrics(trial))
             self.folder.save(self.state.as_json())
             self._print(f"nothing to do: all {len(self.plan.trials)} trials are finished and recorded")
             return self._conclude()

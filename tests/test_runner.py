@@ -106,6 +106,42 @@ def test_a_trial_that_says_nothing_is_killed_and_tried_again(store):
     assert "said nothing for 2 s (--silence), and was killed" in ends[-1].failure.reason
 
 
+HOLD = """
+from tests.test_queue import trial
+(first, *_) = trial("a").keys.values()
+with Store(root).lease(first, wait=lambda holder: None):
+    print("leased", flush=True)
+    while not (root / "go").exists():
+        time.sleep(0.1)
+"""
+
+
+def test_while_nothing_runs_the_driver_still_looks_about(store, start):
+    """All trials wait for a stage that another process has leased; Tune has nothing to do then."""
+    assert start(store.root, HOLD).stdout.readline() == "leased\n"
+    looked = []
+
+    def look(gate) -> bool:
+        looked.append(len(gate.live))
+        if len(looked) == 3:
+            (store.root / "go").touch()
+        return False
+
+    with heard() as (reports, tell):
+        run_trials([trial("a")], store, tell, share=SHARE, trainable=talking, every_second=look)
+    assert looked[:3] == [0, 0, 0]
+    assert isinstance(reports[-1][1], Finished)
+
+
+def test_a_sweep_can_be_stopped_while_nothing_runs(store, start):
+    assert start(store.root, HOLD).stdout.readline() == "leased\n"
+    began = time.monotonic()
+    with heard() as (reports, tell), pytest.raises(KeyboardInterrupt):
+        run_trials([trial("a")], store, tell, share=SHARE, trainable=talking, every_second=lambda gate: True)
+    assert time.monotonic() - began < 40
+    assert reports == []
+
+
 def poor_or_bad(config: dict[str, Any]) -> None:
     with reporting(config) as reporter:
         reporter.stage = "caae"

@@ -2,6 +2,7 @@
 
 import contextlib
 import logging
+import math
 import os
 import secrets
 import signal
@@ -84,8 +85,8 @@ def run_trials(
         config = payload(trial, store=store, share=share, board=board.name, versions=here, probe=probe)
         return config | {"avoid": sorted(faults.avoided_by(trial))}
 
-    choice = _Choice(gate, config_of)
-    relay = _Relay(gate, board, watch, tell, every_second, silence, choice)
+    relay = _Relay(gate, board, watch, tell, every_second, silence)
+    choice = _Choice(gate, config_of, relay.look)
     os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = "100000"  # the gate knows how many there is room for
     with (
         contextlib.closing(board),
@@ -135,15 +136,18 @@ def _resources(share: Share, avoid: Sequence[str]) -> tune.PlacementGroupFactory
 class _Choice(Searcher):
     """The gate as Tune asks it. Never raises, because Tune would end the whole sweep."""
 
-    def __init__(self, gate: Gate, config_of: Callable[[Trial], dict[str, Any]]):
+    def __init__(self, gate: Gate, config_of: Callable[[Trial], dict[str, Any]], look: Callable[[], None]):
         super().__init__()
-        self.gate, self.config_of = gate, config_of
-        self.until = 0.0
+        self.gate, self.config_of, self.look = gate, config_of, look
+        self._until = math.inf
 
     def suggest(self, trial_id: str) -> Any:
-        """Several times in each of Tune's steps, until there is None."""
-        if time.monotonic() < self.until and (trial := self.gate.next(trial_id)):
+        """Tune asks in each of its steps until it gets None; while nothing runs, every second in one long step."""
+        self.look()
+        self._until = min(self._until, time.monotonic() + STARTING)
+        if time.monotonic() < self._until and (trial := self.gate.next(trial_id)):
             return self.config_of(trial)
+        self._until = math.inf
         return Searcher.FINISHED if self.gate.finished else None
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -168,9 +172,8 @@ class _Relay(tune.Callback):
         tell: Tell,
         every_second: Callable[[Gate], bool],
         silence: float,
-        choice: _Choice,
     ):
-        self.gate, self.board, self.watch, self.tell, self.choice = gate, board, watch, tell, choice
+        self.gate, self.board, self.watch, self.tell = gate, board, watch, tell
         self.every_second, self.silence = every_second, silence
         self.interrupted = self.over = False
         self._silent: dict[str, float] = {}  # how long running trials have said nothing, in seconds of listening
@@ -186,9 +189,6 @@ class _Relay(tune.Callback):
     def __getstate__(self) -> dict[str, Any]:
         """Nothing, as with `_Choice`."""
         return {}
-
-    def on_step_begin(self, iteration: int, trials: list, **info: Any) -> None:
-        self.choice.until = time.monotonic() + STARTING
 
     def on_trial_start(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
         self._actors[trial.trial_id] = trial.temporary_state.ray_actor
@@ -206,16 +206,21 @@ class _Relay(tune.Callback):
         self._end(trial.trial_id, lambda: self._explain(trial))
 
     def on_step_end(self, iteration: int, trials: list, **info: Any) -> None:
-        now = time.monotonic()
-        if not self.interrupted and now - self._looked >= 1.0:
-            elapsed, self._looked = min(now - self._looked, LONGEST_LOOK), now
-            try:
-                self._look(elapsed)
-            except Exception:
-                log.exception("the state of the sweep could not be kept")
+        self.look()
         self.over = self.gate.finished and not all(trial.is_finished() for trial in trials)  # they found no node
         if self.interrupted or self.over:
             raise KeyboardInterrupt
+
+    def look(self) -> None:
+        """About once a second, what is to be done then."""
+        now = time.monotonic()
+        if self.interrupted or now - self._looked < 1.0:
+            return
+        elapsed, self._looked = min(now - self._looked, LONGEST_LOOK), now
+        try:
+            self._look(elapsed)
+        except Exception:
+            log.exception("the state of the sweep could not be kept")
 
     # Helpers
 

@@ -47,7 +47,8 @@ class Delivery:
                 self._size = len(entries) // 2
                 return 0.0
             self.errors.append(self.last_error)
-            log.warning("could not write to MLflow: %s", entries[0][1], exc_info=error)
+            log.warning("MLflow does not take an event (%s): %s", entries[0][1]["event"], self.last_error)
+            log.debug("%s", entries[0][1], exc_info=error)
         self._attempts = 0
         self._size = min(2 * self._size, EVENTS_A_TIME)
         self.journal.advance(entries[-1][0], len(entries))

@@ -113,7 +113,7 @@ class Simulation:
         plan = Plan("many", "Many", (), "paper", {}, (0,), tuple(trials), frozenset())
         self.state = SweepState(plan, clock=lambda: self.now)
         self.display = Display(self.state, Console(file=io.StringIO(), force_terminal=True, width=160))
-        self.folder, self.journal = SweepFolder(folder), Journal.open(folder)
+        self.folder, self.journal = SweepFolder(folder), Journal(folder)
         faults = Faults(
             lambda: Places(dict.fromkeys(self.nodes, "a node"), may_grow=True), patience=HOUR, clock=lambda: self.now
         )

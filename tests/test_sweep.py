@@ -1,5 +1,6 @@
 """Whole sweeps: real Ray, real MLflow, real training, in preset micro."""
 
+import json
 import os
 import re
 import signal
@@ -160,6 +161,17 @@ def test_a_diverging_trial_fails_alone_at_once_and_with_its_reason(place, table0
     (parent,) = place.runs("diverging micro", "sweep")
     assert parent.info.status == "FAILED"
     assert parent.data.metrics["sweep/failed"] == 1
+
+
+def test_tables_of_which_every_trial_fails_end_with_reasons_and_the_json_object(place, table03):
+    tables = [place.table(f"bad-{n}", bad=f"segmentor.optimizer.lr: {n}.0e+9") for n in (1, 2)]
+    answer = place.call("run", *tables, "--json", "--set", "segmentor.epochs=1")
+    assert answer.status == 1
+    told = json.loads(answer.out)
+    assert (told["trials"], told["sweep/failed"], told["experiment"]) == (2, 2, "tables micro")
+    assert "Traceback" not in answer.err
+    assert re.search(r"failed bad-1/bad: segmentor: TrainingDiverged: .*segmentor.optimizer.lr", answer.err)
+    assert re.search(r"no tables: .*no trial .*has finished", answer.err)
 
 
 def test_a_killed_worker_is_replaced_and_goes_on_from_its_last_epoch(place, table03):

@@ -33,6 +33,7 @@ from sweeps.reports import (
     Started,
 )
 from sweeps.tracking import rows
+from sweeps.tracking.journal import Journal
 from sweeps.tracking.state import SweepState
 from sweeps.tracking.tracker import Tracker
 from tests.artifacts import eventually
@@ -211,6 +212,9 @@ def test_a_sweep_is_recorded_in_full(recorded):
 
     again = recorded.tracker()
     assert again.is_complete()
+    left = Journal(again.folder)
+    assert (left.undelivered, left.described(plan.trials[0].key)) == (0, None)
+    left.close()
     assert all(again.is_recorded(trial) for trial in plan.trials)
 
 

@@ -40,7 +40,7 @@ class Delivery:
             self.recorder.write([event for _, event in entries])
         except Exception as error:
             self.recorder.forget()
-            self.last_error = told(error, self.recorder.uri)
+            self.last_error = told(error, self.recorder.runs.uri)
             if (wait := self._wait(error)) is not None:
                 return wait
             if len(entries) > 1:
@@ -58,7 +58,7 @@ class Delivery:
         """Seconds until the same events are tried again; None where that would not help."""
         self._attempts += 1
         wait = min(0.1 * 2**self._attempts, LONGEST_WAIT)
-        if self._attempts == 1 or not self.recorder.answers():
+        if self._attempts == 1 or not self.recorder.runs.answers():
             self._since = time.monotonic()
             return wait
         if not _is_final(error) and time.monotonic() - self._since < PATIENCE:
@@ -89,8 +89,8 @@ def _deliver_all(journal: Journal, recorder: Recorder, patience: float) -> int:
             since = time.monotonic()
         elif time.monotonic() - since > patience:
             raise UserError(
-                f"--tracking-uri {recorder.uri}: MLflow does not answer; {before} events of {journal.files.parent} are "
-                "still to be delivered. Try again when it is back."
+                f"--tracking-uri {without_password(recorder.runs.uri)}: MLflow does not answer; {before} events of "
+                f"{journal.files.parent} are still to be delivered. Try again when it is back."
             )
         time.sleep(wait)
     if errors:

@@ -12,6 +12,7 @@ import logging
 import sqlite3
 import threading
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +99,7 @@ class Journal:
     def clear(self) -> None:
         """Forget what was described, where nothing refers to it any more."""
         if not self.undelivered:
-            with self._lock, self._database:
+            with self._lock, suppress(sqlite3.Error), self._database:
                 self._database.execute("delete from described")
 
     def close(self) -> None:

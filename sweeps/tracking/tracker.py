@@ -62,7 +62,7 @@ class Tracker:
         self.experiment = experiment or f"{sweep.name} {sweep.preset}"
         self.errors: list[str] = []
         self._recorder = Recorder(uri, store, folder / "files", self._described)
-        self._past = self._recorder.open(self.experiment)
+        self._past = self._recorder.runs.open(self.experiment)
         self._commit = commit()
         self._metric = f"cam/{load_config(sweep.preset, sweep.overrides).data.eval_split}/miou"
         self._journal: Journal | None = None
@@ -102,7 +102,7 @@ class Tracker:
     @property
     def view_url(self) -> str | None:
         """The page of the sweep's runs with useful columns; None where MLflow is not behind an HTTP server."""
-        return views.url(self.uri, self._recorder.experiment_id)
+        return views.url(self.uri, self._recorder.runs.experiment_id)
 
     @property
     def undelivered(self) -> int:
@@ -238,6 +238,7 @@ class Tracker:
             if self._journal.undelivered:
                 self._abandoned.wait(self._delivery.step())
             elif self._closing.is_set():
+                self._journal.clear()
                 break
             else:
                 self._news.wait()
@@ -249,7 +250,7 @@ class Tracker:
 
     def _done(self) -> tuple[int, int]:
         """What changes while anything is delivered."""
-        return self.undelivered, self._recorder.written
+        return self.undelivered, self._recorder.runs.written
 
     def _described(self, key: str) -> Event | None:
         return self._journal.described(key) if self._journal else None

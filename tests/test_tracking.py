@@ -506,7 +506,8 @@ def test_trials_of_a_search_are_added_as_it_goes_on(recorded):
 @pytest.mark.parametrize(
     "uri", ["http://127.0.0.1:9", "nonsense://x", "./mlruns", "postgresql://me:secret@127.0.0.1:9/x"]
 )
-def test_an_unusable_tracking_uri_is_told_soon(folder, uri):
+def test_an_unusable_tracking_uri_is_told_soon(folder, uri, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     started = time.monotonic()
     with pytest.raises(UserError, match=r"--tracking-uri .*MLflow cannot be used there") as error:
         Tracker(uri, plan_of(folder), Store(folder / "store"), folder=folder / "sweep")

@@ -249,6 +249,9 @@ def test_a_sweep_that_was_cut_short_is_continued_without_gaps_or_doubles(recorde
 
     second = recorded.tracker()
     second.begin()
+    eventually(lambda: second.undelivered == 0, 30)
+    waiting = recorded.runs("trial")["b"]
+    assert (waiting.info.status, waiting.data.tags["semformer.reason"]) == ("SCHEDULED", "")
     second.hear(trial, STARTED)
     second.hear(trial, done(trial, "caae", found=True))
     for n in (2, 3):

@@ -92,6 +92,9 @@ class Recorder:
             run.tags |= {name.removeprefix(TAG): text for name, text in changed.items()}
         if run.name != event["name"]:
             self.runs.pending(run).name = run.name = event["name"]
+        if run.status == "KILLED" and run.tags.get("status") == "queued":  # by the end of an earlier sweep
+            self.runs.pending(run).status = run.status = "SCHEDULED"
+            self.runs.pending(run).tags[f"{TAG}reason"] = ""
 
     def _started(self, event: Event, time: int) -> None:
         tags = {f"{TAG}commit": event["commit"], MLFLOW_GIT_COMMIT: event["commit"]}

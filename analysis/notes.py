@@ -107,7 +107,8 @@ def notes_under(
         yield "Source", f"{table.source}."
     if any(cell.best for line in lines for cell in line.cells.values()):
         where = "line" if table.layout.transposed else "column"
-        yield "Bold", f"the best of its {where}; cells with a dagger are not compared."
+        daggers = any(cell.deviations for line in lines for cell in line.cells.values())
+        yield "Bold", f"the best of its {where}{'; cells with a dagger are not compared' * daggers}."
     counts = {cell.n for line in lines for cell in line.cells.values() if cell.n}
     if max(counts, default=0) > 1:
         text = "a ± s (n) is the mean and the sample standard deviation over n seeds."

@@ -111,7 +111,7 @@ def read_trials(tracking_uri: str, preset: str, experiments: Sequence[str] = ())
         try:
             records.append(_record(run, names[run.info.experiment_id]))
         except ValueError as error:
-            place = f"run {run.info.run_id} of experiment {names[run.info.experiment_id]!r}"
+            place = f"Run {run.info.run_id} of experiment {names[run.info.experiment_id]!r}"
             unusable.append((tuple(rows.read(_tags(run))), f"{place} is left out: {error}"))
     counts = Counter(record.trial_key for record in records)
     repeated = frozenset(key for key, n in counts.items() if n > 1)

@@ -177,7 +177,8 @@ def compile_table(
     notes = [*notes_under(table, lines, protocol, preset, overrides, seeds)]
     notes += [("Runs", text) for text in choice.sentences]
     if n := len({candidate.record.trial_key for candidate in choice.shown} & trials.repeated):
-        notes.append(("Runs", f"{n} trial{'s have' if n > 1 else ' has'} several; the newest finished one is shown."))
+        trials_have = "trials have" if n > 1 else "trial has"
+        notes.append(("Runs", f"{n} {trials_have} several runs; of each, the newest finished one is shown."))
     notes += [("Runs", f"{text}.") for text in _unusable(trials, [table.name])]
     return CompiledTable(table, preset, tuple(lines), tuple(notes))
 

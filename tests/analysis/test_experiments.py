@@ -21,7 +21,7 @@ def test_of_several_runs_of_a_trial_the_newest_finished_one_is_shown(sweep):
     compiled = sweep.compiled()
     assert cells(compiled)["CF"].mean == 36.0
     assert compiled.lines[1].trials[0].run_id == newest
-    assert note(to_markdown(compiled), "Runs") == "1 trial has several; the newest finished one is shown."
+    assert note(to_markdown(compiled), "Runs") == "1 trial has several runs; of each, the newest finished one is shown."
 
 
 def test_a_trial_fills_rows_of_several_tables(tables):

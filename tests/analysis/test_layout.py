@@ -129,8 +129,8 @@ def test_a_scaled_axis_shows_what_the_run_had_not_what_the_file_says_now(databas
 
 def test_bold_says_whether_of_line_or_column(sweep, cra):
     sweep.full()
-    assert note(to_markdown(sweep.compiled()), "Bold").startswith("the best of its line;")
-    assert note(to_markdown(cra.compiled()), "Bold").startswith("the best of its column;")
+    assert note(to_markdown(sweep.compiled()), "Bold").startswith("the best of its line.")
+    assert note(to_markdown(cra.compiled()), "Bold").startswith("the best of its column.")
 
 
 OWN = """

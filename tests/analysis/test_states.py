@@ -71,13 +71,13 @@ def test_a_run_that_cannot_be_used_is_left_out_and_named(sweep, tags, says):
     text = to_markdown(sweep.compiled())
     assert grid(text)["mIoU (%) ours"][1:4] == ["34.8", "— [1]", "— [2]"]
     assert footnote(text, "[1]") == "left out, see Runs"
-    assert f"run {bad} of experiment 'table03 tiny' is left out: {says}" in note(text, "Runs")
+    assert f"Run {bad} of experiment 'table03 tiny' is left out: {says}" in note(text, "Runs")
 
 
 def test_only_runs_that_cannot_be_used_are_told(sweep, capsys):
     bad = sweep.trial("CF", 34.8, tags={"seed": None})
     assert main(["table03", "--tracking-uri", sweep.uri]) == 2
-    assert f"run {bad} of experiment 'table03 tiny' is left out: it has no tag" in capsys.readouterr().err
+    assert f"Run {bad} of experiment 'table03 tiny' is left out: it has no tag" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("value", [None, float("nan")])

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from semformer.config import PRESETS, parse_overrides
 from semformer.errors import UserError
@@ -30,8 +30,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(without_password(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="semformer-tables", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="semformer-tables", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
     add("--version", action="version", version=f"%(prog)s {version('semformer-sweeps')}")
     add("tables", nargs="*", metavar="TABLE", help="table03, or the path of a table file of your own")

@@ -4,7 +4,7 @@ import json
 import math
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -83,18 +83,14 @@ class Trials:
     of the trials that have several runs.
     """
 
-    experiments: tuple[str, ...]
     records: Sequence[Record]
     unusable: Sequence[tuple[tuple[str, ...], str]]
     repeated: frozenset[str]
 
-    def of_table(self, table: str) -> list[Record]:
-        return [record for record in self.records if record.rows_of(table)]
-
-    def unusable_of(self, table: str) -> dict[str, str]:
-        """A sentence for every row of the table that a run fills which cannot be used."""
-        pairs = ((row.partition("/"), why) for filled, why in self.unusable for row in filled)
-        return {row: why for (name, _, row), why in pairs if name == table}
+    def unusable_of(self, tables: Collection[str]) -> dict[str, list[str]]:
+        """The sentences on runs that fill rows of some tables, each with those rows."""
+        kept = {why: [row for row in filled if row.partition("/")[0] in tables] for filled, why in self.unusable}
+        return {why: filled for why, filled in kept.items() if filled}
 
 
 def read_trials(tracking_uri: str, preset: str, experiments: Sequence[str] = ()) -> Trials:
@@ -108,14 +104,15 @@ def read_trials(tracking_uri: str, preset: str, experiments: Sequence[str] = ())
         runs = _trial_runs(client, names, f"tags.`{TAG}preset` = '{preset}'")
     records, unusable = [], []
     for run in runs:
+        experiment = names[run.info.experiment_id]
         try:
-            records.append(_record(run, names[run.info.experiment_id]))
-        except ValueError as error:
-            place = f"Run {run.info.run_id} of experiment {names[run.info.experiment_id]!r}"
+            records.append(_record(run, experiment))
+        except (ValueError, RecursionError) as error:
+            place = f"Run {run.info.run_id} of experiment {experiment!r}"
             unusable.append((tuple(rows.read(_tags(run))), f"{place} is left out: {error}"))
     counts = Counter(record.trial_key for record in records)
     repeated = frozenset(key for key, n in counts.items() if n > 1)
-    return Trials(tuple(names.values()), _merged(records), unusable, repeated)
+    return Trials(_merged(records), unusable, repeated)
 
 
 def contents(tracking_uri: str, experiments: Sequence[str] = ()) -> str:

@@ -128,7 +128,7 @@ def compile_from_mlflow(
     records = [record for record in trials.records if any(map(record.rows_of, names))]
     if not records:
         where = f"experiment {', '.join(map(repr, experiments))}" if experiments else "MLflow"
-        why = "".join(f"\n{text}" for text in _unusable(trials, names)) or f": {contents(tracking_uri, experiments)}"
+        why = "".join(f"\n{text}" for text in trials.unusable_of(names)) or f": {contents(tracking_uri, experiments)}"
         raise UserError(f"{where} has no trial of {', '.join(names)} with preset {preset}{why}")
     records = _only(records, "data", data, {r.data for r in records if r.data.startswith(data or "")})
     records = _only(records, "seed", seed, {seed})
@@ -137,10 +137,6 @@ def compile_from_mlflow(
         for table in tables
         if (own := [record for record in records if record.rows_of(table.name)])
     ]
-
-
-def _unusable(trials: Trials, names: Iterable[str]) -> list[str]:
-    return list(dict.fromkeys(why for name in names for why in trials.unusable_of(name).values()))
 
 
 def _only(records: list[Record], name: str, asked: str | int | None, values: Collection) -> list[Record]:
@@ -158,7 +154,7 @@ def compile_table(
     table: Table, trials: Trials, *, preset: str, overrides: Mapping[str, Any] | None = None
 ) -> CompiledTable:
     """The table's cells from trials that fill rows of it. Raises UserError as `choose` does."""
-    overrides, unusable = overrides or {}, trials.unusable_of(table.name)
+    overrides, unusable = overrides or {}, trials.unusable_of([table.name])
     choice = choose(table, trials.records, preset, overrides)
     protocol = Protocol([candidate for candidate in choice.shown if candidate.record.finished])
     seeds = sorted({candidate.record.seed for candidate in choice.shown})
@@ -169,7 +165,8 @@ def compile_table(
     for row in table.rows:
         own = [candidate for candidate in choice.shown if candidate.row == row.id]
         runs = tuple(_trial(candidate, table, protocol) for candidate in own)
-        left_out = seeds if row.id in unusable else choice.left_out.get(row.id, ())
+        is_unusable = any(f"{table.name}/{row.id}" in filled for filled in unusable.values())
+        left_out = seeds if is_unusable else choice.left_out.get(row.id, ())
         cells = {m.name: _cell(m, row.paper.get(m.name), runs, seeds, left_out) for m in table.metrics}
         settings = _settings(table, row, own, preset, overrides)
         lines.append(Line(row.id, row.label, True, row.marks, settings, runs, cells))
@@ -179,7 +176,7 @@ def compile_table(
     if n := len({candidate.record.trial_key for candidate in choice.shown} & trials.repeated):
         trials_have = "trials have" if n > 1 else "trial has"
         notes.append(("Runs", f"{n} {trials_have} several runs; of each, the newest finished one is shown."))
-    notes += [("Runs", f"{text}.") for text in _unusable(trials, [table.name])]
+    notes += [("Runs", f"{text}.") for text in unusable]
     return CompiledTable(table, preset, tuple(lines), tuple(notes))
 
 

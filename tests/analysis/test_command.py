@@ -189,3 +189,11 @@ def test_a_table_is_kept_with_the_sweeps_of_its_own_trials(tables, database):
     assert main(["table05", "table08", "--tracking-uri", sweep.uri, "--log"]) == 0
     kept = [{file.path for file in sweep.client.list_artifacts(run)} for run in (parent, other)]
     assert kept == [{"table08.md", "table08.tex"}, {"table05.md", "table05.tex"}]
+
+
+def test_a_misspelt_option_prints_no_password(capsys):
+    with pytest.raises(SystemExit):
+        main(["table03", "--tracking-url", "postgresql://me:secret@host/x"])
+    error = capsys.readouterr().err
+    assert "postgresql://me:***@host/x" in error
+    assert "secret" not in error

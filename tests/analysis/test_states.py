@@ -75,9 +75,10 @@ def test_a_run_that_cannot_be_used_is_left_out_and_named(sweep, tags, says):
 
 
 def test_only_runs_that_cannot_be_used_are_told(sweep, capsys):
-    bad = sweep.trial("CF", 34.8, tags={"seed": None})
+    bad = [sweep.trial("CF", 34.8, tags={"seed": None}) for _ in range(2)]
     assert main(["table03", "--tracking-uri", sweep.uri]) == 2
-    assert f"Run {bad} of experiment 'table03 tiny' is left out: it has no tag" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert all(f"Run {run} of experiment 'table03 tiny' is left out: it has no tag" in error for run in bad)
 
 
 @pytest.mark.parametrize("value", [None, float("nan")])

@@ -1,50 +1,60 @@
-"""`semformer-tables`: the paper's tables with measured values, read from MLflow."""
+"""The paper's tables with measured values, read from MLflow."""
 
 import argparse
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn, TextIO
 
 from semformer.config import PRESETS, parse_overrides
 from semformer.errors import UserError
+from semformer.secrets import without_password
 from sweeps.plan.table import Table, load_all_tables, load_tables
 
 if TYPE_CHECKING:  # pandas and MLflow take seconds to import
     from analysis.tables import CompiledTable
 
+DATABASE = "sqlite:///mlflow.db"
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    """The exit status: 2 when there are no tables, 1 when they could not be kept in MLflow."""
     options = _parser().parse_args(arguments)
     try:
-        return options.command(options)
+        return _tables(options)
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        _say(f"error: {error}", options, sys.stderr)
         return 2
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        super().error(without_password(message))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="semformer-tables", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(required=True)
-    tables = commands.add_parser("tables", help="print tables, compiled from MLflow", allow_abbrev=False)
-    tables.add_argument("tables", nargs="*", metavar="TABLE", help="table03, or the path of a table file of your own")
-    tables.add_argument("--all", action="store_true", help="the paper's tables, instead of TABLE...")
-    tables.add_argument("--preset", default="tiny", choices=tuple(PRESETS))
-    tables.add_argument("--tracking-uri", default="sqlite:///mlflow.db", metavar="URI", help="default: %(default)s")
-    tables.add_argument(
-        "--experiment", metavar="NAME", help='default: "TABLE PRESET" if there is one, else "tables PRESET"'
+    parser = Parser(prog="semformer-tables", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--version", action="version", version=f"%(prog)s {version('semformer-sweeps')}")
+    add("tables", nargs="*", metavar="TABLE", help="table03, or the path of a table file of your own")
+    add("--all", action="store_true", help="the paper's tables, instead of TABLE...")
+    add("--preset", default="tiny", choices=tuple(PRESETS), help="default: %(default)s")
+    add(
+        "--tracking-uri",
+        default=os.environ.get("MLFLOW_TRACKING_URI") or DATABASE,
+        metavar="URI",
+        help=f"default: $MLFLOW_TRACKING_URI, else {DATABASE}",
     )
-    tables.add_argument("--seed", type=int, help="one seed only (default: mean and deviation over all)")
-    tables.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="as in the sweep, if it has several settings"
-    )
-    tables.add_argument("--format", default="markdown", choices=("markdown", "latex", "both"))
-    tables.add_argument("--out", type=Path, metavar="DIR", help="also write TABLE.md, .tex and .parquet (all cells)")
-    tables.add_argument(
-        "--log", action="store_true", help="also keep the tables in MLflow, with the sweep's parent run"
-    )
-    tables.set_defaults(command=_tables)
+    add("--experiment", action="append", default=[], metavar="NAME", help="may be repeated; default: all experiments")
+    add("--data", metavar="NAME", help="the data set, or how its name begins (default: that of most cells)")
+    add("--seed", type=int, help="one seed only (default: mean and deviation over all)")
+    add("--set", action="append", default=[], metavar="FIELD=VALUE", help="as in the sweep, if it has several settings")
+    add("--format", default="markdown", choices=("markdown", "latex", "both"), help="default: %(default)s")
+    add("--out", type=Path, metavar="DIR", help="also write TABLE.md, .tex and .parquet (all cells)")
+    add("--log", action="store_true", help="also keep the tables in MLflow, with the sweep's parent run")
     return parser
 
 
@@ -54,39 +64,41 @@ def _tables(options: argparse.Namespace) -> int:
     tables = load_all_tables() if options.all else load_tables(options.tables)
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     from analysis.render import to_latex, to_markdown, write_files
-    from analysis.runs import log_texts
     from analysis.tables import compile_from_mlflow
 
     compiled = compile_from_mlflow(
         tables,
         preset=options.preset,
         tracking_uri=options.tracking_uri,
-        experiment=options.experiment,
+        experiments=options.experiment,
+        data=options.data,
         seed=options.seed,
         overrides=parse_overrides(options.set),
     )
-    lines = [line for table in compiled for line in table.lines]
-    if not any(line.status == "finished" for line in lines):
-        states = [f"{line.label} {line.status}" for line in lines if line.trials]
-        reasons = {trial.reason for line in lines for trial in line.trials if trial.status == "failed"}
-        raise UserError(
-            f"no trial of experiment {compiled[0].experiment!r} has finished yet: {', '.join(states)}"
-            + "".join(f"\nfailed: {reason}" for reason in sorted(reasons))
-        )
+    _check_some_finished(compiled)
     renderers = {"markdown": [to_markdown], "latex": [to_latex], "both": [to_markdown, to_latex]}
-    print("\n".join(renderer(table) for table in compiled for renderer in renderers[options.format]), end="")
+    _say("\n".join(renderer(table) for table in compiled for renderer in renderers[options.format]).rstrip(), options)
     if len(tables) > 1:
-        print(f"\n{'% ' * (options.format != 'markdown')}{_count(tables, compiled)}")
-    if options.log:
-        texts = {f"{table.table.name}.md": to_markdown(table) for table in compiled}
-        texts |= {f"{table.table.name}.tex": to_latex(table) for table in compiled}
-        parents = {trial.parent_run_id for line in lines for trial in line.trials} - {""}
-        log_texts(options.tracking_uri, sorted(parents), texts)
+        _say(f"\n{'% ' * (options.format != 'markdown')}{_count(tables, compiled)}", options)
     if options.out:
-        for table in compiled:
-            for path in write_files(table, options.out):
-                print(f"wrote {path}", file=sys.stderr)
-    return 0
+        for path in (path for table in compiled for path in write_files(table, options.out)):
+            _say(f"wrote {path}", options, sys.stderr)
+    return _log(options, compiled) if options.log else 0
+
+
+def _say(text: str, options: argparse.Namespace, file: TextIO | None = None) -> None:
+    print(without_password(text, options.tracking_uri), file=file)
+
+
+def _check_some_finished(compiled: "Sequence[CompiledTable]") -> None:
+    """Raises UserError, with the distinct reasons of those that failed."""
+    trials = {trial.run_id: trial for table in compiled for trial in table.trials}.values()
+    states = Counter(trial.status for trial in trials)
+    if not states["finished"]:
+        told = ", ".join(f"{n} {status}" for status, n in states.items())
+        reasons = sorted({trial.reason for trial in trials if trial.status == "failed"})
+        names = ", ".join(table.table.name for table in compiled)
+        raise UserError("\nfailed: ".join([f"no trial of {names} has finished yet: {told}", *reasons]))
 
 
 def _count(tables: Sequence[Table], compiled: "Sequence[CompiledTable]") -> str:
@@ -95,6 +107,21 @@ def _count(tables: Sequence[Table], compiled: "Sequence[CompiledTable]") -> str:
     without = [table.name for table in tables if table.name not in {there.table.name for there in compiled}]
     told = f"{filled} of {sum(len(table.rows) for table in tables)} cells filled"
     return told + f"; no trial of {', '.join(without)}" * bool(without)
+
+
+def _log(options: argparse.Namespace, compiled: "Sequence[CompiledTable]") -> int:
+    from analysis.render import to_latex, to_markdown
+    from analysis.runs import log_texts
+
+    try:
+        for table in compiled:
+            name = table.table.name
+            texts = {f"{name}.md": to_markdown(table), f"{name}.tex": to_latex(table)}
+            log_texts(options.tracking_uri, sorted({trial.parent_run_id for trial in table.trials} - {""}), texts)
+    except UserError as error:
+        _say(f"error: the tables could not be kept in MLflow: {error}", options, sys.stderr)
+        return 1
+    return 0
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.runs import SHORT, TAG
+from analysis.runs import SHORT
 from analysis.tables import Cell, CompiledTable, Line, mark_text
 from semformer.errors import UserError
 from sweeps.plan.table import Mark
+from sweeps.tracking.connection import TAG
 
 OURS, NO_VALUE, MISSING = "SemFormer (ours)", "–", "—"  # noqa: RUF001
 
@@ -61,8 +62,9 @@ def to_markdown(compiled: CompiledTable) -> str:
     under += [f"- **{heading}:** {_markdown(text)}" for heading, text in compiled.notes]
     parts = [f"### {compiled.table.name}: {_markdown(compiled.table.title)}", _markdown_grid(grid), "\n".join(under)]
     if runs := _run_lines(compiled, SHORT):
+        plural, places = "s" * (len(compiled.experiments) > 1), "`, `".join(compiled.experiments)
         parts.append(
-            f"Where the measured values come from, in MLflow experiment `{compiled.experiment}` "
+            f"Where the measured values come from, in MLflow experiment{plural} `{places}` "
             f"(filter: `tags.\"{TAG}trial_key\" LIKE 'KEY%'`):"
         )
         parts.append(_markdown_grid([[_markdown(text) for text in line] for line in runs]))
@@ -81,7 +83,7 @@ def to_latex(compiled: CompiledTable) -> str:
             body.append(r"\midrule")
     under = [f"{_latex_symbols(symbol)} {_latex(text)}" for symbol, text in footnotes.items()]
     under += [rf"\textbf{{{_latex(heading)}:}} {_latex(text)}" for heading, text in compiled.notes]
-    comments = [f"{compiled.table.name}, preset {compiled.preset}, MLflow experiment {compiled.experiment}"]
+    comments = [f"{compiled.table.name}, preset {compiled.preset}, MLflow: {' and '.join(compiled.experiments)}"]
     comments += [", ".join(line) for line in _run_lines(compiled, None)]
     return "\n".join(
         [
@@ -116,14 +118,14 @@ def to_frame(compiled: CompiledTable) -> pd.DataFrame:
                     {
                         "table": compiled.table.name,
                         "preset": compiled.preset,
-                        "experiment": compiled.experiment,
+                        "experiment": trial.experiment if trial else "",
                         "row": line.id,
                         "label": line.label,
                         "settings": "; ".join(f"{mark} = {value}" for mark, value in line.settings.items()),
                         "metric": metric.name,
                         "seed": trial.seed if trial else None,
                         "status": trial.status if trial else line.status,
-                        "reason": trial.reason if trial and trial.status == "failed" else "",
+                        "reason": trial.reason if trial and trial.status in ("failed", "stopped") else "",
                         "value": trial.values.get(metric.name) if trial else None,
                         "threshold": trial.threshold if trial else None,
                         "paper": line.cells[metric.name].paper,
@@ -151,24 +153,23 @@ def write_files(compiled: CompiledTable, folder: Path) -> list[Path]:
 
 def _entries(compiled: CompiledTable, footnotes: Footnotes) -> tuple[list[list[Entry]], set[int]]:
     """The lines of the table, the heading first, and after which of them a rule belongs."""
-    marks, metrics, lines = compiled.table.layout.marks, compiled.table.metrics, compiled.lines
+    table, lines = compiled.table, compiled.lines
+    marks, metrics, transposed = table.layout.marks, table.metrics, table.layout.transposed
     labelled = not marks or any(not line.ours for line in lines)
-    transposed = compiled.table.layout.transposed
     stub = [Entry("")] * labelled
     for mark in marks:
-        twice = _has_two_values(mark, lines)
-        stub += _ours_and_paper(mark.header, mark.latex, transposed) if twice else [Entry(mark.header, mark.latex)]
+        stub += _heads(mark.header, mark.latex, transposed, twice=_has_two_values(mark, compiled))
     rules = {0, len(stub) - 1} if labelled else {len(stub) - 1}
-    stub += [entry for metric in metrics for entry in _ours_and_paper(metric.header, "", transposed)]
+    for metric in metrics:
+        stub += _heads(metric.header, "", transposed, twice=metric.name in table.paper_metrics)
     several = any(cell.n > 1 for line in lines for cell in line.cells.values())
     columns = [stub]
     for line in lines:
-        values = [
-            entry
-            for metric in metrics
-            for entry in (_measured(line, line.cells[metric.name], several, footnotes), _paper(line.cells[metric.name]))
-        ]
-        told = [entry for mark in marks for entry in _mark_entries(line, mark, lines)]
+        told = [entry for mark in marks for entry in _mark_entries(line, mark, compiled)]
+        values = []
+        for metric in metrics:
+            values.append(_measured(line, line.cells[metric.name], several, footnotes))
+            values += [_paper(line.cells[metric.name])] * (metric.name in table.paper_metrics)
         columns.append([Entry(line.label)] * labelled + told + values)
     if not transposed:
         return columns, {0}
@@ -180,20 +181,26 @@ def _entries(compiled: CompiledTable, footnotes: Footnotes) -> tuple[list[list[E
     return entries, rules
 
 
-def _has_two_values(mark: Mark, lines: Sequence[Line]) -> bool:
+def _has_two_values(mark: Mark, compiled: CompiledTable) -> bool:
     """Whether our runs had another value than the paper's in some row."""
-    return any(line.settings[mark.name] != _told(line, mark) for line in lines if mark.name in line.settings)
+    lines = [line for line in compiled.lines if mark.name in line.settings]
+    return bool(compiled.table.paper_metrics) and any(line.settings[mark.name] != _told(line, mark) for line in lines)
 
 
-def _ours_and_paper(header: str, latex: str, transposed: bool) -> list[Entry]:
-    """Two headings. Above a LaTeX column, "ours" has a line of its own: it keeps the column narrow."""
+def _heads(header: str, latex: str, transposed: bool, *, twice: bool) -> list[Entry]:
+    """One heading, or ours and the paper's. Above a LaTeX column, "ours" has a line of its own: it keeps the column
+    narrow."""
+    if not twice:
+        return [Entry(header, latex)]
     form = "{} {}" if transposed else r"\shortstack{{{}\\{}}}"
     return [Entry(f"{header} {whose}", form.format(latex or _latex(header), whose)) for whose in ("ours", "paper")]
 
 
-def _mark_entries(line: Line, mark: Mark, lines: Sequence[Line]) -> list[Entry]:
-    ours = [Entry(line.settings.get(mark.name, NO_VALUE))] * _has_two_values(mark, lines)
-    return [*ours, Entry(_told(line, mark))]
+def _mark_entries(line: Line, mark: Mark, compiled: CompiledTable) -> list[Entry]:
+    ours, told = Entry(line.settings.get(mark.name, NO_VALUE)), Entry(_told(line, mark))
+    if _has_two_values(mark, compiled):
+        return [ours, told]
+    return [told if compiled.table.paper_metrics or mark.name not in line.settings else ours]
 
 
 def _told(line: Line, mark: Mark) -> str:
@@ -206,7 +213,7 @@ def _measured(line: Line, cell: Cell, several: bool, footnotes: Footnotes) -> En
         return Entry(NO_VALUE)
     symbols = footnotes.symbols(cell)
     if cell.mean is None:
-        return Entry(line.status if line.status in ("failed", "running", "queued") else MISSING, symbols=symbols)
+        return Entry(line.status if line.trials and line.status != "finished" else MISSING, symbols=symbols)
     mean, latex = f"{cell.mean:.1f}", ""
     spread = [] if cell.spread is None else [f"± {cell.spread:.1f}"]
     if several:
@@ -222,10 +229,11 @@ def _paper(cell: Cell) -> Entry:
 
 def _run_lines(compiled: CompiledTable, length: int | None) -> list[list[str]]:
     """A heading and one line per trial; ids cut to `length`. Empty if there is no trial."""
+    several = len(compiled.experiments) > 1
     metrics = compiled.table.metrics
-    marks = [mark for mark in compiled.table.layout.marks if _has_two_values(mark, compiled.lines)]
+    marks = [mark for mark in compiled.table.layout.marks if _has_two_values(mark, compiled)]
     heads = ["row", *(f"{mark.header} ours" for mark in marks), "seed", "status"]
-    heads += [*(metric.header for metric in metrics), "threshold", "MLflow run", "trial key"]
+    heads += [*(metric.header for metric in metrics), "threshold", *["experiment"] * several, "MLflow run", "trial key"]
     lines = [
         [
             line.label,
@@ -234,6 +242,7 @@ def _run_lines(compiled: CompiledTable, length: int | None) -> list[list[str]]:
             trial.status,
             *(_number(trial.values.get(metric.name), 2) for metric in metrics),
             _number(trial.threshold, 2),
+            *[trial.experiment] * several,
             trial.run_id[:length],
             trial.trial_key[:length],
         ]
@@ -301,7 +310,7 @@ def _latex_symbols(symbols: str) -> str:
 
 def _latex_line(line: Sequence[Entry]) -> list[str]:
     """The entries; a first one with `[` or `*` must not be read as the option of the line break before it."""
-    texts = []
+    texts: list[str] = []
     for i, entry in enumerate(line):
         if entry.text == OURS:
             return [*texts, rf"\multicolumn{{{len(line) - i}}}{{c}}{{{_latex(OURS)}}}"]

@@ -1,71 +1,137 @@
-"""MLflow -> pandas: the trials of a sweep, as the sweep recorded them. Nothing else is read."""
+"""MLflow -> plain records: the trials of sweeps, as the sweeps recorded them. Nothing else is read."""
 
 import json
+import math
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import Any, TypeVar
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
 
 from mlflow import MlflowClient
-from mlflow.entities import Experiment, Run
+from mlflow.entities import Run
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
-from semformer.config import Config, flatten
 from semformer.errors import UserError
-from sweeps.plan.table import Table, resolve
+from sweeps.tracking import rows
+from sweeps.tracking.connection import TAG, connecting
 
-TAG = "semformer."
 SHORT = 8
 """Characters of a run id or trial key that are printed."""
-ENDED = {"FINISHED": "finished", "FAILED": "failed", "KILLED": "failed"}
+MASKS = "pixel masks read by"
+FIELDS = {
+    "eval_split": "data.eval_split",
+    "scales": "cams.scales",
+    "flip": "cams.flip",
+    "erosion": "evaluate.erosion",
+    "rule": "evaluate.rule",
+}
+"""The config fields that a protocol tells of."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Record:
+    """A trial's run. `started` is in milliseconds, "" stands for what is not recorded.
+
+    `status` is queued, running, stopped, finished, failed or pruned; `rows` are "table/row". `config` has the text of
+    all config fields once the trial has `begun`, before that of the protocol's. `protocol` has MASKS in it, too.
+    """
+
+    run_id: str
+    parent_run_id: str
+    experiment: str
+    trial_key: str
+    seed: int
+    rows: tuple[str, ...]
+    status: str
+    reason: str
+    started: int
+    begun: bool
+    config: Mapping[str, str]
+    protocol: Mapping[str, str]
+    metrics: Mapping[str, float]
+
+    @property
+    def finished(self) -> bool:
+        return self.status == "finished"
+
+    @property
+    def data(self) -> str:
+        """The data set that it was measured on."""
+        return self.protocol.get("data", "")
+
+    def score(self, name: str) -> float | None:
+        """A measured value, such as "miou" in percent; None if there is none, or no finite one."""
+        value = self.metrics.get(f"cam/{self.protocol.get('eval_split')}/{name}", math.nan)
+        return value if self.finished and math.isfinite(value) else None
+
+    def rows_of(self, table: str) -> list[str]:
+        """The rows of a table that the trial fills."""
+        return [row for name, _, row in (pair.partition("/") for pair in self.rows) if name == table]
 
 
 @dataclass(frozen=True)
 class Trials:
-    """The trial runs of one experiment, read once."""
+    """What some experiments hold of a preset, read once: a record for each trial.
 
-    experiment: str
-    runs: Sequence[Run]
+    `unusable` are pairs of the rows that a run fills and a sentence on what is wrong with it; `repeated` are the keys
+    of the trials that have several runs.
+    """
 
-    def of_table(self, table: str, preset: str) -> pd.DataFrame:
-        """One line per run of `preset` and row of `table` that it fills; empty if there is none.
+    records: Sequence[Record]
+    unusable: Sequence[tuple[tuple[str, ...], str]]
+    repeated: frozenset[str]
 
-        Columns: row, seed, rows (all of this table that the run fills, comma-separated), run_id, parent_run_id,
-        trial_key, status (queued, running, finished, failed), reason, started (UTC), commit, masks_read_by, and what
-        MLflow holds by name: `metrics.<name>` floats, `params.<field>` and `protocol.<name>` text; empty where a run
-        has none.
-        """
-        runs = [run for run in self.runs if _tag(run, "preset") == preset]
-        return pd.DataFrame([_record(run, row, _rows(run, table)) for run in runs for row in _rows(run, table)])
-
-    def contents(self) -> str:
-        """Of which tables and presets it has trials, for people."""
-        there = {(table, _tag(run, "preset")) for run in self.runs for table in _tag(run, "table").split(",")}
-        told = ", ".join(f"{table} {preset}" for table, preset in sorted(there))
-        return f"it has {told}" if told else "it has no trial at all"
+    def unusable_of(self, tables: Collection[str]) -> dict[str, list[str]]:
+        """The sentences on runs that fill rows of some tables, each with those rows."""
+        kept = {why: [row for row in filled if row.partition("/")[0] in tables] for filled, why in self.unusable}
+        return {why: filled for why, filled in kept.items() if filled}
 
 
-def read_trials(tracking_uri: str, experiments: Sequence[str]) -> Trials:
-    """The trials of the first of `experiments` that is there. Raises UserError if none is, or MLflow cannot be read."""
-    client = _client(tracking_uri)
-    experiment = _experiment(client, experiments)
-    query = f"tags.`{TAG}kind` = 'trial'"
-    runs = _pages(client.search_runs, experiment_ids=[experiment.experiment_id], filter_string=query)
-    return Trials(experiment.name, runs)
+def read_trials(tracking_uri: str, preset: str, experiments: Sequence[str] = ()) -> Trials:
+    """The trials of a preset in some experiments, by default in all that are not deleted.
+
+    Raises UserError if one of `experiments` is not there, or MLflow cannot be read.
+    """
+    with connecting(tracking_uri):
+        client = _client(tracking_uri)
+        names = _experiments(client, experiments)
+        runs = _trial_runs(client, names, f"tags.`{TAG}preset` = '{preset}'")
+    records, unusable = [], []
+    for run in runs:
+        experiment = names[run.info.experiment_id]
+        try:
+            records.append(_record(run, experiment))
+        except (ValueError, RecursionError) as error:
+            place = f"Run {run.info.run_id} of experiment {experiment!r}"
+            unusable.append((tuple(rows.read(_tags(run))), f"{place} is left out: {error}"))
+    counts = Counter(record.trial_key for record in records)
+    repeated = frozenset(key for key, n in counts.items() if n > 1)
+    return Trials(_merged(records), unusable, repeated)
+
+
+def contents(tracking_uri: str, experiments: Sequence[str] = ()) -> str:
+    """ "there are trials of ...": tables, each with a preset. Raises UserError as `read_trials` does."""
+    with connecting(tracking_uri):
+        client = _client(tracking_uri)
+        tags = [_tags(run) for run in _trial_runs(client, _experiments(client, experiments))]
+    there = {(row.partition("/")[0], tag.get("preset", "")) for tag in tags for row in rows.read(tag)}
+    told = ", ".join(f"{table} {preset}" for table, preset in sorted(there))
+    return f"there are trials of {told}" if told else "there is no trial at all: run a sweep first"
 
 
 def log_texts(tracking_uri: str, run_ids: Iterable[str], texts: Mapping[str, str]) -> None:
-    """Keep text files, by name, with some runs. Raises UserError if MLflow cannot be used."""
-    client = _client(tracking_uri)
-    for run_id in run_ids:
-        for name, text in texts.items():
-            client.log_text(run_id, text, name)
+    """Keep text files, by name, with some runs. Raises UserError if MLflow or its artifacts cannot be used."""
+    with connecting(tracking_uri):
+        client = _client(tracking_uri)
+        for run_id in run_ids:
+            for name, text in texts.items():
+                client.log_text(run_id, text, name)
 
 
 def _client(tracking_uri: str) -> MlflowClient:
@@ -77,70 +143,108 @@ def _client(tracking_uri: str) -> MlflowClient:
                 f"there is no MLflow database {path}: run a sweep first (semformer-sweep run), or name the "
                 "database with --tracking-uri"
             )
-    try:
-        client = MlflowClient(tracking_uri)
-        client.search_experiments(max_results=1)
-    except Exception as error:  # MLflow passes on whatever the database driver or the HTTP library raises
-        shown = re.sub(r"(?<=:)[^:@/]+(?=@)", "***", tracking_uri)
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"cannot read MLflow at {shown}: {first}") from error
-    return client
+    return MlflowClient(tracking_uri)
 
 
-def _experiment(client: MlflowClient, names: Sequence[str]) -> Experiment:
-    for name in names:
-        experiment = client.get_experiment_by_name(name)
-        if experiment and experiment.lifecycle_stage == "active":
-            return experiment
-    known = sorted(e.name for e in _pages(client.search_experiments) if e.name != "Default")
-    there = f"there are {', '.join(map(repr, known))}" if known else "there is none yet; run a sweep first"
-    wanted = " or ".join(map(repr, names))
-    raise UserError(f"MLflow has no experiment {wanted}: {there} (choose one with --preset or --experiment)")
+def _experiments(client: MlflowClient, wanted: Sequence[str]) -> dict[str, str]:
+    """Id -> name."""
+    known = {e.experiment_id: e.name for e in _pages(client.search_experiments)}
+    for name in wanted:
+        if name not in known.values():
+            there = ", ".join(sorted(repr(name) for name in known.values() if name != "Default")) or "none yet"
+            raise UserError(f"MLflow has no experiment {name!r}: there are {there} (choose with --experiment)")
+    return {i: name for i, name in known.items() if not wanted or name in wanted}
+
+
+def _trial_runs(client: MlflowClient, experiments: Iterable[str], *conditions: str) -> list[Run]:
+    query = " AND ".join([f"tags.`{TAG}kind` = 'trial'", *conditions])
+    return _pages(client.search_runs, experiment_ids=list(experiments), filter_string=query)
 
 
 def _pages(search: Any, **query: Any) -> list[Any]:
-    found = page = search(**query)
+    page = search(**query)
+    found = list(page)
     while page.token:
         page = search(**query, page_token=page.token)
-        found = [*found, *page]
-    return list(found)
+        found += page
+    return found
 
 
-def _rows(run: Run, table: str) -> list[str]:
-    """The rows of `table` that the trial fills."""
-    pairs = (name.partition("/") for name in _tag(run, "rows").split(","))
-    return [row for name, _, row in pairs if name == table]
+def _merged(records: Iterable[Record]) -> list[Record]:
+    """One record for each trial: of a finished run, else of the newest, with the rows of all its runs."""
+    trials: dict[str, list[Record]] = {}
+    for record in sorted(records, key=lambda record: (not record.finished, -record.started)):
+        trials.setdefault(record.trial_key, []).append(record)
+    return [
+        replace(runs[0], rows=tuple(dict.fromkeys(row for run in runs for row in run.rows))) for runs in trials.values()
+    ]
 
 
-def _record(run: Run, row: str, rows: Sequence[str]) -> dict[str, Any]:
-    status = _tag(run, "status")
-    if status not in ENDED.values():
-        status = ENDED.get(run.info.status, status or "running")
-    protocol = json.loads(_tag(run, "protocol") or "{}")
-    return {
-        "row": row,
-        "seed": int(_tag(run, "seed")),
-        "rows": ",".join(rows),
-        "run_id": run.info.run_id,
-        "parent_run_id": run.data.tags.get(MLFLOW_PARENT_RUN_ID, ""),
-        "trial_key": _tag(run, "trial_key"),
-        "status": status,
-        "reason": _tag(run, "reason"),
-        "started": pd.Timestamp(run.info.start_time, unit="ms", tz="UTC"),
-        "commit": _tag(run, "commit"),
-        "masks_read_by": ", ".join(json.loads(_tag(run, "masks_read_by") or "[]")),
-        **_prefixed("metrics.", run.data.metrics),
-        **_prefixed("params.", run.data.params),
-        **_prefixed("protocol.", {name: plain_text(value) for name, value in protocol.items()}),
-    }
+def _record(run: Run, experiment: str) -> Record:
+    """Raises ValueError that names a tag that is missing or cannot be read."""
+    tags = _tags(run)
+    told = _parsed(tags, "protocol", _object) if tags.get("protocol") else {}
+    masks = _parsed(tags, "masks_read_by", _names) if tags.get("masks_read_by") else []
+    protocol = {name: plain_text(value) for name, value in told.items()}
+    params = {name: parameter_text(value) for name, value in run.data.params.items()}
+    status = _status(run)
+    return Record(
+        run_id=run.info.run_id,
+        parent_run_id=run.data.tags.get(MLFLOW_PARENT_RUN_ID, ""),
+        experiment=experiment,
+        trial_key=_parsed(tags, "trial_key", str),
+        seed=_parsed(tags, "seed", _seed),
+        rows=tuple(rows.read(tags)),
+        status=status,
+        reason=f"{'while' if params else 'before'} it ran" if status == "stopped" else tags.get("reason", ""),
+        started=run.info.start_time or 0,
+        begun=bool(params),
+        config=params | {field: protocol[name] for name, field in FIELDS.items() if name in protocol},
+        protocol=protocol | {MASKS: ", ".join(masks) or "no stage"},
+        metrics=run.data.metrics,
+    )
 
 
-def _tag(run: Run, name: str) -> str:
-    return run.data.tags.get(TAG + name, "")
+def _status(run: Run) -> str:
+    """A sweep that ends sets back what is not finished; it runs on when the sweep is resumed."""
+    status, ended = _tags(run).get("status", ""), run.info.status
+    if status in ("finished", "failed", "pruned"):
+        return status
+    return {"FINISHED": "finished", "FAILED": "failed", "KILLED": "stopped"}.get(ended, status or "running")
 
 
-def _prefixed(prefix: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    return {prefix + name: value for name, value in values.items()}
+def _tags(run: Run) -> dict[str, str]:
+    return {name.removeprefix(TAG): text for name, text in run.data.tags.items() if name.startswith(TAG)}
+
+
+def _parsed(tags: Mapping[str, str], name: str, parse: Callable[[str], T]) -> T:
+    if not (text := tags.get(name)):
+        raise ValueError(f"it has no tag {TAG}{name}")
+    try:
+        return parse(text)
+    except (ValueError, RecursionError):
+        raise ValueError(f"its tag {TAG}{name} = {text[:60]!r} cannot be read") from None
+
+
+def _seed(text: str) -> int:
+    seed = int(text)
+    if not 0 <= seed < 2**63:
+        raise ValueError
+    return seed
+
+
+def _object(text: str) -> dict[str, Any]:
+    return _of_type(dict, json.loads(text))
+
+
+def _names(text: str) -> list[str]:
+    return list(map(str, _of_type(list, json.loads(text))))
+
+
+def _of_type(kind: type[T], value: Any) -> T:
+    if not isinstance(value, kind):
+        raise ValueError
+    return value
 
 
 def plain_text(value: Any) -> str:
@@ -150,76 +254,9 @@ def plain_text(value: Any) -> str:
     return ", ".join(map(plain_text, value)) if isinstance(value, list | tuple) else str(value)
 
 
-def choose_runs(
-    trials: pd.DataFrame, table: Table, preset: str, overrides: Mapping[str, Any] | None = None
-) -> tuple[pd.DataFrame, list[str]]:
-    """One run for every row and seed, and sentences on the runs that are left out.
-
-    The run nearest to what the table file, the preset and `overrides` say wins, then the newest trial; of several runs
-    of one trial the newest finished one. Adds the column `differs`: field -> (the run's value, the wanted one).
-    Raises UserError when no run is of a row of the table.
-    """
-    trials = trials[trials["row"].isin({row.id for row in table.rows})]
-    if trials.empty:
-        raise UserError(f"no run is of a row of {table.path}: have the rows been renamed since the sweep?")
-    differs = [_differences(trial, table, preset, overrides or {}) for trial in trials.to_dict("records")]
-    trials = trials.assign(
-        differs=differs,
-        distance=[len(fields) for fields in differs],
-        trial_started=trials.groupby(["row", "seed", "trial_key"])["started"].transform("max"),
-        finished=trials["status"].eq("finished"),
-    )
-    order = {"distance": True, "trial_started": False, "trial_key": True, "finished": False, "started": False}
-    ranked = trials.sort_values(list(order), ascending=list(order.values()), ignore_index=True)
-    chosen = ranked.drop_duplicates(["row", "seed"])
-    return chosen, _left_out(ranked.drop(chosen.index), chosen)
-
-
-def _left_out(left: pd.DataFrame, chosen: pd.DataFrame) -> list[str]:
-    kept = chosen[["row", "seed", "trial_key", "run_id", "status"]]
-    left = left.merge(kept, on=["row", "seed"], suffixes=("", "_kept"))
-    same = left["trial_key"] == left["trial_key_kept"]
-    sentences = []
-    for key, group in left[same].groupby("trial_key", sort=False):
-        winner = group.iloc[0]
-        which = "newest finished" if winner["status_kept"] == "finished" else "newest"
-        sentences.append(
-            f"Trial {key[:SHORT]} has {group['run_id'].nunique() + 1} runs; the {which} one, "
-            f"{winner['run_id_kept'][:SHORT]}, is shown."
-        )
-    others = left[~same]
-    for settings, group in others.groupby(others["differs"].map(_settings_text), sort=False):
-        n = group["run_id"].nunique()
-        why = f"{settings} (--set chooses these settings)" if settings else "other data or another version of a stage"
-        sentences.append(f"{n} other run{'s' * (n > 1)} of these cells left out: {why}.")
-    return sentences
-
-
-def _settings_text(differs: Mapping[str, tuple[str, str]]) -> str:
-    return ", ".join(f"{field} = {value}" for field, (value, _) in differs.items())
-
-
-def _differences(
-    trial: Mapping[str, Any], table: Table, preset: str, overrides: Mapping[str, Any]
-) -> dict[str, tuple[str, str]]:
-    """Rows that share a trial may differ in fields that do not count; the nearest row is taken."""
-    rows = [table.rows[table.positions[row]] for row in trial["rows"].split(",") if row in table.positions]
-    wanted = [resolve(table, row, preset, overrides, trial["seed"]) for row in rows]
-    return min((_differences_from(trial, config) for config in wanted), key=len)
-
-
-def _differences_from(trial: Mapping[str, Any], config: Config) -> dict[str, tuple[str, str]]:
-    differences = {}
-    for field, wanted in flatten(config).items():
-        value = trial.get(f"params.{field}")
-        if isinstance(value, str) and parameter_text(value) != plain_text(wanted):
-            differences[field] = (parameter_text(value), plain_text(wanted))
-    return differences
-
-
 def parameter_text(parameter: str) -> str:
     """A parameter as the sweep records it (text as it is, else JSON), for people: '["CF", "SS"]' -> "CF, SS"."""
     try:
         return plain_text(json.loads(parameter))
-    except ValueError:
+    except (ValueError, RecursionError):
         return parameter

@@ -3,35 +3,28 @@
 `compile_table` makes plain data; what only writes it down is in `render.py`.
 """
 
-import math
 import re
 import statistics
 import textwrap
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import pandas as pd
-
-from analysis.runs import choose_runs, parameter_text, plain_text, read_trials
+from analysis.choice import Candidate, choose
+from analysis.notes import Protocol, notes_under
+from analysis.runs import Record, Trials, contents, plain_text, read_trials
 from semformer.config import flatten
 from semformer.errors import UserError
-from sweeps.plan.table import SEVERAL, Metric, PaperRow, Row, Table, resolve
+from sweeps.plan.table import Metric, Row, Table, resolve
 
-MASKS = "pixel masks read by"
-FINAL_MAPS = {
-    "activation": "activation map alone",
-    "attention": "class-relative attention alone",
-    "both": "activation map times class-relative attention",
-}
+LEFT_OUT = "left out, see Runs"
 
 
 @dataclass(frozen=True)
 class Trial:
     """One run of one row. `values` has the finite values by metric name; `threshold` is what they were scored at.
 
-    `parent_run_id` is the sweep's, "" where there is none.
+    `parent_run_id` is the sweep's, "" where there is none; `experiment` is MLflow's.
 
     `deviations` tells what its protocol or settings have other than most cells.
     """
@@ -39,6 +32,7 @@ class Trial:
     seed: int
     run_id: str
     parent_run_id: str
+    experiment: str
     trial_key: str
     status: str
     reason: str
@@ -82,11 +76,12 @@ class Line:
 
     @property
     def status(self) -> str:
-        """finished (at least one seed), failed, running, queued, not run, or paper only."""
+        """finished (at least one seed), failed, running, queued, stopped, pruned, not run, or paper only."""
         if not self.ours:
             return "paper only"
         found = {trial.status for trial in self.trials}
-        return next((s for s in ("finished", "failed", "running", "queued") if s in found), "not run")
+        order = ("finished", "failed", "running", "queued", "stopped", "pruned")
+        return next((status for status in order if status in found), "not run")
 
     @property
     def is_filled(self) -> bool:
@@ -100,9 +95,17 @@ class CompiledTable:
 
     table: Table
     preset: str
-    experiment: str
     lines: tuple[Line, ...]
     notes: tuple[tuple[str, str], ...]
+
+    @property
+    def trials(self) -> list[Trial]:
+        return [trial for line in self.lines for trial in line.trials]
+
+    @property
+    def experiments(self) -> list[str]:
+        """Where its trials were found."""
+        return list(dict.fromkeys(trial.experiment for trial in self.trials))
 
 
 def compile_from_mlflow(
@@ -110,65 +113,75 @@ def compile_from_mlflow(
     *,
     preset: str,
     tracking_uri: str,
-    experiment: str | None = None,
+    experiments: Sequence[str] = (),
+    data: str | None = None,
     seed: int | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> list[CompiledTable]:
-    """Reads an experiment once and compiles those of the tables that it has trials of, of one seed or of all.
+    """Reads some experiments, by default all, and compiles those of the tables that they have trials of.
 
-    The experiment is by default that of a sweep of several tables, "tables <preset>"; for one table its own, "<table>
-    <preset>", if there is one. `overrides` are the `--set` of the sweep. Raises UserError as `read_trials` does, and
-    if there is no trial of any table, with `preset` and `seed`.
+    `data` is the beginning of the name of a data set; with None for it or for `seed`, all count. `overrides` are the
+    `--set` of the sweep. Raises UserError as `read_trials` does, and if there is no such trial of any table.
     """
-    own = [f"{table.name} {preset}" for table in tables if len(tables) == 1]
-    trials = read_trials(tracking_uri, [experiment] if experiment else [*own, f"{SEVERAL} {preset}"])
-    frames = {table.name: trials.of_table(table.name, preset) for table in tables}
-    if all(frame.empty for frame in frames.values()):
-        raise UserError(
-            f"experiment {trials.experiment!r} has no trial of {', '.join(frames)} with preset {preset}"
-            f"{'; ' if trials.runs else ': '}{trials.contents()}"
-        )
-    if seed is not None:
-        seeds = sorted({int(n) for frame in frames.values() if not frame.empty for n in frame["seed"]})
-        if seed not in seeds:
-            told = ", ".join(map(str, seeds))
-            raise UserError(f"no trial of experiment {trials.experiment!r} has seed {seed}: there are {told}")
-        frames = {name: frame if frame.empty else frame[frame["seed"] == seed] for name, frame in frames.items()}
+    trials = read_trials(tracking_uri, preset, experiments)
+    names = [table.name for table in tables]
+    records = [record for record in trials.records if any(map(record.rows_of, names))]
+    if not records:
+        where = f"experiment {', '.join(map(repr, experiments))}" if experiments else "MLflow"
+        why = "".join(f"\n{text}" for text in trials.unusable_of(names)) or f": {contents(tracking_uri, experiments)}"
+        raise UserError(f"{where} has no trial of {', '.join(names)} with preset {preset}{why}")
+    records = _only(records, "data", data, {r.data for r in records if r.data.startswith(data or "")})
+    records = _only(records, "seed", seed, {seed})
     return [
-        compile_table(table, frames[table.name], preset=preset, experiment=trials.experiment, overrides=overrides)
+        compile_table(table, replace(trials, records=own), preset=preset, overrides=overrides)
         for table in tables
-        if not frames[table.name].empty
+        if (own := [record for record in records if record.rows_of(table.name)])
     ]
 
 
+def _only(records: list[Record], name: str, asked: str | int | None, values: Collection) -> list[Record]:
+    """Those records whose attribute is among `values`, if something was `asked` for. Raises UserError if none is."""
+    if asked is None:
+        return records
+    kept = [record for record in records if getattr(record, name) in values]
+    if not kept:
+        there = "; ".join(sorted({str(getattr(record, name)) or "not recorded" for record in records}))
+        raise UserError(f"no trial of these tables has {name} {asked}: there are {there}")
+    return kept
+
+
 def compile_table(
-    table: Table,
-    trials: pd.DataFrame,
-    *,
-    preset: str,
-    experiment: str,
-    overrides: Mapping[str, Any] | None = None,
+    table: Table, trials: Trials, *, preset: str, overrides: Mapping[str, Any] | None = None
 ) -> CompiledTable:
-    """The table's cells from trials as `Trials.of_table` gives them. Raises UserError as `choose_runs` does."""
-    overrides = overrides or {}
-    chosen, left_out = choose_runs(trials, table, preset, overrides)
-    records = chosen.sort_values("seed").to_dict("records")
-    records.sort(key=lambda record: table.positions[record["row"]])
-    protocol = Protocol([record for record in records if record["status"] == "finished"])
-    seeds = sorted({record["seed"] for record in records})
-    lines = [Line(row.id, row.label, False, row.marks, {}, (), _cells(table, row, (), [])) for row in table.paper_only]
+    """The table's cells from trials that fill rows of it. Raises UserError as `choose` does."""
+    overrides, unusable = overrides or {}, trials.unusable_of([table.name])
+    choice = choose(table, trials.records, preset, overrides)
+    protocol = Protocol([candidate for candidate in choice.shown if candidate.record.finished])
+    seeds = sorted({candidate.record.seed for candidate in choice.shown})
+    lines = []
+    for paper_row in table.paper_only:
+        cells = {m.name: Cell(None, None, 0, paper_row.paper.get(m.name)) for m in table.metrics}
+        lines.append(Line(paper_row.id, paper_row.label, False, paper_row.marks, {}, (), cells))
     for row in table.rows:
-        own = [record for record in records if record["row"] == row.id]
+        own = [candidate for candidate in choice.shown if candidate.row == row.id]
+        runs = tuple(_trial(candidate, table, protocol) for candidate in own)
+        is_unusable = any(f"{table.name}/{row.id}" in filled for filled in unusable.values())
+        left_out = seeds if is_unusable else choice.left_out.get(row.id, ())
+        cells = {m.name: _cell(m, row.paper.get(m.name), runs, seeds, left_out) for m in table.metrics}
         settings = _settings(table, row, own, preset, overrides)
-        runs = tuple(_trial(record, table, protocol) for record in own)
-        lines.append(Line(row.id, row.label, True, row.marks, settings, runs, _cells(table, row, runs, seeds)))
+        lines.append(Line(row.id, row.label, True, row.marks, settings, runs, cells))
     lines = _with_best(table.metrics, lines)
-    notes = [*_notes(table, lines, protocol, preset, overrides, seeds), *(("Runs", text) for text in left_out)]
-    return CompiledTable(table, preset, experiment, tuple(lines), tuple(notes))
+    notes = [*notes_under(table, lines, protocol, preset, overrides, seeds)]
+    notes += [("Runs", text) for text in choice.sentences]
+    if n := len({candidate.record.trial_key for candidate in choice.shown} & trials.repeated):
+        trials_have = "trials have" if n > 1 else "trial has"
+        notes.append(("Runs", f"{n} {trials_have} several runs; of each, the newest finished one is shown."))
+    notes += [("Runs", f"{text}.") for text in unusable]
+    return CompiledTable(table, preset, tuple(lines), tuple(notes))
 
 
 def _settings(
-    table: Table, row: Row, records: Sequence[Mapping[str, Any]], preset: str, overrides: Mapping[str, Any]
+    table: Table, row: Row, own: Sequence[Candidate], preset: str, overrides: Mapping[str, Any]
 ) -> dict[str, str]:
     """What the row's trials had in the fields that marks name; preset paper has the paper's values."""
     marks = [mark for mark in table.layout.marks if mark.field]
@@ -177,11 +190,11 @@ def _settings(
     paper, planned = flatten(resolve(table, row, "paper", {}, 0)), flatten(resolve(table, row, preset, overrides, 0))
     settings = {}
     for mark in marks:
-        recorded = [value for record in records if isinstance(value := record.get(f"params.{mark.field}"), str)]
-        had = [parameter_text(value) for value in recorded] or [plain_text(planned[mark.field])]
+        recorded = [c.record.config[mark.field] for c in own if mark.field in c.record.config]
+        had = recorded or [plain_text(planned[mark.field])]
         told = row.marks.get(mark.name)
-        as_paper = told is not None and set(had) == {plain_text(paper[mark.field])}
-        settings[mark.name] = mark_text(told) if as_paper else " and ".join(dict.fromkeys(had))
+        as_paper = set(had) == {plain_text(paper[mark.field])}
+        settings[mark.name] = mark_text(told) if told is not None and as_paper else " and ".join(dict.fromkeys(had))
     return settings
 
 
@@ -190,108 +203,64 @@ def mark_text(value: bool | int | float | str) -> str:
     return ("✓" if value else "✗") if isinstance(value, bool) else str(value)
 
 
-class Protocol:
-    """The settings in which all measured cells should agree: the value of most of them, and who deviates.
-
-    Settings are the trial's protocol, the stages that read pixel masks, and every config field in which a trial is not
-    what table file and preset say (None for the trials that are).
-    """
-
-    def __init__(self, records: Sequence[Mapping[str, Any]]):
-        self.records = records
-        names = dict.fromkeys(name for record in records for name in record if name.startswith("protocol."))
-        self.names = [name.removeprefix("protocol.") for name in names]
-        settings = [self._settings(record) for record in records]
-        names = dict.fromkeys(name for one in settings for name in one)
-        self.counts = {name: Counter(one.get(name) for one in settings) for name in names}
-
-    def common(self, name: str) -> str | None:
-        """The value that most measured cells have."""
-        return self.counts[name].most_common(1)[0][0] if name in self.counts else None
-
-    def shown(self, name: str) -> str:
-        value = self.common(name) or "not recorded"
-        return value if len(self.counts.get(name, ())) < 2 else f"{value} (not in all cells, see the daggers)"
-
-    def parameter(self, field: str) -> str:
-        """The value of a config field if all measured cells have the same, else ""."""
-        values = {parameter_text(str(record.get(f"params.{field}", ""))) for record in self.records}
-        return values.pop() if len(values) == 1 else ""
-
-    def changed(self) -> dict[str, str]:
-        """The config fields in which most cells are not what table file and preset say."""
-        known = {*self.names, MASKS}
-        return {name: value for name in self.counts if name not in known and (value := self.common(name))}
-
-    def deviations(self, record: Mapping[str, Any]) -> tuple[str, ...]:
-        """A text as `erosion = 7 (otherwise 0)` for every setting that is not the common one."""
-        own, texts = self._settings(record), []
-        for name in self.counts:
-            value, common = own.get(name), self.common(name)
-            if value != common:
-                value = value or parameter_text(str(record.get(f"params.{name}", "not recorded")))
-                _, wanted = record["differs"].get(name, ("", "not recorded"))
-                texts.append(f"{name} = {value} (otherwise {common or wanted})")
-        return tuple(texts)
-
-    def _settings(self, record: Mapping[str, Any]) -> dict[str, str]:
-        protocol = {name: value for name in self.names if isinstance(value := record.get(f"protocol.{name}"), str)}
-        fields = {name: value for name, (value, _) in record["differs"].items() if name.split(".")[-1] not in protocol}
-        return protocol | {MASKS: record["masks_read_by"] or "no stage"} | fields
-
-
-def _trial(record: Mapping[str, Any], table: Table, protocol: Protocol) -> Trial:
-    prefix = f"metrics.cam/{record.get('protocol.eval_split')}/"
-    values = {metric.name: record.get(prefix + metric.name, math.nan) for metric in table.metrics}
-    threshold = record.get(prefix + "threshold", math.nan)
-    finished = record["status"] == "finished"
-    reason = re.sub(r"\x1b\[[0-9;]*m", "", record["reason"]) or "no reason recorded"
+def _trial(candidate: Candidate, table: Table, protocol: Protocol) -> Trial:
+    record = candidate.record
+    scores = {metric.name: record.score(metric.name) for metric in table.metrics}
+    reason = re.sub(r"\x1b\[[0-9;]*m", "", record.reason) or "no reason recorded"
     return Trial(
-        seed=record["seed"],
-        run_id=record["run_id"],
-        parent_run_id=record["parent_run_id"],
-        trial_key=record["trial_key"],
-        status=record["status"],
+        seed=record.seed,
+        run_id=record.run_id,
+        parent_run_id=record.parent_run_id,
+        experiment=record.experiment,
+        trial_key=record.trial_key,
+        status=record.status,
         reason=textwrap.shorten(reason, 200, placeholder=" ..."),
-        values={name: value for name, value in values.items() if finished and math.isfinite(value)},
-        threshold=threshold if math.isfinite(threshold) else None,
-        deviations=protocol.deviations(record) if finished else (),
+        values={name: score for name, score in scores.items() if score is not None},
+        threshold=record.score("threshold"),
+        deviations=protocol.deviations(candidate) if record.finished else (),
     )
 
 
-def _cells(table: Table, row: PaperRow, trials: Sequence[Trial], seeds: Sequence[int]) -> dict[str, Cell]:
-    return {metric.name: _cell(metric, row.paper[metric.name], trials, seeds) for metric in table.metrics}
-
-
-def _cell(metric: Metric, paper: float | None, trials: Sequence[Trial], seeds: Sequence[int]) -> Cell:
-    measured = [trial for trial in trials if trial.status == "finished" and metric.name in trial.values]
+def _cell(
+    metric: Metric, paper: float | None, trials: Sequence[Trial], seeds: Sequence[int], left_out: Collection[int]
+) -> Cell:
+    measured = [trial for trial in trials if metric.name in trial.values]
     values = [trial.values[metric.name] for trial in measured]
     return Cell(
         mean=statistics.fmean(values) if values else None,
         spread=statistics.stdev(values) if len(values) > 1 else None,
         n=len(values),
         paper=paper,
-        remarks=tuple(_remarks(metric, trials, seeds)),
+        remarks=tuple(_remarks(metric, trials, seeds, left_out)),
         deviations=tuple(dict.fromkeys(text for trial in measured for text in trial.deviations)),
     )
 
 
-def _remarks(metric: Metric, trials: Sequence[Trial], seeds: Sequence[int]) -> Iterable[str]:
+def _remarks(metric: Metric, trials: Sequence[Trial], seeds: Sequence[int], left_out: Collection[int]) -> Iterable[str]:
     """Why a seed has no value."""
+    if not trials:
+        yield LEFT_OUT if left_out else "not run"
+        return
     by_seed = {trial.seed: trial for trial in trials}
     for seed in seeds:
-        trial = by_seed.get(seed)
-        prefix = f"seed {seed}: " if len(seeds) > 1 and trials else ""
-        if trial is None:
-            yield prefix + "not run"
-        elif trial.status == "failed":
-            yield f"{prefix}failed: {trial.reason}"
-        elif trial.status != "finished":
-            yield f"{prefix}still {trial.status} when the table was made"
+        prefix = f"seed {seed}: " if len(seeds) > 1 else ""
+        if (trial := by_seed.get(seed)) is None:
+            yield prefix + (LEFT_OUT if seed in left_out else "not run")
         elif metric.name not in trial.values:
-            yield f"{prefix}finished, but without a value of {metric.header}"
-        if not trials:
-            return
+            yield prefix + _without_value(metric, trial)
+
+
+def _without_value(metric: Metric, trial: Trial) -> str:
+    match trial.status:
+        case "failed":
+            return f"failed: {trial.reason}"
+        case "stopped":
+            return f"stopped {trial.reason}: resume the sweep (semformer-sweep resume)"
+        case "pruned":
+            return "pruned: stopped early by the search's scheduler"
+        case "finished":
+            return f"finished, but without a value of {metric.header}"
+    return f"still {trial.status} when the table was made"
 
 
 def _with_best(metrics: Sequence[Metric], lines: Sequence[Line]) -> list[Line]:
@@ -299,75 +268,16 @@ def _with_best(metrics: Sequence[Metric], lines: Sequence[Line]) -> list[Line]:
     cells = [dict(line.cells) for line in lines]
     for metric in metrics:
         best = max if metric.best == "max" else min
-        ours = {i: round(c.mean, 1) for i, row in enumerate(cells) if _comparable(c := row[metric.name])}
+        ours = {i: round(c.mean, 1) for i, row in enumerate(cells) if (c := row[metric.name]).mean is not None}
+        ours = {i: value for i, value in ours.items() if not cells[i][metric.name].deviations}
         paper = {i: c.paper for i, row in enumerate(cells) if (c := row[metric.name]).paper is not None}
-        for values, flag in ((ours, "best"), (paper, "paper_best")):
-            for i, value in values.items():
-                if len(set(values.values())) > 1 and value == best(values.values()):
-                    cells[i][metric.name] = replace(cells[i][metric.name], **{flag: True})
+        for i in _best_of(ours, best):
+            cells[i][metric.name] = replace(cells[i][metric.name], best=True)
+        for i in _best_of(paper, best):
+            cells[i][metric.name] = replace(cells[i][metric.name], paper_best=True)
     return [replace(line, cells=row) for line, row in zip(lines, cells, strict=True)]
 
 
-def _comparable(cell: Cell) -> bool:
-    return cell.mean is not None and not cell.deviations
-
-
-def _notes(
-    table: Table,
-    lines: Sequence[Line],
-    protocol: Protocol,
-    preset: str,
-    overrides: Mapping[str, Any],
-    seeds: Sequence[int],
-) -> Iterable[tuple[str, str]]:
-    if not protocol.records:
-        yield "Ours", f"preset {preset}; no trial has finished."
-        return
-    split = protocol.shown("eval_split")
-    changed = {name: str(value) for name, value in overrides.items()} | protocol.changed()
-    settings = "".join(f", {name} = {value}" for name, value in changed.items())
-    data = f" of {protocol.shown('data')}" if "data" in protocol.names else ""
-    plural = "s" * (len(seeds) > 1)
-    listed = ", ".join(map(str, seeds))
-    yield "Ours", f"preset {preset}{settings}; measured on split {split}{data}; seed{plural} {listed}."
-    paper = f"{table.source}." if table.source else "see the table file."
-    if preset != "paper":
-        paper += f" Other data, networks and schedule than preset {preset}: compare the order, not the values."
-    if only := [line.label for line in lines if not line.ours]:
-        paper += f" Nothing of ours is measured for {', '.join(only)}."
-    yield "Paper", paper
-    if any(cell.best for line in lines for cell in line.cells.values()):
-        yield "Bold", "the best of its line; cells with a dagger are not compared."
-    counts = {cell.n for line in lines for cell in line.cells.values() if cell.n}
-    if max(counts, default=0) > 1:
-        text = "a ± s (n) is the mean and the sample standard deviation over n seeds."
-        yield "Seeds", text + (" The cells do not all have the same seeds." if len(counts) > 1 else "")
-    yield "Threshold", _threshold_note(protocol, split)
-    final_map = protocol.parameter("cams.final_map")
-    yield "Final map", f"{FINAL_MAPS.get(final_map, final_map) or 'differs from row to row'}."
-    others = [f"{name} {protocol.shown(name)}" for name in protocol.names if name not in ("eval_split", "data", "rule")]
-    if others:
-        yield "Protocol", f"{'; '.join(others)}."
-    yield "Supervision audit", _supervision_note(protocol)
-    yield from (("Note", note) for note in table.notes)
-
-
-def _threshold_note(protocol: Protocol, split: str) -> str:
-    rule = protocol.common("rule")
-    if rule == "oracle":
-        searched = protocol.parameter("evaluate.thresholds").split(", ")
-        text = f"oracle: of each cell the best, chosen with the pixel masks of split {split}"
-        text += f", from {searched[0]} to {searched[1]} in steps of {searched[2]}" if len(searched) == 3 else ""
-    elif rule == "fixed":
-        text = f"fixed at {protocol.parameter('evaluate.fixed_threshold') or 'different values'}, chosen without masks"
-    else:
-        text = f"rule {rule or 'not recorded'}"
-    return f"{text}." if len(protocol.counts.get("rule", ())) < 2 else f"{text}; another rule where a dagger says so."
-
-
-def _supervision_note(protocol: Protocol) -> str:
-    readers = protocol.shown(MASKS)
-    if readers == "evaluate":
-        what = "the scores and the oracle threshold" if protocol.common("rule") == "oracle" else "the scores"
-        return f"training sees image-level labels only; pixel masks are read by stage evaluate alone, for {what}."
-    return f"pixel masks are read by {readers}."
+def _best_of(values: Mapping[int, float], best: Any) -> list[int]:
+    """Where the best value is; nowhere if all are equal."""
+    return [i for i, value in values.items() if len(set(values.values())) > 1 and value == best(values.values())]

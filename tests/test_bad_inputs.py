@@ -42,7 +42,7 @@ def assert_refused(answer: Answer, told: str, place: Workplace) -> None:
 MISTAKES = {
     "name an unknown field": ("segmentor.sigm: 0.1", "{miou: null}", "row 'a': unknown field 'segmentor.sigm'"),
     "have a value of the wrong type": ("segmentor.sigma: wide", "{miou: null}", "row 'a': segmentor.sigma = 'wide'"),
-    "lack the paper's value": ("", "{}", "row 'a': the paper's value of 'miou' is missing"),
+    "have a value of no metric": ("", "{fp: 1}", "row 'a': 'fp' is none of the metrics"),
     "set the seed": ("seed: 1", "{miou: null}", "row 'a': seeds are given by --seeds"),
 }
 

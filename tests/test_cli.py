@@ -184,7 +184,7 @@ def test_tables_that_were_run_are_not_run_again(place, tables):
 
 def test_tables_are_compiled_from_their_common_experiment(place, tables, capsys):
     names = list(map(str, tables.paths))
-    arguments = ["tables", *names, "--preset", "micro", "--tracking-uri", place.uri, "--experiment", "tables micro"]
+    arguments = [*names, "--preset", "micro", "--tracking-uri", place.uri, "--experiment", "tables micro"]
     assert analysis_main(arguments) == 0
     out = capsys.readouterr().out
     assert "3 of 3 cells filled" in out

@@ -85,7 +85,7 @@ def test_the_output_tells_what_happened(table03):
 
 
 def test_the_table_is_compiled_from_mlflow_and_kept_with_the_sweep(place, table03, capsys):
-    arguments = ["tables", "table03", "--preset", "micro", "--tracking-uri", place.uri, "--log"]
+    arguments = ["table03", "--preset", "micro", "--tracking-uri", place.uri, "--log"]
     assert analysis_main(arguments) == 0
     printed = capsys.readouterr().out
     assert "| L_CF " in printed

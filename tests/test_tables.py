@@ -154,6 +154,12 @@ def test_a_preset_replaces_what_the_row_sets(mine):
         ("{caae.class_dim: 4}", "{caae.decoder_depth: 4}", 13, "'caae.decoder_depth' of preset tiny replaces nothing"),
         ("{caae.class_dim: 4}", "4", 13, "row 'small': presets.tiny = 4: input should be a valid dictionary"),
         ("field: caae.class_dim", "field: caae.class_dum", 6, "mark 'D': unknown field 'caae.class_dum': did you mean"),
+        (
+            "own, paper: {miou: null}}",
+            "own}\npaper_only: [{id: x, label: x, paper: {miou: null}}]",
+            16,
+            "needs a value",
+        ),
         ("field: caae.class_dim", "field: caae", 6, "mark 'D': unknown field 'caae'"),
         ("name: mine", "name: tables", 1, "'tables' is the name of sweeps of several tables"),
     ],
@@ -164,6 +170,12 @@ def test_mistakes_are_told_with_their_line(mine, old, new, line, told):
         load_table(path)
     assert f"{path}:{line}: " in str(error.value)
     assert told in str(error.value)
+
+
+def test_the_papers_values_may_be_left_out(mine):
+    assert load_table(mine()).paper_metrics == frozenset()
+    assert load_table(mine("    paper: {miou: null}\n")).paper_metrics == frozenset()
+    assert load_table(mine("own, paper: {miou: null}}", "own, paper: {miou: 63.7}}")).paper_metrics == {"miou"}
 
 
 def test_a_presets_value_that_does_not_fit_is_told_with_its_line(mine):

@@ -60,13 +60,13 @@ class Layout(Spec):
 
 
 class PaperRow(Spec):
-    """A row that only the paper has a value for. `marks`: true is a check mark, text stands for itself."""
+    """A row that only the paper has values for. `marks`: true is a check mark, text stands for itself."""
 
     id: Name
     label: str
     marks: Mapping[str, bool | int | float | str] = {}
-    paper: Mapping[str, float | None]
-    """Metric name -> the paper's value; null where the paper has none."""
+    paper: Mapping[str, float | None] = {}
+    """Metric name -> the paper's value; none, or null, where the paper has none."""
 
 
 class Row(PaperRow):
@@ -119,6 +119,12 @@ class Table(Spec):
             for name in row.set:
                 fields.setdefault(name, row.id)
         return fields
+
+    @cached_property
+    def paper_metrics(self) -> frozenset[str]:
+        """The metrics that the paper has a value of, in any row."""
+        values = (item for row in (*self.rows, *self.paper_only) for item in row.paper.items())
+        return frozenset(name for name, value in values if value is not None)
 
     def where(self, *location: str | int) -> str:
         """ "FILE:LINE" of a part, such as ("rows", 2, "set", "segmentor.sigma")."""
@@ -298,9 +304,8 @@ def _mistakes(table: Table) -> Iterator[str]:
             if row.id in seen:
                 yield f"{here}: another row has this id, at {seen[row.id]}"
             seen.setdefault(row.id, table.where(section, i))
-            for name in metrics:
-                if name not in row.paper:
-                    yield f"{here}: the paper's value of {name!r} is missing (`{name}: null` if there is none)"
+            if section == "paper_only" and not any(value is not None for value in row.paper.values()):
+                yield f"{here}: a row of `paper_only` needs a value in `paper`: give one, or leave the row out"
             for part, valid in (("paper", metrics), ("marks", marks)):
                 for name in getattr(row, part):
                     if name not in valid:

@@ -60,7 +60,7 @@ def best_table(search: "Search") -> str:
 
     def row(name: str, label: str, params: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
         marks = {axis: float(f"{value:.3g}") if isinstance(value, float) else value for axis, value in params.items()}
-        return {"id": name, "label": label, "marks": marks, "set": fields, "paper": dict.fromkeys(metrics)}
+        return {"id": name, "label": label, "marks": marks, "set": fields}
 
     start = {name: own_value(search.own, axis.field) for name, axis in search.axes.items()}
     rows = [row("start", f"preset {search.preset}", start, {})]

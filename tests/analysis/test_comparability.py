@@ -1,0 +1,263 @@
+"""What is compared and averaged is comparable; the rest is told."""
+
+import re
+import shlex
+import statistics
+
+import pytest
+import yaml
+
+from analysis.render import to_markdown
+from analysis.tables import compile_from_mlflow
+from semformer.config import parse_overrides
+from semformer.errors import UserError
+from sweeps.plan.table import load_table
+from tests.analysis.scene import OURS, SCALES, TINY, Sweep, cells, footnote, grid, note
+
+
+def test_several_seeds_give_mean_and_deviation(sweep):
+    for seed, shift in ((0, 0.0), (1, 1.0), (2, 5.0)):
+        sweep.full([v + shift for v in OURS], seed=seed)
+    compiled = sweep.compiled()
+    cell = cells(compiled)["CF"]
+    assert cell.n == 3
+    assert cell.mean == pytest.approx(OURS[0] + 2)
+    assert cell.spread == pytest.approx(statistics.stdev([0, 1, 5]))
+    text = to_markdown(compiled)
+    assert grid(text)["mIoU (%) ours"][1] == "36.8 ± 2.6 (3)"
+    assert grid(text)["mIoU (%) ours"][8] == "**73.6 ± 2.6 (3)**"
+    assert "seeds 0, 1, 2" in note(text, "Ours")
+    assert "over n seeds" in note(text, "Seeds")
+    assert grid(to_markdown(sweep.compiled(seed=1)))["mIoU (%) ours"][1] == "35.8"
+
+
+def test_seeds_without_a_value_are_named(sweep):
+    sweep.full()
+    sweep.trial("CF", 36.8, seed=1)
+    sweep.trial("CF-AS-AC", seed=1, tags={"status": "failed", "reason": "out of memory"})
+    text = to_markdown(sweep.compiled())
+    ours = grid(text)["mIoU (%) ours"]
+    assert ours[1:3] == ["35.8 ± 1.4 (2)", "44.0 (1) [1]"]
+    assert ours[7] == "66.0 (1) [2]"
+    assert footnote(text, "[1]") == "seed 1: not run"
+    assert footnote(text, "[2]") == "seed 1: failed: out of memory"
+    assert "do not all have the same seeds" in note(text, "Seeds")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "protocol", "says"),
+    [
+        ({"evaluate.erosion": 7}, {}, "erosion = 7 (otherwise 0)"),
+        ({"evaluate.rule": "fixed"}, {}, "rule = fixed (otherwise oracle)"),
+        ({"cams.scales": "1.0"}, {}, f"scales = 1.0 (otherwise {SCALES})"),
+        ({"data.eval_split": "train"}, {}, "eval_split = train (otherwise val)"),
+        ({"segmentor.epochs": 50}, {}, f"segmentor.epochs = 50 (otherwise {TINY.segmentor.epochs})"),
+        ({"caae.reconstruction": False}, {}, "caae.reconstruction = no (otherwise yes)"),
+    ],
+)
+def test_a_deviating_cell_is_marked_and_never_the_best(sweep, overrides, protocol, says):
+    sweep.full(OURS[:7])
+    sweep.trial("CF-CB-AS-AC", 99.9, overrides=overrides, protocol=protocol)
+    text = to_markdown(sweep.compiled())
+    ours = grid(text)["mIoU (%) ours"]
+    assert ours[8] == "99.9†"
+    assert ours[7] == "**66.0**"
+    assert footnote(text, "†") == f"not comparable: {says}"
+    assert text.count("not comparable") == 1
+
+
+def test_supervision_is_audited_cell_by_cell(sweep):
+    sweep.full(OURS[:7])
+    sweep.trial("CF-CB-AS-AC", 80.0, tags={"masks_read_by": '["segmentor", "evaluate"]'})
+    text = to_markdown(sweep.compiled())
+    assert footnote(text, "†") == "not comparable: pixel masks read by = segmentor, evaluate (otherwise evaluate)"
+    assert "not in all cells" in note(text, "Supervision audit")
+
+
+def test_supervision_audit_names_all_stages_that_read_masks(sweep):
+    sweep.full(tags={"masks_read_by": '["segmentor", "evaluate"]'})
+    text = to_markdown(sweep.compiled())
+    assert note(text, "Supervision audit") == "pixel masks are read by segmentor, evaluate."
+    assert "†" not in text
+
+
+def test_fixed_threshold_is_told_apart_from_oracle(sweep):
+    sweep.full(overrides={"evaluate.rule": "fixed"})
+    text = to_markdown(sweep.compiled())
+    assert note(text, "Threshold") == "fixed at 0.25, chosen without masks."
+    assert note(text, "Supervision audit").endswith("stage evaluate alone, for the scores.")
+
+
+def test_settings_other_than_the_presets_are_named(sweep):
+    sweep.full(overrides={"segmentor.epochs": 1, "segmentor.sigma": 0.05})
+    text = to_markdown(sweep.compiled())
+    assert "preset tiny, segmentor.epochs = 1, segmentor.sigma = 0.05;" in note(text, "Ours")
+    assert "†" not in text
+
+
+def test_runs_of_other_settings_are_left_out_and_can_be_chosen(sweep):
+    sweep.full()
+    sweep.full([1.0] * 7 + [2.0], overrides={"segmentor.epochs": 1})
+    compiled = sweep.compiled()
+    assert [cell.mean for cell in cells(compiled).values()][1:] == OURS
+    assert note(to_markdown(compiled), "Runs") == (
+        "8 other runs left out: segmentor.epochs = 1, mIoU (%) 1.0 to 2.0 (--set segmentor.epochs=1 shows them)."
+    )
+    chosen = sweep.compiled(overrides={"segmentor.epochs": "1"})
+    assert [cell.mean for cell in cells(chosen).values()][1:] == [1.0] * 7 + [2.0]
+    assert "preset tiny, segmentor.epochs = 1;" in note(to_markdown(chosen), "Ours")
+
+
+SECOND = {
+    "erosion": {"evaluate.erosion": 7},
+    "rule": {"evaluate.rule": "fixed"},
+    "scales": {"cams.scales": "0.5,1.0"},
+    "flip": {"cams.flip": False},
+    "split": {"data.eval_split": "train"},
+    "selection": {"segmentor.selection": "best_miou"},
+    "epochs": {"segmentor.epochs": 1, "segmentor.sigma": 0.05},
+}
+
+
+@pytest.mark.parametrize("overrides", SECOND.values(), ids=SECOND)
+def test_seeds_of_other_settings_are_not_averaged(sweep, overrides):
+    """And what is printed of how to choose the other one does choose it."""
+    sweep.trial("CF", 50.0)
+    sweep.trial("CF", 90.0, seed=1, overrides=overrides)
+    text = to_markdown(sweep.compiled())
+    assert grid(text)["mIoU (%) ours"][1] == "50.0"
+    assert "seed 0." in note(text, "Ours")
+    told = note(text, "Runs")
+    assert told.startswith("1 other run left out: ")
+    assert "mIoU (%) 90.0" in told
+    options = shlex.split(re.search(r"\((--set .*) shows it\)", told)[1])
+    chosen = sweep.compiled(overrides=parse_overrides(options[1::2]))
+    assert cells(chosen)["CF"].mean == 90.0
+    assert cells(chosen)["CF"].n == 1
+
+
+@pytest.mark.parametrize("protocol", [{"erosion": 7}, {"data": "shapes B"}])
+@pytest.mark.parametrize("tags", [{}, {"masks_read_by": '["segmentor", "evaluate"]'}])
+def test_seeds_of_other_protocols_are_not_averaged(sweep, protocol, tags):
+    sweep.full([50.0, 51.0], protocol={"data": "shapes A"})
+    sweep.trial("CF", 90.0, seed=1, protocol={"data": "shapes A"} | protocol, tags=tags)
+    assert cells(sweep.compiled())["CF"].mean == 50.0
+
+
+def test_seeds_of_which_other_stages_read_masks_are_not_averaged(sweep):
+    sweep.full([50.0, 51.0])
+    sweep.trial("CF", 90.0, seed=1, tags={"masks_read_by": '["segmentor", "evaluate"]'})
+    compiled = sweep.compiled()
+    assert cells(compiled)["CF"].mean == 50.0
+    told = "1 other run left out: pixel masks read by = segmentor, evaluate, mIoU (%) 90.0."
+    assert note(to_markdown(compiled), "Runs") == told
+
+
+def test_of_settings_that_are_equally_near_those_of_most_cells_are_shown(sweep):
+    sweep.full(overrides={"evaluate.erosion": 7})
+    sweep.trial("CF", 90.0, seed=1, overrides={"cams.flip": False})
+    sweep.trial("CF", 91.0, seed=2, overrides={"cams.flip": False})
+    text = to_markdown(sweep.compiled())
+    assert grid(text)["mIoU (%) ours"][1] == "34.8"
+    assert "†" not in text
+    assert "2 other runs left out: cams.flip = no, mIoU (%) 90.0 to 91.0" in note(text, "Runs")
+
+
+def test_a_seed_that_was_measured_otherwise_says_so(sweep):
+    sweep.full()
+    sweep.full(seed=1)
+    sweep.trial("CF", 50.0, seed=2)
+    sweep.trial("CF-CB", 90.0, seed=2, overrides={"evaluate.erosion": 7})
+    remarks = [cell.remarks for cell in cells(sweep.compiled()).values()][1:4]
+    assert remarks == [(), ("seed 2: left out, see Runs",), ("seed 2: not run",)]
+
+
+def test_a_trial_that_has_not_begun_takes_no_cell_from_one_that_has_finished(sweep):
+    """What it will be is not known yet."""
+    sweep.full(overrides={"segmentor.epochs": 1})
+    queued = {"status": "queued"}
+    sweep.trial("CF", tags=queued, begun=False)
+    sweep.trial("CF", seed=1, tags=queued, begun=False)
+    sweep.trial("CF", seed=2, tags=queued, begun=False, protocol={"erosion": 7})
+    compiled = sweep.compiled()
+    assert cells(compiled)["CF"].mean == OURS[0]
+    assert cells(compiled)["CF"].remarks == ("seed 1: still queued when the table was made",)
+    assert "2 other runs left out: not begun, queued." in note(to_markdown(compiled), "Runs")
+
+
+def test_what_was_asked_for_and_is_not_there_is_told(sweep):
+    sweep.full(overrides={"segmentor.epochs": 1})
+    text = to_markdown(sweep.compiled(overrides={"segmentor.epochs": "2", "evaluate.erosion": "7"}))
+    told = "segmentor.epochs = 1 (asked for: 2), evaluate.erosion = 0 (asked for: 7);"
+    assert told in note(text, "Ours")
+
+
+def test_runs_of_another_version_of_a_stage_are_left_out(sweep):
+    sweep.trial("CF", 34.8, tags={"trial_key": "old"})
+    sweep.trial("CF", 36.0, tags={"trial_key": "new"})
+    sweep.trial("CF", tags={"trial_key": "newest", "status": "failed"})
+    compiled = sweep.compiled()
+    assert cells(compiled)["CF"].mean == 36.0
+    assert note(to_markdown(compiled), "Runs") == ("2 other runs left out: another version of a stage, mIoU (%) 34.8.")
+
+
+def test_all_cells_are_of_one_data_set_that_of_most(sweep):
+    sweep.full(OURS[:3], protocol={"data": "shapes A (200 images, 0123)"})
+    sweep.full([90.0], protocol={"data": "shapes B (200 images, 4567)"})
+    sweep.trial("CF-AC", 95.0, protocol={"data": "shapes B (200 images, 4567)"})
+    sweep.trial("CF-CB-AS", 90.0, protocol={"data": "shapes C (200 images, 4567)"})
+    sweep.trial("CF-CB-AS", 90.0)
+    compiled = sweep.compiled()
+    text = to_markdown(compiled)
+    assert grid(text)["mIoU (%) ours"][1:7] == ["34.8", "**44.0**", "41.2", "— [1]", "— [1]", "— [2]"]
+    assert footnote(text, "[1]") == "left out, see Runs"
+    assert footnote(text, "[2]") == "not run"
+    told = "2 other runs left out: on shapes B (200 images, 4567), mIoU (%) 90.0 to 95.0"
+    assert f"{told} (--data 'shapes B (200 images, 4567)' shows them)." in note(text, "Runs")
+    assert "1 other run left out: data not recorded, mIoU (%) 90.0." in note(text, "Runs")
+    for name in ("shapes B", "shapes B (200 images, 4567)"):
+        chosen = cells(sweep.compiled(data=name))
+        assert [cell.mean for cell in chosen.values()][1:5] == [90.0, None, None, 95.0]
+    with pytest.raises(UserError, match=r"has data VOC: there are not recorded; shapes A \(200"):
+        sweep.compiled(data="VOC")
+
+
+def test_data_that_were_asked_for_win_over_those_of_most_cells(sweep):
+    sweep.full(protocol={"data": "shapes A"})
+    few = {"data.shapes.train": 16}
+    sweep.full([1.0, 2.0], overrides=few, protocol={"data": "shapes B"})
+    assert cells(sweep.compiled())["CF"].mean == OURS[0]
+    assert cells(sweep.compiled(overrides=few))["CF"].mean == 1.0
+
+
+def test_a_table_about_its_protocol_compares_all_its_rows(database):
+    path = database / "own.yaml"
+    path.write_text(
+        "{name: own, title: Splits, metrics: [{name: miou, header: mIoU}], rows: [{id: a, label: a}, {id: b, label: b, "
+        "set: {data.eval_split: train, evaluate.rule: fixed, cams.flip: false}}]}"
+    )
+    sweep = Sweep(database, path)
+    sweep.trial("a", 50.0, protocol={"data": "shapes (2 images, 01)"})
+    sweep.trial("b", 60.0, protocol={"data": "shapes (9 images, 23)"})
+    sweep.trial("b", 80.0, protocol={"data": "shapes (9 images, 45)", "erosion": 7})
+    text = to_markdown(sweep.compiled())
+    assert grid(text)["b"] == ["**60.0**"]
+    assert "†" not in text
+    assert note(text, "Threshold") == "its rule differs from row to row."
+
+
+def test_rows_that_share_a_trial_show_the_same_run(sweep):
+    run = sweep.trial("CF", 34.8, rows="CF,CF-CB")
+    compiled = sweep.compiled()
+    assert [line.trials[0].run_id for line in compiled.lines[1:3]] == [run, run]
+    assert "†" not in to_markdown(compiled)
+
+
+def test_a_row_whose_definition_changed_since_the_run_deviates(sweep, tmp_path):
+    sweep.full()
+    edited = yaml.safe_load(sweep.table.text)
+    edited["rows"][0]["set"]["segmentor.losses"] = "CF"
+    path = tmp_path / "edited.yaml"
+    path.write_text(yaml.safe_dump(edited))
+    (compiled,) = compile_from_mlflow([load_table(path)], preset="tiny", tracking_uri=sweep.uri)
+    assert cells(compiled)["CF"].deviations == ("segmentor.losses = CF, SS (otherwise CF)",)

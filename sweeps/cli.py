@@ -151,7 +151,8 @@ def _add_price(parser: argparse.ArgumentParser) -> None:
 
 def _add_running(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--budget", metavar="TIME", help="of GPUs, such as 40h or 30m: do not start what costs more")
+    budget = "of GPUs, such as 40h or 30m: a plan that costs more is not started, a search that has taken it ends"
+    add("--budget", metavar="TIME", help=budget)
     add("--address", metavar="auto|HOST:PORT", help="of a Ray cluster (default: one of our own, on this machine)")
     add("--tracking-uri", default=_tracking_uri(), metavar="URI", help=f"of MLflow (default: {TRACKING_DEFAULT})")
     add("--experiment", metavar="NAME", help="in MLflow (default: name and preset)")

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args
 
@@ -34,13 +35,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="semformer", description=__doc__, allow_abbrev=False)
-    commands = parser.add_subparsers(required=True)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {version('semformer-sweeps')}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     run = commands.add_parser("run", help="run the pipeline for one config", allow_abbrev=False)
     add_config_arguments(run)
     run.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
-    run.add_argument("--workers", type=_count(0), default=0, help="processes that load images")
+    run.add_argument("--workers", type=_count(0), default=0, help="processes that load images (default: 0)")
     run.add_argument(
         "--threads",
         type=_count(1),
@@ -54,8 +56,10 @@ def _parser() -> argparse.ArgumentParser:
     predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     add_config_arguments(predict)
     predict.add_argument("--classes", help="names of the classes in the images (default: those the network sees)")
-    predict.add_argument("--out", type=Path, default=Path("runs/predictions"), help="folder for the pictures")
-    predict.add_argument("--device", default="auto")
+    predict.add_argument(
+        "--out", type=Path, default=Path("runs/predictions"), help="for the pictures (default: %(default)s)"
+    )
+    predict.add_argument("--device", default="auto", help="as for run")
     predict.set_defaults(command=_predict)
 
     importer = commands.add_parser(
@@ -63,12 +67,12 @@ def _parser() -> argparse.ArgumentParser:
         help="turn weights under the published names into an artifact",
         allow_abbrev=False,
     )
-    importer.add_argument("file", type=Path, metavar="FILE")
-    importer.add_argument("--kind", required=True, choices=("caae", "segmentor"))
+    importer.add_argument("file", type=Path, metavar="FILE", help=".safetensors or .pth, of a whole network")
+    importer.add_argument("--kind", required=True, choices=("caae", "segmentor"), help="which network it is of")
     add_config_arguments(importer)
     importer.set_defaults(command=_import_checkpoint)
 
-    data = commands.add_parser("data", help="make or check a data set").add_subparsers(required=True)
+    data = commands.add_parser("data", help="make or check a data set").add_subparsers(required=True, metavar="COMMAND")
     shapes = data.add_parser("make-shapes", help="write the embedded data set in VOC layout", allow_abbrev=False)
     shapes.add_argument("folder", type=Path, metavar="DIR")
     shapes.add_argument("--train", type=_count(1), default=2000, help="images to learn from")
@@ -93,12 +97,16 @@ def _count(least: int):
 
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """--preset, --set, --weights, --data and --store, as every command has them."""
-    parser.add_argument("--preset", default="tiny", choices=tuple(PRESETS))
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help="change a field")
+    preset = "micro: toy networks, in seconds; tiny (default): small ones that learn; paper: the paper's, on --data"
+    parser.add_argument("--preset", default="tiny", choices=tuple(PRESETS), help=preset)
+    field = "change a field of the config, such as segmentor.sigma=0.05"
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE", help=field)
     parser.add_argument("--weights", metavar="FILE", help="backbone weights of the segmentation network (timm's names)")
     parser.add_argument("--caae-weights", metavar="FILE", help="backbone weights of the CAAE's encoder")
     parser.add_argument("--data", type=Path, metavar="DIR", help="a VOC devkit (default: the embedded shapes)")
-    parser.add_argument("--store", type=Path, default=STORE, metavar="DIR", help="where artifacts are kept")
+    parser.add_argument(
+        "--store", type=Path, default=STORE, metavar="DIR", help="where artifacts are kept (default: %(default)s)"
+    )
 
 
 def read_config(options: argparse.Namespace) -> Config:

@@ -13,8 +13,9 @@ Where paper and published code differ, the default of the option is what produce
 
 import difflib
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
@@ -265,12 +266,18 @@ def _without(parameters: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def file_digest(path: str | Path) -> str:
-    """sha256 of a file's bytes. Raises UserError when it cannot be read."""
+    """sha256 of a file's bytes, read again only when it has changed. Raises UserError when it cannot be read."""
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        there = os.stat(path)
+        return _digest(os.path.abspath(path), there.st_ino, there.st_size, there.st_mtime_ns)
     except OSError as error:
         raise UserError(f"cannot read the weights file {path}: {error.strerror}") from error
+
+
+@lru_cache(maxsize=1000)
+def _digest(path: str, *version: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 # Differences from the fields' defaults, which are the paper's values.

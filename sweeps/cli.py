@@ -137,7 +137,7 @@ def _add_configs(parser: argparse.ArgumentParser, *, seeds: bool = True) -> None
     parser.add_argument("--store", default=STORE, metavar="DIR", help="of artifacts: a folder, or s3://BUCKET/PREFIX")
     weights = (
         "pretrained weights instead of a download: a file for each backbone (timm's names), or a folder that holds "
-        "NAME.safetensors or NAME.pth; in the same place on every node"
+        "NAME.safetensors, NAME.pth or NAME.bin; in the same place on every node"
     )
     parser.add_argument("--weights", action="append", default=[], metavar="NAME=FILE|DIR", help=weights)
 
@@ -151,7 +151,8 @@ def _add_price(parser: argparse.ArgumentParser) -> None:
 
 def _add_running(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--budget", metavar="TIME", help="of GPUs, such as 40h or 30m: do not start what costs more")
+    budget = "of GPUs, such as 40h or 30m: a plan that costs more is not started, a search that has taken it ends"
+    add("--budget", metavar="TIME", help=budget)
     add("--address", metavar="auto|HOST:PORT", help="of a Ray cluster (default: one of our own, on this machine)")
     add("--tracking-uri", default=_tracking_uri(), metavar="URI", help=f"of MLflow (default: {TRACKING_DEFAULT})")
     add("--experiment", metavar="NAME", help="in MLflow (default: name and preset)")
@@ -226,7 +227,9 @@ def _make_plan(options: argparse.Namespace, console: Console) -> "tuple[Plan, St
     overrides = parse_overrides(options.set)
     from semformer.store import open_store
     from sweeps.plan.trials import make_plan
+    from sweeps.plan.weights import Weights
 
+    weights = Weights(options.weights)
     store = open_store(options.store)
     with console.status("reading the data") as status:
         plan = make_plan(
@@ -237,6 +240,7 @@ def _make_plan(options: argparse.Namespace, console: Console) -> "tuple[Plan, St
             options.data,
             store,
             progress=lambda done, total: status.update(f"making the embedded data set: {done}/{total} images"),
+            weights=weights,
         )
     return plan, store
 
@@ -331,7 +335,7 @@ def _folder(options: argparse.Namespace, name: str) -> SweepFolder:
         return options.folder
     uri = without_password(options.tracking_uri, options.tracking_uri)
     what = [options.preset, sorted(options.set), str(options.data), options.store, uri]
-    digest = sha256(json.dumps([*what, options.experiment]).encode()).hexdigest()
+    digest = sha256(json.dumps([*what, options.experiment, *sorted(options.weights)]).encode()).hexdigest()
     name = f"{name.removesuffix(f'-{options.preset}')}-{options.preset}"  # studies have it in their names already
     return new_sweep(options.sweeps, f"{name}-{digest[:6]}")
 

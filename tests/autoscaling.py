@@ -128,7 +128,7 @@ def autoscaling(
         assert told.returncode == 0, told.stdout + told.stderr
         yield Grown(f"{_own_address()}:{port}", {**env, "RAY_TMPDIR": str(folder)}, folder / "session_latest" / "logs")
     finally:
-        _kill(folder)
+        end_processes_of(folder)
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -138,7 +138,7 @@ def _own_address() -> str:
     return get_node_ip_address()
 
 
-def _kill(folder: Path) -> None:
+def end_processes_of(folder: Path) -> None:
     """Every process that was started below a temporary folder of Ray."""
     until = time.monotonic() + 20
     while time.monotonic() < until:

@@ -97,6 +97,18 @@ class Postgres:
     def uri(self) -> str:
         return f"postgresql+psycopg2://postgres@127.0.0.1:{self.port}/mlflow"
 
+    def guard(self, user: str, password: str) -> None:
+        """From now on there is `user`, who owns the database "studies", too, and has to give the password."""
+        quoted = password.replace("'", "''")
+        for command in (
+            f"CREATE ROLE {user} SUPERUSER LOGIN PASSWORD '{quoted}'",
+            f"CREATE DATABASE studies OWNER {user}",
+        ):
+            self._run("psql", "-h", "127.0.0.1", "-p", str(self.port), "-U", "postgres", "-c", command, "mlflow")
+        rules = Path(self.folder) / "data" / "pg_hba.conf"
+        rules.write_text(f"host all {user} 127.0.0.1/32 scram-sha-256\n{rules.read_text()}")
+        self._run("pg_ctl", "-D", f"{self.folder}/data", "reload")
+
     def start(self) -> None:
         options = f"-c listen_addresses=127.0.0.1 -p {self.port} -k {self.folder} -c fsync=off"
         self._run("pg_ctl", "-D", f"{self.folder}/data", "-o", options, "-w", "-l", f"{self.folder}/log", "start")

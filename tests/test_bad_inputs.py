@@ -13,6 +13,8 @@ from mlflow import MlflowClient
 from tests.test_cluster import cluster, environment
 from tests.workplace import Answer, Workplace
 
+HERE = Path(__file__)
+
 
 @pytest.fixture
 def ray_folder(monkeypatch):
@@ -89,6 +91,16 @@ def test_rows_that(place, ray_folder, command, mistake):
         (["search", "--scheduler", "asha", "--objectives", "gpu_hours"], "--scheduler: gpu_hours is not known before "),
         (["search", "--sampler", "tpi"], "--sampler tpi: did you mean tpe? There are "),
         (["run", "table03", "--gpus-per-trial", "4"], "argument --gpus-per-trial: 4: a trial uses one GPU, and would "),
+        (["plan", "table06", "--weights", "vit="], "--weights vit=: write NAME=FILE with the name of a backbone, or "),
+        (["run", "table06", "--weights", "nowhere"], "--weights nowhere: write NAME=FILE with the name of a backbone"),
+        (["run", "table06", "--weights", "vit=none.pth"], "--weights vit=none.pth: there is no file none.pth"),
+        (["run", "table06", "--weights", f"vit={HERE}", "--weights", f"vit={HERE}"], "vit has "),
+        (
+            ["run", "table06", "--weights", str(HERE.parent), "--weights", str(HERE.parent)],
+            "is given already: put ",
+        ),
+        (["run", "table06", "--weights", f"vit={HERE}"], "--weights: no network starts from pretrained weights: with "),
+        (["search", "--weights", f"vit={HERE}"], "--weights: no network starts from pretrained weights: with --set "),
         (["status"], "there is no sweep in "),
         (["resume"], "there is no sweep in "),
         (["stop"], "there is no sweep in "),

@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from importlib.metadata import version
 from types import SimpleNamespace
 
 import optuna
@@ -10,6 +11,8 @@ import pytest
 from optuna.trial import TrialState
 
 from analysis.cli import main as analysis_main
+from semformer import cli as single
+from sweeps import cli
 from sweeps.tracking.folder import SweepFolder
 from tests.artifacts import eventually
 from tests.servers import mlflow_server
@@ -30,6 +33,13 @@ def study(place: Workplace, name: str) -> optuna.Study:
 def sweep_name(place: Workplace, start: str) -> str:
     (found,) = (path.name for path in (place.folder / "sweeps").iterdir() if path.name.startswith(start))
     return found
+
+
+@pytest.mark.parametrize(("main", "program"), [(cli.main, "semformer-sweep"), (single.main, "semformer")])
+def test_each_program_tells_its_version(capsys, main, program):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"{program} {version('semformer-sweeps')}\n"
 
 
 # Planning

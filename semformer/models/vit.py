@@ -146,7 +146,8 @@ def build_backbone(name: str, *, pretrained: bool = False, weights: str = "", im
     except Exception as error:  # hub libraries raise a dozen kinds when they are offline
         raise MachineError(
             f"cannot download the pretrained weights of {name} ({type(error).__name__}: {str(error).splitlines()[0]}). "
-            "Give a local file with --weights FILE (timm's parameter names), or set pretrained=false."
+            f"Give a local file (timm's parameter names): semformer run --weights FILE or --caae-weights FILE, "
+            f"semformer-sweep --weights {name}=FILE. Or set pretrained=false."
         ) from error
     assert isinstance(vit, VisionTransformer)
     if weights:

@@ -4,7 +4,8 @@ Rows that ask for the same result share one trial; trials that need the same sta
 here, and no network is built.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +16,8 @@ from semformer.config import Config
 from semformer.errors import UserError
 from semformer.keys import StageKey
 from semformer.store import Store
-from sweeps.plan.table import SEVERAL, Table, resolve
+from sweeps.plan.table import SEVERAL, Row, Table, resolve
+from sweeps.plan.weights import Weights
 
 
 class Cell(NamedTuple):
@@ -207,6 +209,14 @@ def _first(rows: Sequence[str]) -> str:
     return rows[0] + (f" + {more} row{'s' * (more > 1)}" if more else "")
 
 
+@contextmanager
+def _naming(table: Table, row: Row) -> Iterator[None]:
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{table.where('rows', table.positions[row.id])}: row {row.id!r}: {error}") from error
+
+
 def make_plan(
     tables: Sequence[Table],
     preset: str,
@@ -215,28 +225,31 @@ def make_plan(
     data: Path | None,
     store: Store,
     progress: Callable[[int, int], None] | None = None,
+    weights: Weights | None = None,
 ) -> Plan:
     """Every cell of the tables, as trials in the order of the rows.
 
     `data` is a VOC devkit, or None for the embedded data set (made now, with `progress`, if it is not there yet).
-    Raises UserError for a row that makes no sound config, and for data that cannot be used.
+    Raises UserError for a row that makes no sound config, for data that cannot be used, and for `weights` that no row
+    has a use for.
     """
     opened: dict[Any, pipeline.Data] = {}  # by the one field that decides which data set is meant
     trials: dict[str, Trial] = {}
     configs = {
         (table.name, row.id): resolve(table, row, preset, overrides, seeds[0]) for table in tables for row in table.rows
     }
+    weights = weights or Weights()
+    weights.check_used(configs.values())
     for seed in seeds:
         for table in tables:
-            for index, row in enumerate(table.rows):
+            for row in table.rows:
                 config = configs[table.name, row.id].model_copy(update={"seed": seed})
                 if config.data.shapes not in opened:
                     opened[config.data.shapes] = pipeline.open_data(config, data, progress)
                 source = opened[config.data.shapes]
-                try:
+                with _naming(table, row):
+                    config = weights.of(config)
                     keys = pipeline.stage_keys(config, source)
-                except UserError as error:
-                    raise UserError(f"{table.where('rows', index)}: row {row.id!r}: {error}") from error
                 name = source.describe(config.data.eval_split)
                 trial = Trial(config, data, name, keys, (Cell(table.name, row.id, seed),))
                 if known := trials.get(trial.key):

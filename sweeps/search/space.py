@@ -161,14 +161,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--storage", default=STORAGE, metavar="URL", help="of the Optuna study (default: %(default)s)")
     parser.add_argument("--study", metavar="NAME", help="default: search-PRESET; an existing one goes on")
-    sampler = "of Optuna: NAME or NAME:OPTION=VALUE,... (default: tpe, for several objectives nsgaii)"
-    parser.add_argument("--sampler", metavar="NAME", help=sampler)
+    sampler = "of Optuna: NAME or NAME:OPTION=VALUE,OPTION=VALUE (default: tpe, for several objectives nsgaii)"
+    parser.add_argument("--sampler", metavar="NAME[:OPTIONS]", help=sampler)
     parser.add_argument("--sampler-seed", type=int, default=0, metavar="N", help="default: %(default)s")
     scheduler = (
         "what stops poor trials early, by their maps after each segmentation epoch: asha or median_stopping of Ray "
         "Tune, or a pruner of Optuna (hyperband, percentile ...), with options as a sampler's"
     )
-    parser.add_argument("--scheduler", metavar="NAME", help=scheduler)
+    parser.add_argument("--scheduler", metavar="NAME[:OPTIONS]", help=scheduler)
 
 
 def read_axes(axes: Sequence[str], preset: str, overrides: Mapping[str, Any]) -> tuple[Config, dict[str, Axis]]:

@@ -17,7 +17,7 @@ import secrets
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -37,6 +37,7 @@ from semformer.secrets import without_password
 from semformer.store import Artifact, Store
 from sweeps.plan.table import Table
 from sweeps.plan.trials import Cell, Count, Trial
+from sweeps.plan.weights import Weights
 from sweeps.search.algorithms import Named, Pruning, make_sampler
 from sweeps.search.space import PROBED, own_value, read_axes, read_objectives
 
@@ -100,6 +101,7 @@ class Search:
         sampler_seed: int = 0,
         pruning: Pruning | None = None,
         folder: Path | None = None,
+        weights: Weights | None = None,
         found: Callable[[Trial], None] = lambda trial: None,
     ):
         if not re.fullmatch(NAME, study_name):
@@ -113,7 +115,8 @@ class Search:
         self.title = f"search for {' and '.join(self.objectives)} over {', '.join(self.axes)}"
         self.seeds = (self.own.seed,)
         self.data, self.folder, self.store, self.most, self.found = data, folder, store, most, found
-        self.pruning, self.sampler = pruning, sampler
+        self.pruning, self.sampler, self.weights = pruning, sampler, weights or Weights()
+        self.weights.check_used(self._at_ends())
         if pruning:
             self._check_probed()
             self.scheduler()
@@ -122,7 +125,7 @@ class Search:
         self._unplaced: optuna.Trial | None = None  # asked, and an error came between
         self._untold: list[_Result] = []
         self._held_written = -HELD_EVERY
-        self.start_key = pipeline.stage_keys(self.own, data)["evaluate"].digest
+        self.start_key = self.trial_of(self.own).key
         self._lease = store.lease(self._driver_key(self.driver))
         try:
             with self._alone(OPENING):
@@ -261,15 +264,7 @@ class Search:
     @cached_property
     def samples(self) -> tuple[Trial, ...]:
         """Of what may be run: the config that the search starts from, and that with each axis at each of its ends."""
-        ends = [{}, *({name: end} for name, axis in self.axes.items() for end in _ends(axis.distribution))]
-        found: dict[str, Trial] = {}
-        for params in ends:
-            try:
-                trial = self.trial_of(load_config(self.preset, {**self.overrides, **self.fields(params)}))
-            except UserError:  # an end that makes no sound config alone
-                continue
-            found[trial.key] = trial
-        return tuple(found.values())
+        return tuple({trial.key: trial for trial in map(self.trial_of, self._at_ends())}.values())
 
     # What people want to know
 
@@ -352,8 +347,19 @@ class Search:
 
     def trial_of(self, config: Config) -> Trial:
         """Of a config of this search, without cells. Raises UserError for one that is not sound."""
+        config = self.weights.of(config)
         keys = pipeline.stage_keys(config, self.data)
         return Trial(config, self.folder, self.data.describe(config.data.eval_split), keys, ())
+
+    def _at_ends(self) -> Iterator[Config]:
+        """The config that the search starts from, and that with each axis at each of its ends, where it is sound."""
+        yield self.own
+        for name, axis in self.axes.items():
+            for end in _ends(axis.distribution):
+                with suppress(UserError):
+                    config = load_config(self.preset, {**self.overrides, **self.fields({name: end})})
+                    pipeline.check(config)
+                    yield config
 
     def _check_probed(self) -> None:
         """Raises UserError for objectives by which poor trials cannot be stopped."""
@@ -447,7 +453,8 @@ class Search:
             "objectives": list(self.objectives),
             "axes": {name: str(axis) for name, axis in self.axes.items()},
             "images": {split: self.data.describe(split) for split in (options.train_split, options.eval_split)},
-            "config": flatten(self.own),
+            "config": flatten(self.own)
+            | {f"weights of {name}": digest for name, digest in self.weights.digests(self._at_ends()).items()},
         }
 
     def _close_orphans(self) -> None:
@@ -488,7 +495,7 @@ class Search:
 
 
 def make_search(options: argparse.Namespace, overrides: Mapping[str, Any], store: Store) -> Search:
-    """From `space.add_arguments`, --preset and --data."""
+    """From `space.add_arguments`, --preset, --data and --weights."""
     sampler = Named.read("--sampler", options.sampler) if options.sampler else None
     pruning = Pruning(Named.read("--scheduler", options.scheduler)) if options.scheduler else None
     data = pipeline.open_data(load_config(options.preset, overrides), options.data)
@@ -506,6 +513,7 @@ def make_search(options: argparse.Namespace, overrides: Mapping[str, Any], store
         sampler_seed=options.sampler_seed,
         pruning=pruning,
         folder=options.data,
+        weights=Weights(options.weights),
     )
 
 

@@ -385,13 +385,13 @@ class Drive:
         command = [sys.executable, "-m", "analysis.cli", *(str(table.path) for table in plan.tables)]
         command += ["--preset", plan.preset, "--experiment", self.tracker.experiment, "--log", "--out", str(folder)]
         command += [part for field, value in plan.overrides.items() for part in ("--set", f"{field}={value}")]
-        environment = os.environ | {
-            "MLFLOW_TRACKING_URI": self.options.tracking_uri
-        }  # others see a command's arguments
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        if done.returncode:
+        secret = {"MLFLOW_TRACKING_URI": self.options.tracking_uri}  # others see a command's arguments
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | secret)
+        if not done.stdout:
             self._print(f"no tables: {escape(done.stderr.removeprefix('error: '))}")
             return
+        if done.returncode:
+            self._print(escape(done.stderr.rstrip()))
         self._print(escape(done.stdout if len(plan.tables) == 1 else done.stdout.rstrip().rpartition("\n")[2]))
         self._print(f"tables: {escape(str(folder))}")
 

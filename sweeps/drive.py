@@ -391,7 +391,7 @@ class Drive:
             self._print(f"no tables: {escape(done.stderr.removeprefix('error: '))}")
             return
         if done.returncode:
-            self._print(escape(done.stderr.rstrip()))
+            self._print(escape("\n".join(line for line in done.stderr.splitlines() if line.startswith("error"))))
         self._print(escape(done.stdout if len(plan.tables) == 1 else done.stdout.rstrip().rpartition("\n")[2]))
         self._print(f"tables: {escape(str(folder))}")
 

@@ -9,6 +9,7 @@ import timm
 import torch
 from safetensors.torch import load_file, save_file
 
+from analysis.tables import compile_from_mlflow
 from semformer import pipeline
 from semformer.config import load_config
 from semformer.errors import UserError
@@ -129,6 +130,15 @@ def test_trials_start_from_their_files(tmp_path):
         trained = load_file(artifacts[stage].file(f"{stage}.safetensors"))
         for parameter in ("blocks.0.attn.qkv.weight", "blocks.1.mlp.fc2.weight"):
             torch.testing.assert_close(trained[f"{part}.{parameter}"], expected[name][parameter], atol=1e-7, rtol=0)
+
+
+def test_the_cells_of_table_6_can_be_compared_though_their_files_differ(tmp_path, folder):
+    place = Workplace(tmp_path)
+    place.sweep("table06", "--set", "caae.pretrained=true", "--weights", str(folder))
+    (table,) = compile_from_mlflow([load_table("table06")], preset="micro", tracking_uri=place.uri, overrides=ENCODERS)
+    cells = [cell for line in table.lines for cell in line.cells.values() if line.ours]
+    assert [cell.n for cell in cells] == [1, 1, 1]
+    assert not any(cell.deviations for cell in cells)
 
 
 def test_sweeps_from_other_files_have_folders_of_their_own(tmp_path, folder):

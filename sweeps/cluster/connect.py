@@ -1,5 +1,6 @@
 """The Ray that trials run on: one of this machine, or a cluster."""
 
+import gc
 import json
 import logging
 import os
@@ -55,7 +56,19 @@ def connect(address: str | None, *, timeout: float = 20.0) -> Iterator[None]:
     try:
         yield
     finally:
+        _shut_down()
+
+
+def _shut_down() -> None:
+    """An actor's handle that another thread's garbage collection finds in the meantime would end this process."""
+    gc.collect()
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
         ray.shutdown()
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _resolve(address: str) -> str:

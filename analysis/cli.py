@@ -96,9 +96,10 @@ def _check_some_finished(compiled: "Sequence[CompiledTable]") -> None:
     states = Counter(trial.status for trial in trials)
     if not states["finished"]:
         told = ", ".join(f"{n} {status}" for status, n in states.items())
-        reasons = sorted({trial.reason for trial in trials if trial.status == "failed"})
+        reasons = sorted({f"failed: {trial.reason}" for trial in trials if trial.status == "failed"})
         names = ", ".join(table.table.name for table in compiled)
-        raise UserError("\nfailed: ".join([f"no trial of {names} has finished yet: {told}", *reasons]))
+        others = dict.fromkeys(text for table in compiled for heading, text in table.notes if heading == "Runs")
+        raise UserError("\n".join([f"no trial of {names} has finished yet: {told}", *reasons, *others]))
 
 
 def _count(tables: Sequence[Table], compiled: "Sequence[CompiledTable]") -> str:

@@ -257,7 +257,7 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
         return 0
     for table in plan.tables:
         source = table.source or table.path
-        console.print(f"[bold]{table.name}[/], preset {plan.preset}: {escape(table.title)} ({source})")
+        console.print(f"[bold]{table.name}[/], preset {plan.preset}: {escape(f'{table.title} ({source})')}")
     trials = Grid()
     for name in ("row", "seed", *plan.stages):
         trials.add_column(name, no_wrap=name != "row")
@@ -404,7 +404,10 @@ def _sync(options: argparse.Namespace, console: Console) -> int:
     started = _go_back(folder)
     with started.folder.lock(), console.status("delivering to MLflow"):
         uri = options.tracking_uri or started.tracking_uri
-        count = deliver(started.folder.path, open_store(started.store), uri)
+        try:
+            count = deliver(started.folder.path, open_store(started.store), uri)
+        except UserError as error:
+            raise UserError(without_password(str(error), uri, *_addresses(started))) from error
     console.print(f"{count} records delivered", highlight=False)
     if options.json:
         print(json.dumps({"sweep": folder.name, "delivered": count}))

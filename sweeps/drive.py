@@ -80,7 +80,7 @@ class Drive:
         self._seconds: dict[str, float] = {}  # that stages take, by digest
         self._kept: set[str] | None = None  # digests that the store keeps for this sweep
         self._told: set[str] = set()  # keys of trials that the search found by itself
-        self._next_save = 0.0
+        self._next_save, self._unsaved = 0.0, False
         experiment = options.experiment or (sweep.name if self.search else None)
         with console.status("opening MLflow"):
             self.tracker = Tracker(
@@ -95,7 +95,7 @@ class Drive:
         if self.plan and not self.missing and self.tracker.is_complete():
             for trial in self.plan.trials:
                 self.state.tell(trial, Found(), self._metrics(trial))
-            self.folder.save(self.state.as_json())
+            self._save()
             self._print(f"nothing to do: all {len(self.plan.trials)} trials are finished and recorded")
             return self._conclude()
         if self.plan and self.options.budget:
@@ -114,7 +114,7 @@ class Drive:
                     run_trials()
                 status = "FAILED" if self.failed else "FINISHED"
             finally:
-                self.folder.save(self.state.as_json())
+                self._save()
                 counts = self.state.counts()
                 try:
                     counts |= self._close_search()
@@ -135,7 +135,6 @@ class Drive:
         """What a trial or the gate reports, passed on to the display, MLflow and the search."""
         metrics = self._metrics(trial) if isinstance(report, Found) else {}
         line = self.state.tell(trial, report, metrics)
-        self.display.tell(trial, line)
         tags = self.state.trials[trial.key].tags()
         if isinstance(report, Found):
             self.tracker.record_found(trial, tags)
@@ -143,6 +142,7 @@ class Drive:
             self.tracker.tell(trial, report, tags)
         if self.search and trial.key not in self._told:
             self._tell_search(self.search, trial, report, metrics)
+        self.display.tell(trial, line)
 
     def every_second(self, gate: "Gate") -> bool:
         """Draws the display, and keeps the state for `status`; whether `stop` has asked for the end."""
@@ -150,7 +150,7 @@ class Drive:
         if now >= self._next_save:
             self.state.explain(gate.waiting())
             self.state.unfit = dict(gate.faults.unfit)
-            self.folder.save(self.state.as_json())
+            self._save()
             self.tracker.progress(self.state.counts())
             cost = time.monotonic() - now
             self._next_save = now + cost / SHARE_OF_TIME
@@ -159,6 +159,15 @@ class Drive:
             self._flush(self.search)
         self.gave_up = gate.over is not None
         return self.folder.asked_to_stop()
+
+    def _save(self) -> None:
+        """For `status`; a full disk must not end the sweep."""
+        try:
+            self.folder.save(self.state.as_json())
+        except OSError as error:
+            if not self._unsaved:
+                self._print(f"[yellow]`status` has no news:[/] {escape(str(self.folder.path))}: {error.strerror}")
+            self._unsaved = True
 
     def _read_scores(self) -> dict[str, Mapping[str, float]]:
         """The final metrics of the trials whose stages were all in the store, by trial key; one that is damaged is made
@@ -197,7 +206,8 @@ class Drive:
         """Another suggestion, unless the search has none or its budget is used up."""
         assert self.search
         spent = self.search.spent(self._held())
-        rest = sum(self._seconds.get(digest, 0.0) for digest in self.state.in_work()) * self._gpus
+        todo = sum(self._seconds.get(digest, 0.0) for digest in self.state.in_work())
+        rest = max(0.0, todo - self.state.at_work()) * self._gpus
         if spent + rest >= 3600 * self.budget:
             self._print(
                 f"--budget {self.options.budget}: {duration(spent)} are spent, and trials that run may need "
@@ -363,7 +373,7 @@ class Drive:
         """Where everything is, and the tables."""
         options, tracker = self.options, self.tracker
         where = tracker.view_url or f"mlflow ui --backend-store-uri {options.tracking_uri}"
-        self._print(f"Runs, curves and pictures: {where} (experiment {tracker.experiment!r})")
+        self._print(f"Runs, curves and pictures: {escape(f'{where} (experiment {tracker.experiment!r})')}")
         if tracker.undelivered:
             self._print(
                 f"[red]{tracker.undelivered} records could not be written to MLflow[/] and are kept in "

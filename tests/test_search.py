@@ -350,7 +350,7 @@ def test_a_scheduler_is_refused_where_no_probe_measures_the_objective(search, ob
     ("name", "told"),
     [
         ("ashe", "did you mean asha"),
-        ("pbt", "there are asha, median_stopping, hyperband"),
+        ("pbt", "there are asha, hyperband"),
         ("asha:grace=3", "unknown option 'grace': there are .*, grace_period, "),
         ("percentile:percentile=400", "--scheduler percentile: ValueError"),
     ],

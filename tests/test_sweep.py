@@ -170,7 +170,9 @@ def test_tables_of_which_every_trial_fails_end_with_reasons_and_the_json_object(
     told = json.loads(answer.out)
     assert (told["trials"], told["sweep/failed"], told["experiment"]) == (2, 2, "tables micro")
     assert "Traceback" not in answer.err
-    assert re.search(r"failed bad-1/bad( and 1 more)?: segmentor: TrainingDiverged: .*segmentor.optimizer.lr", answer.err)
+    assert re.search(
+        r"failed bad-1/bad( and 1 more)?: segmentor: TrainingDiverged: .*segmentor.optimizer.lr", answer.err
+    )
     assert re.search(r"no tables: .*no trial .*has finished", answer.err)
 
 

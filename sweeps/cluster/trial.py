@@ -98,9 +98,9 @@ class Reporter:
         tune.report({"report": report, **scores})
 
     def failed(self, error: Exception) -> None:
-        name, told = type(error).__name__, traceback.format_exc()
-        scope = scope_of(error, self.stage)
-        self.tell(Raised(Failure(scope, self.stage, name, str(error) or name, told, self.node)))
+        name, scope = type(error).__name__, scope_of(error, self.stage)
+        message, told = _printable(str(error) or name), _printable(traceback.format_exc())
+        self.tell(Raised(Failure(scope, self.stage, name, message, told, self.node)))
 
 
 @contextmanager
@@ -112,6 +112,11 @@ def reporting(config: Mapping[str, Any]) -> Iterator[Reporter]:
     except Exception as error:
         reporter.failed(error)
         raise
+
+
+def _printable(text: str) -> str:
+    """Also of a file's name that is no UTF-8."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def scope_of(error: Exception, stage: str) -> Scope:

@@ -35,6 +35,8 @@ def check_packing(keys: Iterable[StageKey], store: Store, *, gpus_per_trial: flo
         return f"whether {trials} trials fit into a GPU's memory is unknown: nothing like them was measured on one yet"
     stage, largest = max(peaks.items(), key=lambda item: item[1])
     told = f"{stage} takes up to {largest / 2**30:.1f} GiB"
+    if not gpu_bytes:
+        return f"{told}; whether {trials} trials fit into a GPU's memory is unknown: there is no GPU yet"
     if largest * trials > gpu_bytes:
         fitting = gpu_bytes // largest
         # rounded up: 0.34 lets two trials onto a GPU, 0.33 three

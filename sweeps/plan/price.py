@@ -14,6 +14,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
+from pydantic import ValidationError
+
 from semformer import pipeline
 from semformer.config import Config
 from semformer.errors import UserError
@@ -217,15 +219,15 @@ class _Work:
         """The median over artifacts of a stage; None without one on the trials' images."""
         rates = []
         for artifact in artifacts:
-            with suppress(KeyError):
+            with suppress(KeyError, ValidationError):  # on other images, or by a version that had other fields
                 if work := self.operations(artifact.key):
                     rates.append(artifact.info["seconds"] / work)
         return statistics.median(rates) if rates else None
 
     def _config_and_images(self, key: StageKey) -> tuple[Config, Images]:
-        params: dict[str, Any] = {}
+        images, params = self._images[key.spec["data"]["images"]], dict[str, Any]()
         self._collect(key.spec, params)
-        return Config.model_validate(params), self._images[key.spec["data"]["images"]]
+        return Config.model_validate(params), images
 
     def _collect(self, spec: Mapping[str, Any], params: dict[str, Any]) -> None:
         """The parameters of a stage and of all that leads to it, by stage."""

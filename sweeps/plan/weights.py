@@ -23,7 +23,7 @@ class Weights:
         self.folder: Path | None = None
         for item in given:
             name, equals, file = item.partition("=")
-            if Path(item).is_dir():
+            if item and Path(item).is_dir():
                 if self.folder:
                     raise UserError(f"--weights {item}: {self.folder} is given already: put all files into one folder")
                 self.folder = Path(item).absolute()

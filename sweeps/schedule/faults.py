@@ -120,7 +120,7 @@ class Faults:
     def hopeless(self) -> Failure | None:
         """Why nothing can be started any more."""
         now, places = self.clock(), self.places()
-        if self._outage and now - self._outage.since > self.patience:
+        if self._outage and self._outage.lasted > self.patience:
             return self._outage.failure
         if not self.unfit or places.names.keys() - self.unfit.keys():
             self._no_place_since = now
@@ -175,12 +175,14 @@ class _Outage:
     """A store that does not work: since when, and when one trial may try it again."""
 
     failure: Failure
+    lasted = 0.0
+    """From its first failure to its latest: whoever tries it after that may still succeed."""
 
     def __init__(self, now: float):
         self.since, self._pause, self._next = now, FIRST_PAUSE, now
 
     def again(self, failure: Failure, now: float) -> None:
-        self.failure, self._next = failure, now + self._pause
+        self.failure, self.lasted, self._next = failure, now - self.since, now + self._pause
         self._pause = min(2 * self._pause, LONGEST_PAUSE)
 
     def may_try(self, now: float) -> bool:

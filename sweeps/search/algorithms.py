@@ -8,7 +8,7 @@ reports no epochs, and is never stopped.
 import difflib
 import inspect
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,8 +24,8 @@ if TYPE_CHECKING:  # which takes seconds to import
 
 WITH_OBJECTS = ("base_ga", "grid", "partial_fixed", "patient")
 """Of Optuna, that take objects which no command line can give."""
-SCHEDULERS = ("asha", "median_stopping")
-"""Of Ray Tune. Its others pause trials or change their configs, which would break the sharing of stages."""
+ASHA = "asha"
+"""Of Ray Tune. Its others pause trials, change their configs, or count on reports that trials do not give."""
 
 
 @dataclass(frozen=True)
@@ -45,19 +45,25 @@ class Named:
             key, equals, value = part.partition("=")
             if not equals:
                 raise UserError(f"{option} {text}: write NAME:OPTION=VALUE,OPTION=VALUE")
-            options[key.strip()] = yaml.safe_load(value)
+            try:
+                options[key.strip()] = yaml.safe_load(value)
+            except yaml.YAMLError:
+                raise UserError(f"{option} {text}: the value of {key.strip()} cannot be read: {value}") from None
         return cls(option, name.strip(), options)
 
-    def make(self, function: Callable[..., Any], **given: Any) -> Any:
-        """Calls `function` with the options, and those of `given` that it knows. Raises UserError for one it does not,
-        and for a value that it refuses."""
-        known = [name for name in inspect.signature(function).parameters if name != "self"]
+    def make(self, function: Callable[..., Any], fixed: Sequence[str] = (), **given: Any) -> Any:
+        """Calls `function` with those of `given` that it knows, and the options, which are none of `fixed`.
+
+        Raises UserError for an option that it does not know, and for a value that it refuses.
+        """
+        known = [name for name in inspect.signature(function).parameters if name not in ("self", *fixed)]
         for name in self.options:
             if name not in known:
                 told = ", ".join(known)
                 raise UserError(f"{self.option} {self.name}: unknown option {name!r}: there are {told}")
         try:
-            return function(**{name: value for name, value in given.items() if name in known} | dict(self.options))
+            taken = {name: value for name, value in given.items() if name in (*known, *fixed)}
+            return function(**taken | dict(self.options))
         except Exception as error:  # whatever a class makes of values that it does not like
             raise UserError(f"{self.option} {self.name}: {type(error).__name__}: {error}") from error
 
@@ -90,9 +96,9 @@ class Pruning:
 
     def pruner(self) -> BasePruner | None:
         """Raises UserError for an unknown name or option."""
-        if self.named.name in SCHEDULERS:
+        if self.named.name == ASHA:
             return None
-        return self.named.make(_choose(self.named, pruners(), SCHEDULERS))
+        return self.named.make(_choose(self.named, pruners(), (ASHA,)))
 
     def scheduler(
         self, metric: str, mode: str, epochs: int, should_stop: Callable[[str, float, int], bool]
@@ -105,10 +111,9 @@ class Pruning:
         from sweeps.cluster.trial import EPOCH
 
         common = {"time_attr": EPOCH, "metric": metric, "mode": mode}
-        if self.named.name == "asha":
-            return self.named.make(schedulers.ASHAScheduler, **common, max_t=epochs, stop_last_trials=False)
-        if self.named.name == "median_stopping":
-            return self.named.make(schedulers.MedianStoppingRule, **common, hard_stop=True)
+        if self.named.name == ASHA:
+            given = {**common, "max_t": epochs, "stop_last_trials": False}
+            return self.named.make(schedulers.ASHAScheduler, tuple(common), **given)
         return ByPruner(metric, should_stop)
 
 

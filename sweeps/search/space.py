@@ -165,7 +165,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sampler", metavar="NAME[:OPTIONS]", help=sampler)
     parser.add_argument("--sampler-seed", type=int, default=0, metavar="N", help="default: %(default)s")
     scheduler = (
-        "what stops poor trials early, by their maps after each segmentation epoch: asha or median_stopping of Ray "
+        "what stops poor trials early, by their maps after each segmentation epoch: asha of Ray "
         "Tune, or a pruner of Optuna (hyperband, percentile ...), with options as a sampler's"
     )
     parser.add_argument("--scheduler", metavar="NAME[:OPTIONS]", help=scheduler)

@@ -10,14 +10,15 @@ from semformer.errors import UserError
 from semformer.secrets import without_password
 from semformer.store import Store
 from sweeps.tracking.journal import Journal
-from sweeps.tracking.recorder import MissingArtifact, Recorder
+from sweeps.tracking.recorder import Recorder
+from sweeps.tracking.runs import Gone
 
 log = logging.getLogger(__name__)
 EVENTS_A_TIME = 5000
 LONGEST_WAIT = 5.0
 """Seconds between two attempts to deliver."""
 PATIENCE = 60.0
-"""Seconds for which an event is tried again that MLflow, though it answers, does not take."""
+"""Seconds for which events are tried again that MLflow, though it answers, does not take for some cause."""
 
 
 class Delivery:
@@ -27,7 +28,7 @@ class Delivery:
         self.journal, self.recorder, self.errors = journal, recorder, errors
         self.last_error = "there was no time"
         self._size = EVENTS_A_TIME
-        self._attempts, self._since = 0, 0.0
+        self._attempts, self._cause, self._since, self._failed = 0, "", 0.0, float("-inf")
 
     def step(self) -> float:
         """Deliver the next events; returns the seconds after which to go on, more than 0 after a failure.
@@ -56,12 +57,14 @@ class Delivery:
 
     def _wait(self, error: Exception) -> float | None:
         """Seconds until the same events are tried again; None where that would not help."""
-        self._attempts += 1
+        now = time.monotonic()
+        known = self._attempts > 0 or (self._cause == self.last_error and now - self._failed < PATIENCE)
+        self._attempts, self._failed = self._attempts + 1, now
         wait = min(0.1 * 2**self._attempts, LONGEST_WAIT)
-        if self._attempts == 1 or not self.recorder.runs.answers():
-            self._since = time.monotonic()
+        if not known or not self.recorder.runs.answers():
+            self._cause, self._since = self.last_error, now
             return wait
-        if not _is_final(error) and time.monotonic() - self._since < PATIENCE:
+        if self._attempts == 1 or (not _is_final(error) and now - self._since < PATIENCE):
             return wait
         self._attempts = 1  # its half is tried once before it is halved in turn
         return None
@@ -88,8 +91,9 @@ def _deliver_all(journal: Journal, recorder: Recorder, patience: float) -> int:
         if before > journal.undelivered:
             since = time.monotonic()
         elif time.monotonic() - since > patience:
+            uri = recorder.runs.uri
             raise UserError(
-                f"--tracking-uri {without_password(recorder.runs.uri)}: MLflow does not answer; {before} events of "
+                f"--tracking-uri {without_password(uri, uri)}: MLflow does not answer; {before} events of "
                 f"{journal.files.parent} are still to be delivered. Try again when it is back."
             )
         time.sleep(wait)
@@ -111,4 +115,4 @@ def _is_final(error: Exception) -> bool:
     """Whether trying again must fail again, if MLflow answers."""
     if isinstance(error, MlflowException):
         return error.get_http_status_code() in (400, 404, 409)
-    return isinstance(error, MissingArtifact | LookupError | TypeError | ValueError | AttributeError)
+    return isinstance(error, Gone | LookupError | TypeError | ValueError | AttributeError)

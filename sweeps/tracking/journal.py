@@ -68,7 +68,7 @@ class Journal:
                         if key:
                             self._database.execute("insert or replace into described values (?, ?)", (key, body))
             except sqlite3.Error as error:
-                del self._unwritten[: len(self._unwritten) - MOST]
+                del self._unwritten[: max(0, len(self._unwritten) - MOST)]
                 raise OSError(f"{self.files.parent / FILE} cannot be written ({error}): is the disk full?") from error
             self._rows += len(self._unwritten)
             self._unwritten.clear()

@@ -9,21 +9,20 @@ import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, get_args
 
 from mlflow.entities import Metric
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_LOGGED_ARTIFACTS, MLFLOW_PARENT_RUN_ID
 
 from semformer.config import Config, LossName, flatten
-from semformer.errors import UserError
 from semformer.keys import StageKey
 from semformer.store import Artifact, Store
 from sweeps.plan.trials import Cell, Trial
 from sweeps.tracking import exhibits, rows
 from sweeps.tracking.connection import TAG
 from sweeps.tracking.journal import Event
-from sweeps.tracking.runs import KnownRun, Point, Runs
+from sweeps.tracking.runs import Gone, KnownRun, Point, Runs
 
 LOSSES = {*get_args(LossName), "recon", "total"}
 STATUS = {"running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "pruned": "KILLED"}
@@ -32,10 +31,6 @@ STOPPED = "the sweep was stopped"
 """Why trials are queued that a sweep left unfinished."""
 TRIALS = 1000
 """Whose descriptions are held in memory."""
-
-
-class MissingArtifact(UserError):
-    """A stage that was reported as done is not in the store."""
 
 
 class Recorder:
@@ -61,9 +56,11 @@ class Recorder:
             self.runs.look_for("trial", [event["key"] for event in events if event["event"] == "trial"])
             for event in events:
                 time = int(1000 * event["time"])
-                HANDLERS[event["event"]](self, event, time)
                 if tags := event.get("state"):
                     self._set_state(event["key"], tags, time)
+                HANDLERS[event["event"]](self, event, time)
+                if tags:
+                    self._describe_run(event["key"])
 
     def forget(self) -> None:
         """Believe nothing about what MLflow holds; it is read again."""
@@ -154,12 +151,14 @@ class Recorder:
         final = artifact.info["metrics"] | seconds
         curve = exhibits.curve_points(artifact)
         self.runs.measure(run, [*((name, 0, value) for name, value in final.items()), *curve], time)
+        self.runs.flush()  # the scores count, also where there is no room for files
         for name in artifact.files:
-            self.runs.client.log_artifact(run.id, str(artifact.file(name)), _folder_of(name))
+            self.runs.upload(run, artifact.file(name), name)
         self.runs.client.log_figure(run.id, exhibits.curve_figure(artifact), exhibits.CURVE_PICTURE)
         self.runs.client.log_dict(run.id, exhibits.class_table(artifact), exhibits.CLASS_TABLE)
         shown = json.dumps([{"path": exhibits.CLASS_TABLE, "type": "table"}])
         self.runs.pending(run).tags[MLFLOW_LOGGED_ARTIFACTS] = shown
+        run.series = None  # complete; to be read again, should anything come still
 
     def _register(self, event: Event, time: int) -> None:
         from sweeps.tracking import registry  # PyTorch's exporter takes seconds to import
@@ -170,12 +169,12 @@ class Recorder:
         registry.register(self.runs.uri, event["name"], run, trial, trained, evaluate)
 
     def _failed(self, event: Event, time: int) -> None:
+        self.runs.flush()
         text = f"{event['reason']}\n\n{event['traceback']}"
         self.runs.client.log_text(self._run_of(event).id, text, "failure.txt")
 
     def _file(self, event: Event, time: int) -> None:
-        name = event["name"]
-        self.runs.client.log_artifact(self._parent().id, str(self.files / name), _folder_of(name))
+        self.runs.upload(self._parent(), self.files / event["name"], event["name"])
 
     def _progress(self, event: Event, time: int) -> None:
         parent = self._parent()
@@ -190,9 +189,12 @@ class Recorder:
         for run in self.runs.unfinished():
             key = run.data.tags.get(f"{TAG}trial_key")
             if key and self._is_ours(key, run.info.status):
-                pending = self.runs.pending(KnownRun.of(run))
+                left = KnownRun.of(run)
+                pending = self.runs.pending(left)
                 pending.tags |= {f"{TAG}status": "queued", f"{TAG}reason": STOPPED}
                 pending.status, pending.ended = "KILLED", time
+                if (known := self.runs.find("trial", key)).id == left.id:
+                    known.status, known.tags["status"] = "KILLED", "queued"
         parent = self._parent()
         self.runs.pending(parent).status, self.runs.pending(parent).ended = event["status"], time
 
@@ -210,29 +212,31 @@ class Recorder:
         run, status = self.runs.find("trial", key), tags["status"]
         pending = self.runs.pending(run)
         pending.tags |= {TAG + name: text for name, text in tags.items()}
-        if not run.has_params and status != "queued":
-            self._describe_run(run, self._describe(key))
+        run.tags["status"] = status
         if status in STATUS:
             pending.status, pending.ended = STATUS[status], None if status == "running" else time
         if status == "running":
             self._running.add(key)
         else:
             self._running.discard(key)
-        if status == "finished":
-            run.series = None  # complete; to be read again, should anything come still
 
-    def _describe_run(self, run: KnownRun, trial: Trial) -> None:
+    def _describe_run(self, key: str) -> None:
         """What a trial is, once it has begun: thousands that wait need no more than their tags."""
-        self.runs.client.log_dict(run.id, trial.config.model_dump(mode="json"), "config.json")
-        self.runs.client.log_inputs(run.id, datasets=exhibits.datasets(trial))
+        run = self.runs.find("trial", key)
+        if "described" in run.tags or run.tags["status"] == "queued":
+            return
+        trial = self._describe(key)
         self.runs.pending(run).params |= _params(flatten(trial.config))
-        run.has_params = True
+        self.runs.client.log_inputs(run.id, datasets=exhibits.datasets(trial))
+        self.runs.flush()
+        self.runs.client.log_dict(run.id, trial.config.model_dump(mode="json"), "config.json")
+        run.tags["described"] = self.runs.pending(run).tags[f"{TAG}described"] = "yes"
 
     def _describe(self, key: str) -> Trial:
         if key not in self._trials:
             event = self.described(key)
             if event is None:
-                raise UserError(f"nothing describes the trial {key}")
+                raise Gone(f"nothing describes the trial {key}")
             self._trials[key] = _trial_of(event)
             if len(self._trials) > TRIALS:
                 self._trials.popitem(last=False)
@@ -254,7 +258,7 @@ class Recorder:
     def _artifact(self, trial: Trial, stage: str, *, verify: bool = True) -> Artifact:
         artifact = self.store.find(trial.keys[stage], verify=verify)
         if artifact is None:
-            raise MissingArtifact(f"{trial.keys[stage]} has gone from the store {self.store.location}")
+            raise Gone(f"{trial.keys[stage]} has gone from the store {self.store.location}")
         return artifact
 
 
@@ -318,8 +322,3 @@ def _seconds_since_start(run: KnownRun, time: int) -> int:
 
 def _params(values: Mapping[str, Any]) -> dict[str, str]:
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
-
-
-def _folder_of(name: str) -> str | None:
-    folder = str(PurePosixPath(name).parent)
-    return None if folder == "." else folder

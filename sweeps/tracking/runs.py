@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
 from mlflow import MlflowClient
@@ -35,6 +36,10 @@ SYSTEM = "system/"
 
 Point = tuple[str, int, float]
 """Metric, step, value."""
+
+
+class Gone(UserError):
+    """What an event is about is not there any more."""
 
 
 class Epochs:
@@ -87,7 +92,6 @@ class KnownRun:
     started: int
     """Milliseconds since the epoch."""
     tags: dict[str, str]
-    has_params: bool
     has_metrics: bool
     series: dict[str, Epochs | Seconds] | None = None
     """By metric; None: to be read."""
@@ -97,8 +101,8 @@ class KnownRun:
         tags = {name.removeprefix(TAG): text for name, text in run.data.tags.items() if name.startswith(TAG)}
         if parent := run.data.tags.get(MLFLOW_PARENT_RUN_ID):
             tags[MLFLOW_PARENT_RUN_ID] = parent
-        info, has_params, has_metrics = run.info, bool(run.data.params), bool(run.data.metrics)
-        return cls(info.run_id, info.run_name, info.status, info.start_time, tags, has_params, has_metrics)
+        info = run.info
+        return cls(info.run_id, info.run_name, info.status, info.start_time, tags, bool(run.data.metrics))
 
 
 @dataclass
@@ -123,7 +127,7 @@ class Runs:
         self.uri, self.store = uri, store
         self.experiment = self.experiment_id = ""
         self.written = 0
-        """How often a run was written to: what shows that something is still going on."""
+        """How often a run was written to, and files were: what shows that something is still going on."""
         self.forget()
         with connecting(uri), self._alone():  # the first client of a new database makes its tables
             self.client = MlflowClient(tracking_uri=uri)
@@ -168,10 +172,10 @@ class Runs:
     # Which there are
 
     def find(self, kind: str, key: str) -> KnownRun:
-        """Raises UserError when it has gone."""
+        """Raises Gone."""
         run = self._known.get((kind, key)) or self._reread(kind, key)
         if run is None:
-            raise UserError(f"the run of {kind} {key} has gone from the MLflow experiment {self.experiment!r}")
+            raise Gone(f"the run of {kind} {key} has gone from the MLflow experiment {self.experiment!r}")
         return run
 
     def find_or_create(
@@ -242,6 +246,12 @@ class Runs:
         latest = self.client.get_run(run.id).data.metrics
         for name in {name for name, _, _ in points} & latest.keys():
             self._series(run)[name] = self._steps(run, name)
+
+    def upload(self, run: KnownRun, file: Path, name: str) -> None:
+        """A file, as `name` among the run's artifacts."""
+        folder = str(PurePosixPath(name).parent)
+        self.client.log_artifact(run.id, str(file), None if folder == "." else folder)
+        self.written += 1
 
     def flush(self) -> None:
         """Write what is pending."""

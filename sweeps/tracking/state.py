@@ -142,8 +142,11 @@ class SweepState:
 
     def held(self) -> float:
         """Seconds for which trials have held their places, whatever came of it."""
-        states = self.trials.values()
-        return sum(s.held + (self.seconds - s.since if s.status == "running" else 0.0) for s in states)
+        return sum(state.held for state in self.trials.values()) + self.at_work()
+
+    def at_work(self) -> float:
+        """Seconds since the trials that run were started."""
+        return sum(self.seconds - state.since for state in self.trials.values() if state.status == "running")
 
     def in_work(self) -> set[str]:
         """Digests of the stages that running trials have still to make."""
@@ -181,7 +184,7 @@ class SweepState:
             case StageDone():
                 return self._stage_done(state, report)
             case Found():
-                state.status, state.told = "found", self._result(trial, metrics)
+                state.status, state.told, state.reason = "found", self._result(trial, metrics), ""
                 state.found = dict.fromkeys(trial.keys, True)
                 self.found.update(list(trial.keys))
             case Finished():

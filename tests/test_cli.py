@@ -303,7 +303,7 @@ def test_status_of_a_killed_driver_says_how_to_go_on(life):
 
 
 def test_what_mlflow_was_not_there_to_take_is_delivered_once(life):
-    assert life.answers["sync"].json()["delivered"] > 10
+    assert life.answers["sync"].json()["delivered"] > 0
     assert life.answers["sync again"].out == "0 records delivered\n"
 
 

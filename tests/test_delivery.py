@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 from semformer.errors import UserError
 from semformer.store import Store
 from sweeps.reports import Sampled
+from sweeps.tracking import journal as journal_file
 from sweeps.tracking.delivery import deliver
 from sweeps.tracking.journal import Journal, has_backlog
 from sweeps.tracking.tracker import Tracker
@@ -125,6 +126,21 @@ def test_what_a_server_that_stays_away_did_not_get_is_delivered_later(sweep, ser
     assert not has_backlog(tracker.folder)
     assert deliver(tracker.folder, sweep.store, sweep.uri) == 0
     assert sweep.tracker().is_complete()
+
+
+def test_an_end_that_comes_late_does_not_stop_the_sweep_that_goes_on(sweep, server):
+    first = sweep.tracker()
+    first.begin()
+    eventually(lambda: first.undelivered == 0, 30)
+    server.stop()
+    first.end("KILLED", patience=1)
+    server.start()
+    second = sweep.tracker()
+    second.begin()
+    eventually(lambda: second.undelivered == 0, 60)
+    states = [(run.info.status, run.data.tags["semformer.reason"]) for run in sweep.runs("trial").values()]
+    assert states == [("SCHEDULED", "")] * 2
+    second.end("KILLED")
 
 
 DRIVER = """
@@ -286,6 +302,17 @@ def test_events_of_a_full_disk_are_kept_in_memory_and_in_order(small_disk, kilob
     assert journal.described("59")["n"] == 59
     journal.close()
     assert numbers(Journal(small_disk))[-60:] == list(range(1, 61))
+
+
+def test_most_of_what_a_full_disk_takes_is_kept(small_disk, monkeypatch):
+    monkeypatch.setattr(journal_file, "MOST", 10)
+    journal = Journal(small_disk)
+    fill(small_disk / "stuff", 0)
+    for n in range(25):
+        append(journal, n)
+    (small_disk / "stuff").unlink()
+    journal.append({"n": 25})
+    assert numbers(journal)[-11:] == list(range(15, 26))
 
 
 def append(journal: Journal, n: int) -> bool:

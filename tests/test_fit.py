@@ -47,6 +47,12 @@ def test_packing_that_does_not_fit_is_refused_with_one_that_does(keys_of, store,
         checked(keys_of(), store)
 
 
+def test_on_a_cluster_that_has_no_gpu_yet_nothing_is_refused(keys_of, store, measure):
+    measure(keys_of(), caae=9.5)
+    told = check_packing(keys_of().values(), store, gpus_per_trial=0.25, gpu_bytes=0)
+    assert told == "caae takes up to 10.0 GiB; whether 4 trials fit into a GPU's memory is unknown: there is no GPU yet"
+
+
 def test_what_a_larger_network_took_says_nothing(keys_of, store, measure):
     measure(keys_of("tiny"), caae=30, segmentor=30, cams=30)
     assert "unknown" in checked(keys_of(), store)

@@ -564,3 +564,15 @@ def test_a_stopped_gate_starts_nothing_more(store):
     assert sweep.start() is None
     sweep.finishes("1")
     assert sweep.start() == FINISHED
+
+
+def test_an_outage_lasts_until_its_latest_failure():
+    """One failure long ago is no outage while a trial works on; one that goes on for the patience is given up."""
+    now = 0.0
+    faults = Faults(lambda: Places({"n": "a node"}), patience=60.0, clock=lambda: now)
+    full = Failure(Scope.STORE, "caae", "StoreError", "full")
+    faults.store_failed(full)
+    now = 500.0
+    assert faults.hopeless() is None
+    faults.store_failed(full)
+    assert faults.hopeless() == full

@@ -158,6 +158,12 @@ def test_artifacts_of_other_images_are_not_compared(plan, store):
     assert estimate(plan.trials, store.published(), store)[keys(plan, "caae")[0].digest].basis == "counted"
 
 
+def test_artifacts_of_a_version_with_other_fields_are_not_compared(plan, store):
+    spec = keys(plan, "caae")[0].spec
+    publish(store, StageKey("caae", {**spec, "params": {**spec["params"], "of_old": 1}}), seconds=1e6)
+    assert estimate(plan.trials, store.published(), store)[keys(plan, "caae")[0].digest].basis == "counted"
+
+
 def test_price_counts_shared_stages_once_and_only_what_is_missing(plan, store):
     """Every stage takes an hour, but for evaluations: 8 trials, one CAAE."""
     for name, seconds in (("caae", 3600), ("segmentor", 3600), ("cams", 3600), ("evaluate", 0)):

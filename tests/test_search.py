@@ -352,6 +352,10 @@ def test_a_scheduler_is_refused_where_no_probe_measures_the_objective(search, ob
         ("ashe", "did you mean asha"),
         ("pbt", "there are asha, hyperband"),
         ("asha:grace=3", "unknown option 'grace': there are .*, grace_period, "),
+        ("asha:metric=foo", "unknown option 'metric': there are "),
+        ("asha:mode=min", "unknown option 'mode'"),
+        ("asha:grace_period=[1", "the value of grace_period cannot be read"),
+        ("median_stopping", "there are asha, hyperband"),
         ("percentile:percentile=400", "--scheduler percentile: ValueError"),
     ],
 )

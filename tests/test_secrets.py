@@ -13,6 +13,7 @@ import psycopg2
 import pytest
 from mlflow import MlflowClient
 
+from semformer.secrets import without_password
 from tests.servers import Postgres, postgres
 from tests.workplace import ROOT, Answer, Workplace
 
@@ -153,3 +154,25 @@ def test_an_address_of_the_environment_is_told_without_its_password(tmp_path, ra
     assert answer.status == 2, answer
     assert f"{USER}:***@127.0.0.1" in answer.err
     assert_silent(answer)
+
+
+@pytest.mark.parametrize(
+    ("uri", "secret"),
+    [
+        ("postgresql://u:hunter22@h/db?application_name=a@b", "hunter22"),
+        ("postgresql://h.invalid/db?user=u&password=SECRET99&x=1", "SECRET99"),
+        ("http://u:s3cr'et99@127.0.0.1:9", "s3cr'et99"),
+        ("mysql://u:a/b:c@h/db", "a/b:c"),
+        ("postgresql://u:p%40ss%2Fword@h/db", "p@ss/word"),
+    ],
+)
+def test_a_password_is_masked_wherever_an_address_holds_it(uri, secret):
+    for text in (uri, f"error: {uri}: no", f"auth failed for u:{secret}@h", f"password {secret!s}"):
+        told = without_password(text, uri)
+        assert secret not in told
+        assert quote(secret, safe="") not in told
+
+
+def test_an_address_without_a_password_is_left_as_it_is():
+    for text in ("sqlite:////data/mlflow.db", "s3://bucket/prefix", "http://h:5000/#/experiments/1?a=b"):
+        assert without_password(text, text) == text

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from semformer.keys import StageKey
 from sweeps.plan.table import load_table
-from sweeps.plan.trials import make_plan
+from sweeps.plan.trials import Plan, make_plan
 from sweeps.reports import (
     EpochEnded,
     Failed,
@@ -27,6 +27,7 @@ from sweeps.reports import (
 )
 from sweeps.tracking.display import Display, grid, show_status
 from sweeps.tracking.state import Snapshot, SweepState, duration
+from tests.test_queue import trial as small_trial
 from tests.workplace import table_text
 
 
@@ -53,6 +54,14 @@ def epoch(n: int) -> EpochEnded:
 
 def made(trial, stage: str, seconds: float) -> StageDone:
     return StageDone(stage, trial.keys[stage].digest, found=False, seconds=seconds)
+
+
+def test_a_trial_that_is_found_after_a_failure_has_no_reason_any_more():
+    (one,) = trials = (small_trial("a"),)
+    state = SweepState(Plan("t", "T", (), "micro", {}, (0,), trials, frozenset()))
+    state.tell(one, Retried(Failure(Scope.TRIAL, "caae", "WorkerDied", "killed")))
+    state.tell(one, Found())
+    assert state.trials[one.key].tags()["reason"] == ""
 
 
 def test_a_trial_from_its_start_to_its_result(plan, state):

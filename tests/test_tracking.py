@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +33,7 @@ from sweeps.reports import (
     StageDone,
     Started,
 )
-from sweeps.tracking import rows
+from sweeps.tracking import delivery, rows
 from sweeps.tracking.journal import Journal
 from sweeps.tracking.state import SweepState
 from sweeps.tracking.tracker import Tracker
@@ -432,6 +433,45 @@ def test_what_cannot_be_written_is_told_and_loses_nothing_else(recorded, tmp_pat
     (error,) = tracker.errors
     assert str(a.keys["caae"]) in error
     assert recorded.runs("trial")["b"].data.tags["semformer.reason"] == "UserError: no data"
+
+
+def test_scores_are_there_though_the_artifacts_cannot_be_kept(recorded, tmp_path, monkeypatch):
+    monkeypatch.setattr(delivery, "PATIENCE", 1.0)
+    tracker = recorded.tracker()
+    tracker.begin()
+    eventually(lambda: tracker.undelivered == 0, 30)
+    folder = Path(recorded.runs("trial")["a"].info.artifact_uri.removeprefix("file://")).parents[1]
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.write_text("no folder")  # root may write into one without permission
+    try:
+        for trial in tracker.sweep.trials:
+            run_through(tracker, trial)
+        started = time.monotonic()
+        tracker.end("FINISHED")
+    finally:
+        folder.unlink()
+    assert time.monotonic() - started < 40  # the patience is for a cause, not for each event
+    assert "Error" in tracker.errors[0]
+    for run in recorded.runs("trial").values():
+        assert (run.info.status, run.data.tags["semformer.status"]) == ("FINISHED", "finished")
+        assert "cam/val/miou" in run.data.metrics
+        assert run.data.params
+
+
+def test_the_events_of_a_run_that_was_deleted_hold_up_no_others(recorded):
+    tracker = recorded.tracker()
+    a, b = tracker.sweep.trials
+    tracker.begin()
+    eventually(lambda: tracker.undelivered == 0, 30)
+    MlflowClient(recorded.uri).delete_run(recorded.runs("trial")["a"].info.run_id)
+    tracker._recorder.forget()
+    for trial in (a, b):
+        run_through(tracker, trial)
+    started = time.monotonic()
+    tracker.end("FINISHED")
+    assert time.monotonic() - started < 30
+    assert "the run of trial" in tracker.errors[0]
+    assert recorded.runs("trial")["b"].info.status == "FINISHED"
 
 
 def test_what_a_trial_tells_of_its_machine_is_recorded_once(recorded):

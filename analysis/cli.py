@@ -62,7 +62,6 @@ def _tables(options: argparse.Namespace) -> int:
     if options.all == bool(options.tables):
         raise UserError("which tables? Name some (table03 table08), or give --all alone")
     tables = load_all_tables() if options.all else load_tables(options.tables)
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "1")
     from analysis.render import to_latex, to_markdown, write_files
     from analysis.tables import compile_from_mlflow
 

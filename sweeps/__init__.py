@@ -5,6 +5,7 @@
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # torch and Ray take seconds to import
@@ -59,8 +60,7 @@ def run(
 
     with connect(address):
         share = trial_share(cpus_per_trial, gpus_per_trial, address=address)
-        watch = Watch(share, store=store.location, ask=address is not None)
-        try:
+        with closing(Watch(share, store=store.location, ask=address is not None)) as watch:
             watch.wait()
             run_trials(
                 trials,
@@ -72,6 +72,4 @@ def run(
                 silence=silence,
                 trainable=trainable or run_trial,
             )
-        finally:
-            watch.close()
     return ends

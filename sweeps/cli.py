@@ -21,6 +21,7 @@ from semformer.config import PRESETS, parse_overrides
 from semformer.errors import UserError
 from semformer.secrets import without_password
 from sweeps.plan.table import load_all_tables, load_tables, table_names
+from sweeps.search.space import add_arguments
 from sweeps.tracking.folder import SWEEPS, SweepFolder, find_sweep, new_sweep
 
 if TYPE_CHECKING:  # torch, Ray and MLflow take seconds to import
@@ -84,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     plan = command("plan", _plan, "what a sweep would run, what of it is there already, and what it costs")
     _add_tables(plan)
     _add_configs(plan)
+    gpus = "count on so many for the wall time that the price tells; none are asked for (default: %(default)s)"
+    plan.add_argument("--gpus", type=_positive(int), default=4, metavar="N", help=gpus)
     _add_price(plan)
 
     run = command("run", _run, "run what is missing of the tables' trials")
@@ -94,7 +97,7 @@ def _parser() -> argparse.ArgumentParser:
 
     search = command("search", _search, "search the ablation axes with Optuna")
     _add_configs(search, seeds=False)
-    _add_search(search)
+    add_arguments(search)
     _add_price(search)
     _add_running(search)
 
@@ -143,8 +146,6 @@ def _add_configs(parser: argparse.ArgumentParser, *, seeds: bool = True) -> None
 
 
 def _add_price(parser: argparse.ArgumentParser) -> None:
-    gpus = "count on so many GPUs for the wall time that a price tells; none are asked for (default: %(default)s)"
-    parser.add_argument("--gpus", type=_positive(int), default=4, metavar="N", help=gpus)
     tflops = "effective speed of one GPU, for stages of a kind that was never measured (default: 40)"
     parser.add_argument("--tflops", type=_positive(float), default=40.0, metavar="X", help=tflops)
 
@@ -164,12 +165,6 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     silence = "after which a trial that says nothing is killed and tried again (default: %(default)s)"
     add("--silence", type=_positive(float), default=600.0, metavar="SECONDS", help=silence)
     _add_sweeps(parser)
-
-
-def _add_search(parser: argparse.ArgumentParser) -> None:
-    from sweeps.search.space import add_arguments
-
-    add_arguments(parser)
 
 
 def _add_sweeps(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,8 +30,7 @@ from sweeps.tracking.state import SweepState, duration
 from sweeps.tracking.tracker import Tracker
 
 if TYPE_CHECKING:
-    from semformer.keys import StageKey
-    from sweeps.cluster.preflight import Images, Watch
+    from sweeps.cluster.preflight import Images
     from sweeps.schedule.gate import Gate
     from sweeps.search.study import Search
 
@@ -47,18 +46,17 @@ class Options:
     """How a sweep is run; see `semformer-sweep run --help`. `data` is a VOC devkit's folder."""
 
     tracking_uri: str
-    data: Path | None = None
-    experiment: str | None = None
-    register: str | None = None
-    address: str | None = None
-    budget: str | None = None
-    gpus: int = 4
-    tflops: float = 40.0
-    cpus_per_trial: int = 1
-    gpus_per_trial: float | None = None
-    max_concurrent: int | None = None
-    silence: float = 600.0
-    json: bool = False
+    data: Path | None
+    experiment: str | None
+    register: str | None
+    address: str | None
+    budget: str | None
+    tflops: float
+    cpus_per_trial: int
+    gpus_per_trial: float | None
+    max_concurrent: int | None
+    silence: float
+    json: bool
 
 
 class Drive:
@@ -100,7 +98,7 @@ class Drive:
             return self._conclude()
         if self.plan and self.options.budget:
             plan = self.plan
-            cost = price(plan.trials, plan.cached, self.store, gpus=self.options.gpus, tflops=self.options.tflops)
+            cost = price(plan.trials, plan.cached, self.store, gpus=1, tflops=self.options.tflops)
             check_budget(cost, self.options.budget)
         self._announce()
         with self._ray() as run_trials:
@@ -110,7 +108,9 @@ class Drive:
             status = "KILLED"
             try:
                 with self.display:
-                    self._tell_found()
+                    for trial in self.sweep.trials:
+                        if trial.key in self._scores:
+                            self.tell(trial, Found())
                     run_trials()
                 status = "FAILED" if self.failed else "FINISHED"
             finally:
@@ -135,11 +135,7 @@ class Drive:
         """What a trial or the gate reports, passed on to the display, MLflow and the search."""
         metrics = self._metrics(trial) if isinstance(report, Found) else {}
         line = self.state.tell(trial, report, metrics)
-        tags = self.state.trials[trial.key].tags()
-        if isinstance(report, Found):
-            self.tracker.record_found(trial, tags)
-        else:
-            self.tracker.tell(trial, report, tags)
+        self.tracker.tell(trial, report, self.state.trials[trial.key].tags())
         if self.search and trial.key not in self._told:
             self._tell_search(self.search, trial, report, metrics)
         self.display.tell(trial, line)
@@ -172,7 +168,9 @@ class Drive:
     def _read_scores(self) -> dict[str, Mapping[str, float]]:
         """The final metrics of the trials whose stages were all in the store, by trial key; one that is damaged is made
         again."""
-        keys = [trial.keys["evaluate"] for trial in self.sweep.trials if self.sweep.is_cached(trial)]
+        cached = self.sweep.cached
+        trials = (trial for trial in self.sweep.trials if all(key.digest in cached for key in trial.keys.values()))
+        keys = [trial.keys["evaluate"] for trial in trials]
         return {key.digest: artifact.info["metrics"] for key, artifact in self.store.find_many(keys).items()}
 
     def _metrics(self, trial: Trial) -> Mapping[str, float]:
@@ -229,11 +227,6 @@ class Drive:
         estimates = estimate(trials, self.sweep.cached, self.store, tflops=self.options.tflops)
         self._seconds |= {digest: one.seconds for digest, one in estimates.items()}
 
-    def _tell_found(self) -> None:
-        for trial in self.sweep.trials:
-            if trial.key in self._scores:
-                self.tell(trial, Found())
-
     def _found_by_search(self, trial: Trial) -> None:
         """The study knows it already."""
         self._told.add(trial.key)
@@ -269,13 +262,17 @@ class Drive:
         options = self.options
         with ExitStack() as stack:
             with self.console.status("starting Ray"):
-                from sweeps.cluster import nodes, runner
+                from sweeps.cluster import nodes, preflight, runner
                 from sweeps.cluster.connect import connect
 
                 stack.enter_context(connect(options.address))
             share = nodes.trial_share(options.cpus_per_trial, options.gpus_per_trial, address=options.address)
             self._gpus = share["gpu"] or 1.0
-            watch = stack.enter_context(self._watch(share))
+            images = self._images() if options.address else []
+            watch = preflight.Watch(share, images, self.store.location, ask=options.address is not None)
+            stack.enter_context(closing(watch))
+            with self.console.status("asking every node of the cluster"):
+                watch.wait()
             if 0 < share["gpu"] < 1:
                 keys, memory = distinct_stages(self.sweep.samples), min(watch.gpu_memory(), default=0)
                 self._print(check_packing(keys, self.store, gpus_per_trial=share["gpu"], gpu_bytes=memory))
@@ -288,28 +285,12 @@ class Drive:
                 watch=watch,
                 unfit=self._tell_unfit,
                 more=self._ask if self.search else None,
-                seconds=self._seconds_of,
+                seconds=lambda key: self._seconds.get(key.digest, 1.0),
                 max_concurrent=options.max_concurrent,
                 silence=options.silence,
                 every_second=self.every_second,
                 scheduler=self.search.scheduler() if self.search else None,
             )
-
-    @contextmanager
-    def _watch(self, share: Mapping[str, float]) -> "Iterator[Watch]":
-        """The nodes; those of a cluster have answered. Raises UserError where none of them is fit."""
-        from sweeps.cluster.preflight import Watch
-
-        if not self.options.address:
-            yield Watch(share, ask=False)
-            return
-        watch = Watch(share, self._images(), self.store.location)
-        try:
-            with self.console.status("asking every node of the cluster"):
-                watch.wait()
-            yield watch
-        finally:
-            watch.close()
 
     def _images(self) -> "list[Images]":
         """What the sweep reads, once for each data set."""
@@ -327,9 +308,6 @@ class Drive:
             )
             for config in found.values()
         ]
-
-    def _seconds_of(self, key: "StageKey") -> float:
-        return self._seconds.get(key.digest, 1.0)
 
     def _tell_unfit(self, why: str) -> None:
         self._print(f"[yellow]no work any more for[/] {escape(why)}")

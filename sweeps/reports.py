@@ -136,6 +136,4 @@ class Pruned:
     """Stopped by a scheduler."""
 
 
-OfProcess = Started | Progress | EpochEnded | Sampled | Waiting | StageDone | Finished | Raised
-OfGate = Found | Retried | Failed | Pruned
-Report = OfProcess | OfGate
+Report = Started | Progress | Sampled | Waiting | StageDone | Finished | Raised | Found | Retried | Failed | Pruned

@@ -79,7 +79,7 @@ class Driver(Tracker):
         self.state.tell(trial, report)
         tags = self.state.trials[trial.key].tags()
         if isinstance(report, Found):
-            self.record_found(trial, tags)
+            self.tell(trial, report, tags)
         else:
             self.tell(trial, report, tags)
 

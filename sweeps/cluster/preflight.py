@@ -6,7 +6,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +40,10 @@ class Images:
 
 @dataclass(frozen=True)
 class NodeReport:
-    """What a node answered. Memory and disk in bytes; `gpu_memory` has one entry a GPU."""
+    """What a node answered. `gpu_memory`: bytes of each GPU."""
 
     node: Node
-    versions: Mapping[str, str] = field(default_factory=dict)
     gpu_memory: tuple[int, ...] = ()
-    free_disk: int = 0
     faults: tuple[str, ...] = ()
 
     def __str__(self) -> str:
@@ -56,7 +54,7 @@ class Watch:
     """The nodes that can hold a trial's `share`: who lives, and who is fit.
 
     A fit node has the versions and the code of this machine, the same images, the same `store` (its location),
-    `min_free` bytes of disk, and, where the share has GPUs, those that Ray counts. With `ask` false, all are taken for
+    min_free bytes of disk, and, where the share has GPUs, those that Ray counts. With `ask` false, all are taken for
     fit: on this machine alone there is nothing to compare.
     """
 
@@ -108,19 +106,16 @@ class Watch:
                 self._note(NodeReport(node, faults=(f"did not answer within {ANSWER:g} s",)))
         self._look_for_marks()
 
-    def wait(self) -> list[NodeReport]:
+    def wait(self) -> None:
         """Until every node that lives now has answered. Raises one UserError that names the faults, where no node is
         fit and none can be launched."""
         while self._asked or self._unseen:
             time.sleep(0.1)
             self.look()
-        reports = list(self.reports.values())
-        if not self.ask:
-            return reports
-        if not self.potential and not any(not report.faults for report in reports):
+        reports = self.reports.values()
+        if self.ask and not self.potential and all(report.faults for report in reports):
             told = "".join(f"\n{r.node}:" + "".join(f"\n  - {fault}" for fault in r.faults) for r in reports)
             raise UserError(f"{len(reports)} of {len(reports)} nodes cannot run this sweep.{told}")
-        return reports
 
     def listen(self, unfit: Callable[[NodeReport], None]) -> None:
         """unfit(report) hears of each node that is not fit, now and later."""
@@ -179,7 +174,7 @@ class Watch:
             elif time.monotonic() > until:
                 del self._unseen[node_id]
                 fault = f"what it writes into the store {self._store.location} is not seen here: {_SHARE_STORE}"
-                self._note(NodeReport(report.node, report.versions, report.gpu_memory, report.free_disk, (fault,)))
+                self._note(replace(report, faults=(fault,)))
 
     def _note(self, report: NodeReport) -> None:
         self.reports[report.node.id] = report
@@ -219,7 +214,7 @@ def _ask(
     disk = next(folder for folder in (cache, *cache.parents) if folder.exists())
     if (free := shutil.disk_usage(disk).free) < min_free:
         faults.append(f"has {free / 2**30:.1f} GiB of free disk in {disk}; needed are {min_free / 2**30:.1f}")
-    return NodeReport(node, versions(), memory, free, tuple(faults))
+    return NodeReport(node, memory, tuple(faults))
 
 
 def _compare(images: Images) -> list[str]:

@@ -150,11 +150,8 @@ class _Choice(Searcher):
         self._until = math.inf
         return Searcher.FINISHED if self.gate.finished else None
 
-    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """The relay hears all reports."""
-
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Likewise."""
+        """The relay hears it."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Nothing: Tune pickles its searcher, but a sweep goes on from the store, not from Tune's snapshot."""

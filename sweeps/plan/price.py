@@ -190,9 +190,9 @@ def check_budget(price: Price, budget: str) -> None:
         )
 
 
-def spread(items: Sequence[T], n: int = SAMPLE) -> Sequence[T]:
-    """At most `n` of them, at even distances."""
-    return items[:: math.ceil(len(items) / n) or 1]
+def spread(items: Sequence[T]) -> Sequence[T]:
+    """At most SAMPLE of them, at even distances."""
+    return items[:: math.ceil(len(items) / SAMPLE) or 1]
 
 
 class _Work:

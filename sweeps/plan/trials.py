@@ -55,10 +55,6 @@ class Trial:
         return _first(self.rows)
 
     @property
-    def tables(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys(cell.table for cell in self.cells))
-
-    @property
     def masks_read_by(self) -> tuple[str, ...]:
         """The stages that read pixel masks."""
         return tuple(stage.name for stage in pipeline.needed_stages(self.config) if stage.reads_masks(self.config))
@@ -116,10 +112,6 @@ class Sweep(Protocol):
         """Of a trial, for people."""
         ...
 
-    def is_cached(self, trial: Trial) -> bool:
-        """Whether all its stages were in the store."""
-        ...
-
 
 @dataclass(frozen=True)
 class Plan:
@@ -161,10 +153,6 @@ class Plan:
     def name_of(self, trial: Trial) -> str:
         """As `Trial.name`, with the table only where there are several."""
         return _first(self.rows_of(trial))
-
-    def is_cached(self, trial: Trial) -> bool:
-        """Whether all its stages are in the store."""
-        return all(key.digest in self.cached for key in trial.keys.values())
 
     def missing(self) -> dict[StageKey, list[Trial]]:
         """The distinct stages that are not in the store, each with the trials that need it, in the pipeline's order."""

@@ -111,10 +111,6 @@ class Queue:
             del self._parked_at[key]
             self._push(key)
 
-    def maker(self, digest: str) -> str | None:
-        """Who makes a stage."""
-        return self._makers.get(digest)
-
     def waits_for(self, trial: Trial) -> tuple[str, str]:
         """The stage that a queued trial waits for, and who makes it; ("", "") where only a free place is missing."""
         for name, key in trial.keys.items():

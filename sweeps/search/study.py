@@ -258,9 +258,6 @@ class Search:
     def name_of(self, trial: Trial) -> str:
         return trial.name.removeprefix(f"{self.name}/")
 
-    def is_cached(self, trial: Trial) -> bool:
-        return False
-
     @cached_property
     def samples(self) -> tuple[Trial, ...]:
         """Of what may be run: the config that the search starts from, and that with each axis at each of its ends."""

@@ -25,7 +25,7 @@ from semformer import pipeline
 from semformer.config import load_config
 from semformer.store import Store
 from sweeps.plan.trials import Sweep, Trial
-from sweeps.reports import EpochEnded, Failed, Finished, Pruned, Report, Retried, Sampled, StageDone, Started
+from sweeps.reports import EpochEnded, Failed, Finished, Found, Pruned, Report, Retried, Sampled, StageDone, Started
 from sweeps.tracking import rows, views
 from sweeps.tracking.connection import TAG
 from sweeps.tracking.delivery import Delivery, told
@@ -158,19 +158,14 @@ class Tracker:
             first_tags=self._first_tags(trial),
         )
 
-    def record_found(self, trial: Trial, state: Mapping[str, str]) -> None:
-        """Record a trial whose stages are all in the store already, unless its run is finished too."""
-        self.add(trial)
-        if self._is_finished(trial):
-            return
-        for stage in trial.keys:
-            self._tell_stage(trial, stage, found=True)
-        self._finish(trial, state)
-
     def tell(self, trial: Trial, report: Report, state: Mapping[str, str]) -> None:
         """Record what a trial or the gate reports; `state`: `TrialState.tags` after it."""
         self.add(trial)
         match report:
+            case Found() if not self._is_finished(trial):
+                for stage in trial.keys:
+                    self._tell_stage(trial, stage, found=True)
+                self._finish(trial, state)
             case Started():
                 self._append("started", key=trial.key, commit=self._commit, state=state)
             case EpochEnded():

@@ -336,6 +336,16 @@ def test_a_scheduler_of_tune_ranks_by_the_objective_in_its_direction(search, obj
     assert kept["c"] == ("CONTINUE" if mode == "max" else "STOP")
 
 
+def test_a_sampler_that_has_suggested_everything_ends_the_search(search):
+    one = search("U=1:4", trials=10, sampler=Named.read("--sampler", "brute_force"))
+    asked = []
+    while trial := one.ask():
+        asked.append(trial.config.cams.last_blocks)
+        finish(one, trial)
+    assert sorted(asked) == [1, 2, 3, 4]
+    assert [trial.state.name for trial in one.study.trials] == ["COMPLETE"] * len(one.study.trials)
+
+
 @pytest.mark.parametrize(
     ("objectives", "told"),
     [(["gpu_hours"], "gpu_hours is not known before a trial has ended"), (["cam/val/miou", "gpu_hours"], "several")],

@@ -122,6 +122,7 @@ class Search:
             self.scheduler()
         self.driver = secrets.token_hex(8)
         self._live: dict[str, list[optuna.Trial]] = {}  # by trial key: asked and not told yet
+        self._exhausted = False  # the sampler has suggested all there is
         self._unplaced: optuna.Trial | None = None  # asked, and an error came between
         self._untold: list[_Result] = []
         self._held_written = -HELD_EVERY
@@ -307,7 +308,7 @@ class Search:
 
     def _ask(self) -> optuna.Trial | None:
         with self._alone():  # so that no driver asks too many, and each sees what the others are at
-            if self._count() >= self.most:
+            if self._exhausted or self._count() >= self.most:
                 return None
             with _quiet():
                 asked = self.study.ask({name: axis.distribution for name, axis in self.axes.items()})
@@ -386,7 +387,7 @@ class Search:
         if state == TrialState.COMPLETE:
             measured = {**(metrics or {}), "gpu_hours": sum(seconds.values()) / 3600}
             values = [measured[name] for name in self.objectives]
-        with _quiet(), _closed_by_others(asked):
+        with _quiet(), _closed_by_others(asked), self._noting_exhaustion():
             for name, value in attributes.items():
                 if value:
                     asked.set_user_attr(name, dict(value) if isinstance(value, Mapping) else value)
@@ -437,10 +438,23 @@ class Search:
         study = optuna.create_study(directions=list(self.objectives.values()), sampler=sampler)
         try:
             for value in range(TRIED):
-                asked = study.ask({name: axis.distribution for name, axis in self.axes.items()})
-                study.tell(asked, [float(value)] * len(self.objectives))
+                with self._noting_exhaustion():
+                    asked = study.ask({name: axis.distribution for name, axis in self.axes.items()})
+                    study.tell(asked, [float(value)] * len(self.objectives))
         except Exception as error:  # each sampler has its own
             raise UserError(f"--sampler {self.sampler.name} cannot search this: {_first(error)}") from error
+        finally:
+            self._exhausted = False
+
+    @contextmanager
+    def _noting_exhaustion(self) -> Iterator[None]:
+        """A sampler that has suggested everything (brute_force) calls `stop`, which is for Optuna's own loop."""
+        try:
+            yield
+        except RuntimeError as error:
+            if "Study.stop" not in str(error):
+                raise
+            self._exhausted = True
 
     def _spec(self) -> dict[str, Any]:
         """What makes two searches the same one."""

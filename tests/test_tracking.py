@@ -380,6 +380,8 @@ def test_rows_that_are_too_many_for_a_tag_go_on_in_others():
     fewer = rows.merged(found, names[:2], ["table"])
     now = found | {name.removeprefix("semformer."): text for name, text in fewer.items()}
     assert rows.read(now) == names[:2]
+    again = rows.merged({"rows": "study/trial-7"}, ["study/trial-7"], tables=[])  # of a search, which has no table
+    assert again["semformer.rows"] == "study/trial-7"
 
 
 def test_a_trial_that_waits_has_a_run_with_no_more_than_its_tags(recorded):

@@ -33,6 +33,7 @@ if TYPE_CHECKING:  # torch, Ray and MLflow take seconds to import
 STORE = "runs/store"
 TRACKING_URI = "sqlite:///mlflow.db"
 TRACKING_DEFAULT = f"$MLFLOW_TRACKING_URI, else {TRACKING_URI}"
+LOG = logging.StreamHandler()
 SHORT = 8
 """Characters of a key that are shown."""
 SHOWN, NAMED = 200, 12
@@ -66,9 +67,8 @@ def _log_without_passwords(options: argparse.Namespace) -> None:
         def format(self, record: logging.LogRecord) -> str:
             return without_password(super().format(record), *_addresses(options))
 
-    handler = logging.StreamHandler()
-    handler.setFormatter(Formatter("%(message)s"))
-    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    LOG.setFormatter(Formatter("%(message)s"))
+    logging.basicConfig(level=logging.WARNING, handlers=[LOG])
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -356,7 +356,9 @@ def _go_back(folder: SweepFolder) -> argparse.Namespace:
         raise UserError(f"the folder that {folder.name} was started in, {cwd}, is not there any more")
     folder = SweepFolder(folder.path.absolute())
     os.chdir(cwd)
-    return _parser().parse_args(arguments, argparse.Namespace(arguments=arguments, folder=folder))
+    started = _parser().parse_args(arguments, argparse.Namespace(arguments=arguments, folder=folder))
+    _log_without_passwords(started)
+    return started
 
 
 # Looking after

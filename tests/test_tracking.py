@@ -35,6 +35,7 @@ from sweeps.reports import (
 )
 from sweeps.tracking import delivery, rows
 from sweeps.tracking.journal import Journal
+from sweeps.tracking.runs import steps_of
 from sweeps.tracking.state import SweepState
 from sweeps.tracking.tracker import Tracker
 from tests.artifacts import eventually
@@ -566,3 +567,17 @@ def test_a_deleted_experiment_is_told(recorded):
     client.delete_experiment(client.get_experiment_by_name(recorded.name).experiment_id)
     with pytest.raises(UserError, match=r"was deleted: restore it .* or give another name with --experiment"):
         recorded.tracker()
+
+
+# What is known of a series
+
+
+def test_steps_that_are_there_are_known_and_gaps_are_not():
+    epochs, seconds = steps_of("segmentor/loss/CF", [1, 2, 5]), steps_of("system/cpu", [10, 30])
+    assert [step in epochs for step in (0, 1, 2, 3, 5, 6)] == [False, True, True, False, True, False]
+    assert [step in seconds for step in (5, 30, 31)] == [True, True, False]
+    epochs.add(3)
+    epochs.add(4)
+    seconds.add(40)
+    assert (epochs.upto, epochs.others) == (5, set())
+    assert [step in seconds for step in (40, 41)] == [True, False]

@@ -1,8 +1,11 @@
-"""`make bench`: every benchmark, as the table of the README. Run it on an idle machine; compare ratios, not times."""
+"""`make bench`: the tables of the README. Run it on an idle machine; compare ratios, not times.
+
+`bench_plan` (minutes) and `bench_schedule` (an hour) are run by their names.
+"""
 
 import torch
 
-from tests.benchmarks import bench_thresholds, bench_tracking, bench_training
+from tests.benchmarks import bench_simulation, bench_thresholds, bench_tracking, bench_training
 
 
 def main() -> None:
@@ -13,6 +16,8 @@ def main() -> None:
         print(f"| {row['what']} | {plain:.1f} images/s | {ours:.1f} images/s | {row['ratio']:.1f}x |", flush=True)
     bench_thresholds.main()
     bench_tracking.main()
+    print("\nA day on 1,000 spot GPUs, simulated:", flush=True)
+    bench_simulation.main()
 
 
 if __name__ == "__main__":

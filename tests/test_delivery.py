@@ -14,6 +14,7 @@ from mlflow import MlflowClient
 from semformer.errors import UserError
 from semformer.store import Store
 from sweeps.reports import Sampled
+from sweeps.tracking import delivery as delivery_file
 from sweeps.tracking import journal as journal_file
 from sweeps.tracking.delivery import deliver
 from sweeps.tracking.journal import Journal, has_backlog
@@ -283,47 +284,75 @@ def test_a_file_that_is_no_journal_is_told(tmp_path):
 
 
 @pytest.mark.parametrize("kilobytes_left", [0, 6])
-def test_events_of_a_full_disk_are_kept_in_memory_and_in_order(small_disk, kilobytes_left):
+def test_events_of_a_full_disk_are_kept_in_memory_and_in_order(small_disk, kilobytes_left, caplog):
     journal = Journal(small_disk)
     journal.append({"n": 0})
     (number, _) = journal.read(1)[0]
     stuff = small_disk / "stuff"
     fill(stuff, kilobytes_left)
-    told = [append(journal, n) for n in range(1, 60)]
-    assert not told[-1]
-    assert told == sorted(told, reverse=True)  # once it is full, it stays so
+    for n in range(1, 60):
+        append(journal, n)
+    assert "is the disk full?" in journal.trouble
     assert journal.undelivered == 60
     journal.advance(number, 1)  # delivered, though it cannot be deleted
     assert journal.undelivered == 59
-    assert 0 not in numbers(journal)
+    with pytest.raises(OSError, match=r"is the disk full\?"):  # rather than the first one again
+        numbers(journal)
+    assert caplog.text.count("Events are kept in memory") == 1  # not a line for each
     stuff.unlink()
     journal.append({"n": 60})
+    assert journal.trouble == ""
     assert numbers(journal) == list(range(1, 61))
     assert journal.described("59")["n"] == 59
     journal.close()
     assert numbers(Journal(small_disk))[-60:] == list(range(1, 61))
 
 
-def test_most_of_what_a_full_disk_takes_is_kept(small_disk, monkeypatch):
+def test_of_too_many_events_that_a_full_disk_leaves_in_memory_the_first_are_lost_and_it_is_told(
+    small_disk, monkeypatch
+):
     monkeypatch.setattr(journal_file, "MOST", 10)
     journal = Journal(small_disk)
     fill(small_disk / "stuff", 0)
-    for n in range(25):
+    for n in range(10):
         append(journal, n)
+    for n in range(10, 25):
+        with pytest.raises(OSError, match=r"an event is lost: .*journal.db cannot be written .*is the disk full\?"):
+            append(journal, n)
     (small_disk / "stuff").unlink()
     journal.append({"n": 25})
-    assert numbers(journal)[-11:] == list(range(15, 26))
+    assert numbers(journal) == list(range(15, 26))
 
 
-def append(journal: Journal, n: int) -> bool:
-    """Whether there was room for it."""
-    try:
-        journal.append({"n": n, "text": "x" * 500}, describes=str(n))
-    except OSError as error:
-        if "is the disk full?" not in str(error):
-            raise
-        return False
-    return True
+@pytest.mark.parametrize("there_is_room_again", [True, False])
+def test_a_sweep_whose_disk_is_full_is_recorded_once_there_is_room(
+    sweep, small_disk, monkeypatch, there_is_room_again
+):
+    monkeypatch.setattr(delivery_file, "LONGEST_WAIT", 0.1)
+    tracker = Tracker(sweep.uri, plan_of(sweep.folder), sweep.store, sweep.name, folder=small_disk)
+    tracker.begin()
+    eventually(lambda: tracker.undelivered == 0, 30)
+    fill(small_disk / "stuff", 0)
+    for n in range(200):
+        tracker.tell(tracker.sweep.trials[0], Sampled({f"gpu/{n}": n}), {})
+    time.sleep(1)  # the courier delivers what there was room for, and then finds nothing
+    left = tracker.undelivered
+    assert 0 < left <= 200
+    if there_is_room_again:
+        (small_disk / "stuff").unlink()
+        eventually(lambda: tracker.undelivered == 0, 30)  # though nothing more is told
+        tracker.end("FINISHED")
+        assert tracker.errors == []
+        assert {f"gpu/{n}" for n in range(200)} <= sweep.runs("trial")["a"].data.metrics.keys()
+    else:
+        tracker.end("FINISHED", patience=0.5)
+        (error,) = tracker.errors
+        assert f"{left + 1} events are still in" in error
+        assert "is the disk full?" in error
+
+
+def append(journal: Journal, n: int) -> None:
+    journal.append({"n": n, "text": "x" * 500}, describes=str(n))
 
 
 def fill(path: Path, kilobytes_left: int) -> None:

@@ -31,12 +31,17 @@ class Delivery:
         self._attempts, self._cause, self._since, self._failed = 0, "", 0.0, float("-inf")
 
     def step(self) -> float:
-        """Deliver the next events; returns the seconds after which to go on, more than 0 after a failure.
+        """Deliver the next events; returns the seconds after which to go on, more than 0 after a failure, and while the
+        journal cannot be read or written.
 
         While MLflow does not answer, an event is tried for ever. One that MLflow refuses is looked for by halves, and
         skipped: at the second attempt if it will never be taken, else after PATIENCE seconds.
         """
-        entries = self.journal.read(self._size)
+        try:
+            entries = self.journal.read(self._size)
+        except OSError as error:
+            self.last_error = str(error)
+            return LONGEST_WAIT
         try:
             self.recorder.write([event for _, event in entries])
         except Exception as error:

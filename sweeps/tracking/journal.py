@@ -35,6 +35,8 @@ class Journal:
         self.files = folder / "files"
         self._lock = threading.Lock()
         self._unwritten: list[tuple[str, str | None]] = []  # events (and keys) that the disk has no room for
+        self.trouble = ""
+        """Why events are kept in memory, while they are."""
         self._done = 0  # the last one that is delivered, whether or not it could be deleted
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -56,22 +58,15 @@ class Journal:
     def append(self, event: Mapping[str, Any], *, describes: str | None = None) -> None:
         """Keep an event, and what it describes under a key, for `described`.
 
-        While the disk is full, events are kept in memory, and written with the next one that finds room; raises OSError
-        then, once it is sure that this one is kept there.
+        While the disk is full, events are kept in memory until there is room. Raises OSError where these are too many,
+        and the first of them is lost.
         """
         with self._lock:
             self._unwritten.append((json.dumps(event, default=float), describes))
-            try:
-                with self._database:
-                    for body, key in self._unwritten:
-                        self._database.execute("insert into events (body) values (?)", (body,))
-                        if key:
-                            self._database.execute("insert or replace into described values (?, ?)", (key, body))
-            except sqlite3.Error as error:
-                del self._unwritten[: max(0, len(self._unwritten) - MOST)]
-                raise OSError(f"{self.files.parent / FILE} cannot be written ({error}): is the disk full?") from error
-            self._rows += len(self._unwritten)
-            self._unwritten.clear()
+            self._write()
+            if len(self._unwritten) > MOST:
+                del self._unwritten[0]
+                raise OSError(f"an event is lost: {self.trouble}")
 
     def described(self, key: str) -> Event | None:
         """The latest event that describes this key."""
@@ -80,10 +75,18 @@ class Journal:
         return json.loads(row[0]) if row else None
 
     def read(self, limit: int) -> list[tuple[int, Event]]:
-        """The next events to deliver, each with the number that `advance` is to be told."""
+        """The next events to deliver, each with the number that `advance` is to be told; at least one, if any is
+        undelivered. Raises OSError while there are only events that the disk has no room for, and where it fails.
+        """
+        query = "select id, body from events where id > ? order by id limit ?"
         with self._lock:
-            query = "select id, body from events where id > ? order by id limit ?"
-            rows = self._database.execute(query, (self._done, limit)).fetchall()
+            self._write()
+            try:
+                rows = self._database.execute(query, (self._done, limit)).fetchall()
+            except sqlite3.Error as error:
+                raise OSError(f"{self.files.parent / FILE} cannot be read: {error}") from error
+        if not rows and self._unwritten:
+            raise OSError(self.trouble)
         return [(number, json.loads(body)) for number, body in rows]
 
     def advance(self, number: int, events: int) -> None:
@@ -105,6 +108,24 @@ class Journal:
     def close(self) -> None:
         with self._lock:
             self._database.close()
+
+    def _write(self) -> None:
+        if not self._unwritten:
+            return
+        try:
+            with self._database:
+                for body, key in self._unwritten:
+                    self._database.execute("insert into events (body) values (?)", (body,))
+                    if key:
+                        self._database.execute("insert or replace into described values (?, ?)", (key, body))
+        except sqlite3.Error as error:
+            if not self.trouble:
+                self.trouble = f"{self.files.parent / FILE} cannot be written ({error}): is the disk full?"
+                log.warning("%s Events are kept in memory until there is room.", self.trouble)
+            return
+        self._rows += len(self._unwritten)
+        self._unwritten.clear()
+        self.trouble = ""
 
 
 def has_backlog(folder: Path) -> bool:

@@ -12,7 +12,7 @@ from semformer.store import Store
 from sweeps.plan.trials import Trial
 from sweeps.reports import EpochEnded, Failure, Finished, Raised, Scope, StageDone, Started
 from sweeps.schedule import gate as gate_module
-from sweeps.schedule.faults import Faults, Places
+from sweeps.schedule.faults import LOSSES, Faults, Places
 from sweeps.schedule.gate import Gate
 from tests.test_queue import STAGES, trial
 
@@ -351,12 +351,14 @@ def test_a_stage_that_cannot_be_made_fails_all_who_need_it_at_once_and_nobody_el
 
 def test_a_node_that_lacks_something_is_kept_from_all_work_and_fails_no_row(store):
     sweep = Sweep([trial("a", caae="x"), trial("b", caae="x"), trial("c")], store)
-    assert sweep.start() == "a"
-    sweep.fails("1", "", Scope.NODE, "n1")
-    assert [(row, event) for row, event, _ in sweep.heard] == [("a", "Retried")]
-    assert sweep.faults.avoided_by(trial("c")) == {"n1": "node n1: Oops: it broke on n1"}
     assert [sweep.start(), sweep.start()] == ["a", "c"]
-    for n in ("2", "3"):
+    sweep.fails("1", "", Scope.NODE, "n1")
+    assert sweep.faults.avoided_by(trial("c")) == {}  # once may be chance
+    sweep.fails("2", "", Scope.NODE, "n1")
+    assert [(row, event) for row, event, _ in sweep.heard] == [("a", "Retried"), ("c", "Retried")]
+    assert sweep.faults.avoided_by(trial("c")) == {"n1": "node n1: Oops: it broke on n1"}
+    assert {sweep.start(), sweep.start()} == {"a", "c"}
+    for n in ("3", "4"):
         sweep.works(n, "n2")
         sweep.finishes(n)
     assert sweep.start() == "b"
@@ -406,7 +408,7 @@ def test_a_node_that_makes_stages_between_failures_stays(store):
 
 def test_where_no_node_is_fit_the_sweep_ends_and_names_them(store):
     sweep = Sweep([trial("a"), trial("b")], store)
-    for n, node in (("1", "n1"), ("2", "n2")):
+    for n, node in (("1", "n1"), ("2", "n2"), ("3", "n1"), ("4", "n2")):
         assert sweep.start()
         sweep.fails(n, "", Scope.NODE, node)
     assert sweep.start() == FINISHED
@@ -417,37 +419,63 @@ def test_where_no_node_is_fit_the_sweep_ends_and_names_them(store):
 
 def test_a_cluster_that_grows_is_asked_for_another_node_and_given_up_after_a_while(store):
     sweep = Sweep([trial("a"), trial("b")], store, nodes=["n1"], may_grow=True)
-    assert sweep.start() == "a"
-    sweep.fails("1", "", Scope.NODE, "n1")
+    for n in "12":
+        assert sweep.start() == "a"
+        sweep.fails(n, "", Scope.NODE, "n1")
     assert sweep.start() == "a"  # it avoids n1, and so asks for another
     assert sweep.start() is None
     sweep.nodes.append("n2")
     assert sweep.start() == "b"
-    for n in ("2", "3"):
+    for n in "34":
         sweep.works(n, "n2")
         sweep.finishes(n)
     assert sweep.start() == FINISHED
 
     sweep = Sweep([trial("c"), trial("d")], store, nodes=["n1"], may_grow=True)
-    assert sweep.start() == "c"
-    sweep.fails("1", "", Scope.NODE, "n1")
+    for n in "12":
+        assert sweep.start() == "c"
+        sweep.fails(n, "", Scope.NODE, "n1")
     assert sweep.start() == "c"
     sweep.now += 61
     assert sweep.start() == FINISHED
-    assert [(row, event) for row, event, _ in sweep.heard] == [("c", "Retried"), ("d", "Failed"), ("c", "Failed")]
+    assert [(row, event) for row, event, _ in sweep.heard[2:]] == [("d", "Failed"), ("c", "Failed")]
 
 
 def test_a_cluster_that_had_fit_nodes_meanwhile_is_not_given_up(store):
     sweep = Sweep([trial("a"), trial("b")], store, nodes=["n1", "n2"], may_grow=True, room=lambda: 1)
-    assert sweep.start() == "a"
-    sweep.fails("1", "", Scope.NODE, "n1")
+    for n in "12":
+        assert sweep.start() == "a"
+        sweep.fails(n, "", Scope.NODE, "n1")
     for _ in range(5):
         sweep.now += 40
         sweep.start()
     sweep.nodes = []  # spot machines went
     sweep.now += 40
     sweep.start()
-    assert [event for _, event, _ in sweep.heard] == ["Retried"]
+    assert [event for _, event, _ in sweep.heard] == ["Retried", "Retried"]
+
+
+def test_a_node_that_has_a_hiccup_before_a_first_stage_stays(store):
+    sweep = Sweep([trial("a"), trial("b"), trial("c")], store, nodes=["n1"])
+    for n in range(3):
+        assert sweep.start()
+        sweep.fails(f"{2 * n + 1}", "", Scope.NODE, "n1", error="OSError")
+        assert sweep.start()
+        sweep.works(f"{2 * n + 2}", "n1")
+        sweep.finishes(f"{2 * n + 2}")
+    assert sweep.start() == FINISHED
+    assert {event for _, event, _ in sweep.heard} == {"Retried"}
+
+
+def test_processes_that_die_before_they_tell_where_they_are_count_as_lost_nodes(store):
+    sweep = Sweep([trial("a")], store)
+    for n in range(1, LOSSES):
+        assert sweep.start() == "a"
+        sweep.dies(str(n))
+    assert {event for _, event, _ in sweep.heard} == {"Retried"}
+    assert sweep.start() == "a"
+    sweep.dies(str(LOSSES))
+    assert sweep.heard[-1] == ("a", "Failed", "caae: WorkerDied: it was killed")
 
 
 def test_a_lost_place_is_waited_for_while_others_run(store):

@@ -7,8 +7,9 @@
 | store | one trial at a time tries whether it works again, until the patience ends |
 | trial | tried again, until TRIES of one stage have failed without getting further |
 
-A node that goes away takes its trials with it: that is nobody's fault, and hardly counts (spot machines). A node on
-which several stages fail, and none is made in between, is kept away from all work.
+A node that goes away takes its trials with it: that is nobody's fault, and hardly counts (spot machines); nor does a
+process that died before it told where it was. A node on which several stages fail, or two trials before their first
+stage, and nothing works in between, is kept away from all work.
 """
 
 import time
@@ -25,6 +26,8 @@ TRIES = 3
 NODES = 3
 """On which a stage fails by the node's fault before it is the stage's; and stages that fail on a node before it is
 unfit for all."""
+STARTS = 2
+"""Trials that fail on a node before their first stage before it is unfit for all."""
 LOSSES = 10
 """Nodes that go away under a stage before it gets further."""
 FIRST_PAUSE, LONGEST_PAUSE = 5.0, 60.0
@@ -58,6 +61,7 @@ class Faults:
         self.unfit: dict[str, str] = {}  # by node: why no trial is to run there
         self._failed_on: defaultdict[str, dict[str, str]] = defaultdict(dict)  # stage -> node -> why
         self._against: defaultdict[str, set[str]] = defaultdict(set)  # node -> stages that failed there in a row
+        self._starts: Counter[str] = Counter()  # node -> trials that failed there in a row, before their first stage
         self._tries: Counter[str] = Counter()
         self._losses: Counter[str] = Counter()
         self._epochs: dict[str, int] = {}  # the furthest of unfinished stages
@@ -132,6 +136,7 @@ class Faults:
 
     def _works(self, node: str) -> None:
         self._against.pop(node, None)
+        self._starts.pop(node, None)
         self._outage = None
 
     def _judge(self, digest: str, failure: Failure) -> Failure | None:
@@ -141,7 +146,7 @@ class Faults:
             self.store_failed(failure)
             return None
         places = self.places()
-        if failure.node and failure.node not in places.names:
+        if failure.node not in places.names:
             self._losses[digest] += 1
             return failure if self._losses[digest] >= LOSSES else None
         self._count_against(digest, failure, places)
@@ -152,19 +157,19 @@ class Faults:
 
     def _count_against(self, digest: str, failure: Failure, places: Places) -> None:
         """A fault before the first stage is about the node alone; others are, when they add up."""
-        why = f"{places.names.get(failure.node, failure.node)}: {failure.reason}"
+        node, others = failure.node, len(places.names) > 1 or places.may_grow
         if failure.scope == Scope.NODE and not failure.stage:
-            self.node_is_unfit(failure.node, why)
-            return
-        self._against[failure.node].add(digest)
-        if failure.node and len(self._against[failure.node]) >= NODES and (len(places.names) > 1 or places.may_grow):
-            self.node_is_unfit(failure.node, why)
+            self._starts[node] += 1
+        else:
+            self._against[node].add(digest)
+        if self._starts[node] >= STARTS or (others and len(self._against[node]) >= NODES):
+            self.node_is_unfit(node, f"{places.names[node]}: {failure.reason}")
 
     def _node_failed(self, digest: str, failure: Failure, places: Places) -> Failure | None:
         if not failure.stage:
             return None
         tried = self._failed_on[digest]
-        tried[failure.node] = f"{places.names.get(failure.node, failure.node)}: {failure.message}"
+        tried[failure.node] = f"{places.names[failure.node]}: {failure.message}"
         others = places.names.keys() - tried.keys() - self.unfit.keys()
         if len(tried) < NODES and (others or places.may_grow):
             return None

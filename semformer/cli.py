@@ -105,7 +105,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--caae-weights", metavar="FILE", help="backbone weights of the CAAE's encoder")
     parser.add_argument("--data", type=Path, metavar="DIR", help="a VOC devkit (default: the embedded shapes)")
     parser.add_argument(
-        "--store", type=Path, default=STORE, metavar="DIR", help="where artifacts are kept (default: %(default)s)"
+        "--store", default=STORE, metavar="DIR", help="of artifacts: a folder, or s3://BUCKET/PREFIX (%(default)s)"
     )
 
 
@@ -121,13 +121,13 @@ def _run(options: argparse.Namespace) -> int:
     import torch
 
     from semformer import pipeline
-    from semformer.store import Store
+    from semformer.store import open_store
 
     device = _device(options.device)
     torch.set_num_threads(options.threads)
     with _Display() as display:
         data = pipeline.open_data(config, options.data, progress=display.data)
-        store = Store(options.store)
+        store = open_store(options.store)
         runs = []
         for run in pipeline.run(
             config,
@@ -144,8 +144,9 @@ def _run(options: argparse.Namespace) -> int:
     metrics = evaluated.info["metrics"]
     for name, value in metrics.items():
         console.print(f"{name:28} {value:8.2f}", highlight=False)
-    for picture in sorted(evaluated.path.glob("pictures/*.png")):
-        console.print(f"picture {picture}", highlight=False, soft_wrap=True)
+    for name in sorted(evaluated.files):
+        if name.startswith("pictures/"):
+            console.print(f"picture {evaluated.file(name)}", highlight=False, soft_wrap=True)
     if options.json:
         stages = [{"stage": r.stage, "key": r.key, "found": r.found, "seconds": round(r.seconds, 3)} for r in runs]
         print(json.dumps({"metrics": metrics, "stages": stages}))
@@ -158,7 +159,7 @@ def _predict(options: argparse.Namespace) -> int:
     from semformer.data.voc import read_image
     from semformer.inference import MAP_KINDS, multi_scale_maps, present_classes
     from semformer.stages import caae, segmentor
-    from semformer.store import Store
+    from semformer.store import open_store
 
     data = pipeline.open_data(config, options.data)
     classes = data.devkit.classes
@@ -166,7 +167,7 @@ def _predict(options: argparse.Namespace) -> int:
     keys = pipeline.stage_keys(config, data, until="segmentor")
     if named is None and "caae" not in keys:
         raise UserError("an imported segmentation network knows no class semantics: name the --classes in the images")
-    store = Store(options.store)
+    store = open_store(options.store)
     artifacts = {key.stage: artifact for key, artifact in store.find_many(keys.values(), verify=True).items()}
     if len(artifacts) < len(keys):
         raise UserError(
@@ -208,14 +209,14 @@ def _import_checkpoint(options: argparse.Namespace) -> int:
         options.preset, {f"{options.kind}.checkpoint": str(options.file)} | parse_overrides(options.set)
     )
     from semformer import pipeline
-    from semformer.store import Store
+    from semformer.store import open_store
 
     data = pipeline.open_data(config, options.data)
     with _Display() as display:
         *_, run = pipeline.run(
             config,
             data,
-            Store(options.store),
+            open_store(options.store),
             device=_device("cpu"),
             progress=display.stage,
             until=options.kind,

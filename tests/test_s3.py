@@ -1,16 +1,19 @@
 """What is particular to a store in a bucket: its cache, other nodes, outages, and buckets that cannot be used."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 
 import boto3
 import pytest
 import torch
 
-from semformer import pipeline
+from semformer import cli, pipeline
 from semformer.config import load_config
 from semformer.data.shapes import make_shapes
 from semformer.errors import MachineError, StoreError, UserError
@@ -287,3 +290,21 @@ def test_a_cache_that_cannot_be_a_folder_is_the_machines_fault(bucket, tmp_path)
     (tmp_path / "file").write_text("")
     with pytest.raises(MachineError, match=rf"cannot use {tmp_path}/file/.* as the cache: .*SEMFORMER_CACHE"):
         open_store(bucket, cache=tmp_path / "file")
+
+
+def test_the_command_of_a_single_run_works_on_a_bucket_from_any_machine(bucket, tmp_path, monkeypatch, capsys):
+    options = ["--preset", "micro", "--store", bucket]
+    monkeypatch.chdir(tmp_path)
+    for machine, first in (("a", False), ("b", True)):
+        monkeypatch.setenv("SEMFORMER_CACHE", str(tmp_path / machine))
+        assert cli.main(["run", *options, "--json"]) == 0
+        told = capsys.readouterr()
+        assert {stage["found"] for stage in json.loads(told.out)["stages"]} == {first}
+        pictures = re.findall(r"^picture (.*)$", told.err, re.MULTILINE)
+        assert pictures
+        assert all(Path(picture).is_file() for picture in pictures)
+    monkeypatch.setenv("SEMFORMER_CACHE", str(tmp_path / "c"))
+    picture = str(next((tmp_path / "a").rglob("*.png")))
+    assert cli.main(["predict", picture, *options, "--out", "maps"]) == 0
+    assert len(list((tmp_path / "maps").iterdir())) == 1
+    assert not (tmp_path / "s3:").exists()

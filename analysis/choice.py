@@ -145,9 +145,10 @@ def _frozen(candidate: Candidate) -> frozenset[tuple[str, str]]:
     return frozenset(candidate.settings.items())
 
 
-def _age(candidate: Candidate) -> tuple[bool, int]:
-    """Finished ones first, then the newest."""
-    return not candidate.record.finished, -candidate.record.started
+def _age(candidate: Candidate) -> tuple[bool, bool, int]:
+    """Finished ones first, then running ones, then the newest."""
+    record = candidate.record
+    return not record.finished, record.status != "running", -record.started
 
 
 def _sentences(table: Table, left: Iterable[Candidate], shown: Mapping[str, Candidate]) -> Iterable[str]:

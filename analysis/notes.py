@@ -94,7 +94,7 @@ def notes_under(
 ) -> Iterable[tuple[str, str]]:
     """(heading, text) pairs."""
     if not protocol.measured:
-        yield "Ours", f"preset {preset}; no trial has finished."
+        yield "Ours", f"preset {preset}; nothing is measured yet."
         return
     split = protocol.shown("eval_split")
     settings = "".join(f", {text}" for text in _settings(protocol, overrides))

@@ -156,7 +156,7 @@ def compile_table(
     """The table's cells from trials that fill rows of it. Raises UserError as `choose` does."""
     overrides, unusable = overrides or {}, trials.unusable_of([table.name])
     choice = choose(table, trials.records, preset, overrides)
-    protocol = Protocol([candidate for candidate in choice.shown if candidate.record.finished])
+    protocol = Protocol([candidate for candidate in choice.shown if _is_measured(candidate.record, table)])
     seeds = sorted({candidate.record.seed for candidate in choice.shown})
     lines = []
     for paper_row in table.paper_only:
@@ -178,6 +178,10 @@ def compile_table(
         notes.append(("Runs", f"{n} {trials_have} several runs; of each, the newest finished one is shown."))
     notes += [("Runs", f"{text}.") for text in unusable]
     return CompiledTable(table, preset, tuple(lines), tuple(notes))
+
+
+def _is_measured(record: Record, table: Table) -> bool:
+    return record.finished and any(record.score(metric.name) is not None for metric in table.metrics)
 
 
 def _settings(
@@ -217,7 +221,7 @@ def _trial(candidate: Candidate, table: Table, protocol: Protocol) -> Trial:
         reason=textwrap.shorten(reason, 200, placeholder=" ..."),
         values={name: score for name, score in scores.items() if score is not None},
         threshold=record.score("threshold"),
-        deviations=protocol.deviations(candidate) if record.finished else (),
+        deviations=protocol.deviations(candidate) if _is_measured(record, table) else (),
     )
 
 

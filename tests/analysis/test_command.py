@@ -136,7 +136,7 @@ def test_one_table_without_a_finished_trial_is_printed_with_the_others(sweep, da
     Sweep(database, "table08").full([None], tags={"status": "failed", "reason": "disk full"})
     assert main(["table08", "table03", "--tracking-uri", sweep.uri]) == 0
     out = capsys.readouterr().out
-    assert "preset tiny; no trial has finished." in out
+    assert "preset tiny; nothing is measured yet." in out
     assert out.index("### table08") < out.index("### table03")
 
 

@@ -201,6 +201,20 @@ def test_runs_of_another_version_of_a_stage_are_left_out(sweep):
     assert note(to_markdown(compiled), "Runs") == ("2 other runs left out: another version of a stage, mIoU (%) 34.8.")
 
 
+def test_of_two_versions_the_one_that_runs_is_shown_before_one_that_waits(sweep):
+    sweep.trial("CF", tags={"trial_key": "old", "status": "running"})
+    sweep.trial("CF", tags={"trial_key": "new", "status": "queued"}, begun=True)
+    assert cells(sweep.compiled())["CF"].remarks == ("still running when the table was made",)
+
+
+def test_a_finished_trial_without_a_value_sends_nobody_to_a_dagger(sweep):
+    sweep.full(OURS[:4])
+    sweep.trial("CF-CB-AS", protocol={"erosion": 7})
+    text = to_markdown(sweep.compiled())
+    assert "†" not in text
+    assert "dagger" not in text
+
+
 def test_all_cells_are_of_one_data_set_that_of_most(sweep):
     sweep.full(OURS[:3], protocol={"data": "shapes A (200 images, 0123)"})
     sweep.full([90.0], protocol={"data": "shapes B (200 images, 4567)"})

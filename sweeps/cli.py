@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -157,7 +158,7 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     add("--address", metavar="auto|HOST:PORT", help="of a Ray cluster (default: one of our own, on this machine)")
     add("--tracking-uri", default=_tracking_uri(), metavar="URI", help=f"of MLflow (default: {TRACKING_DEFAULT})")
     add("--experiment", metavar="NAME", help="in MLflow (default: name and preset)")
-    add("--register", metavar="NAME", help="register the trials' segmentation networks in MLflow under this name")
+    add("--register", type=_model_name, metavar="NAME", help="register the trials' segmentation networks in MLflow under this name")
     add("--cpus-per-trial", type=_positive(int), default=1, metavar="N", help="default: %(default)s")
     share = "1, or a fraction of one, which trials then share (0.25: four on a GPU); default: 1 if there is one"
     add("--gpus-per-trial", type=_share, metavar="X", help=share)
@@ -196,6 +197,12 @@ def _share(text: str) -> float:
             "Give 1, or a fraction to let trials share a GPU"
         )
     return share
+
+
+def _model_name(text: str) -> str:
+    if not re.fullmatch(r"\w[\w .+-]{0,255}", text):  # MLflow refuses / and :, and cannot search for a quote
+        raise argparse.ArgumentTypeError(f"{text!r}: a model's name is of letters, digits, spaces and any of . _ + -")
+    return text
 
 
 def _tracking_uri() -> str:

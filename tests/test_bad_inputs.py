@@ -91,6 +91,8 @@ def test_rows_that(place, ray_folder, command, mistake):
         (["search", "--scheduler", "asha", "--objectives", "gpu_hours"], "--scheduler: gpu_hours is not known before "),
         (["search", "--sampler", "tpi"], "--sampler tpi: did you mean tpe? There are "),
         (["run", "table03", "--gpus-per-trial", "4"], "argument --gpus-per-trial: 4: a trial uses one GPU, and would "),
+        (["run", "table03", "--register", "team/model"], "argument --register: 'team/model': a model's name is of "),
+        (["search", "--register", "o'hara"], """argument --register: "o'hara": a model's name is of """),
         (["plan", "table06", "--weights", "vit="], "--weights vit=: write NAME=FILE with the name of a backbone, or "),
         (["run", "table06", "--weights", "nowhere"], "--weights nowhere: write NAME=FILE with the name of a backbone"),
         (["run", "table06", "--weights", "vit=none.pth"], "--weights vit=none.pth: there is no file none.pth"),

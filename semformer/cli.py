@@ -14,7 +14,7 @@ from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
 from semformer.config import PRESETS, Config, LossName, load_config, parse_overrides
-from semformer.errors import UserError
+from semformer.errors import UserError, first_line
 
 STORE = Path("runs/store")
 LOSSES = (*get_args(LossName), "recon")
@@ -263,7 +263,7 @@ def _device(name: str):
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+        raise UserError(f"--device {name} cannot be used: {first_line(error)}") from error
     return device
 
 

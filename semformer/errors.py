@@ -14,3 +14,8 @@ class MachineError(UserError):
 
 class StoreError(UserError):
     """The store is away, full or not writable; the same may succeed later."""
+
+
+def first_line(error: BaseException) -> str:
+    """Of its message; the name of its class where it has none."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__

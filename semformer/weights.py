@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from semformer.errors import UserError
+from semformer.errors import UserError, first_line
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -19,7 +19,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise UserError(f"no weights file {path}") from error
     except Exception as error:
-        raise UserError(f"cannot read weights from {path}: {str(error).splitlines()[0]}") from error
+        raise UserError(f"cannot read weights from {path}: {first_line(error)}") from error
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]

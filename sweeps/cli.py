@@ -158,7 +158,8 @@ def _add_running(parser: argparse.ArgumentParser) -> None:
     add("--address", metavar="auto|HOST:PORT", help="of a Ray cluster (default: one of our own, on this machine)")
     add("--tracking-uri", default=_tracking_uri(), metavar="URI", help=f"of MLflow (default: {TRACKING_DEFAULT})")
     add("--experiment", metavar="NAME", help="in MLflow (default: name and preset)")
-    add("--register", type=_model_name, metavar="NAME", help="register the trials' segmentation networks in MLflow under this name")
+    model = "register the trials' segmentation networks in MLflow under this name"
+    add("--register", type=_model_name, metavar="NAME", help=model)
     add("--cpus-per-trial", type=_positive(int), default=1, metavar="N", help="default: %(default)s")
     share = "1, or a fraction of one, which trials then share (0.25: four on a GPU); default: 1 if there is one"
     add("--gpus-per-trial", type=_share, metavar="X", help=share)
@@ -318,7 +319,7 @@ def _search(options: argparse.Namespace, console: Console) -> int:
     overrides = parse_overrides(options.set)
     from semformer.store import open_store
     from sweeps.drive import Drive
-    from sweeps.search.study import make_search
+    from sweeps.search.search import make_search
 
     store = open_store(options.store)
     with console.status("opening the study"):

@@ -17,6 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from semformer.config import Config
+from semformer.errors import first_line
 from semformer.pipeline import open_data
 from semformer.secrets import without_password
 from semformer.store import Store
@@ -32,7 +33,7 @@ from sweeps.tracking.tracker import Tracker
 if TYPE_CHECKING:
     from sweeps.cluster.preflight import Images
     from sweeps.schedule.gate import Gate
-    from sweeps.search.study import Search
+    from sweeps.search.search import Search
 
 log = logging.getLogger(__name__)
 PATIENCE = 120.0
@@ -320,9 +321,8 @@ class Drive:
             return self._report_search(self.search)
         except Exception as error:  # whatever its database raises
             log.debug("no report of the search", exc_info=error)
-            first = str(error).partition("\n")[0]
             self._print(
-                f"[red]the study's database cannot be used now[/] ({escape(first)}). Nothing is lost: "
+                f"[red]the study's database cannot be used now[/] ({escape(first_line(error))}). Nothing is lost: "
                 f"`semformer-sweep resume {self.folder.name}` tells it what is in the store"
             )
             self.gave_up = True

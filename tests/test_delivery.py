@@ -325,9 +325,7 @@ def test_of_too_many_events_that_a_full_disk_leaves_in_memory_the_first_are_lost
 
 
 @pytest.mark.parametrize("there_is_room_again", [True, False])
-def test_a_sweep_whose_disk_is_full_is_recorded_once_there_is_room(
-    sweep, small_disk, monkeypatch, there_is_room_again
-):
+def test_a_sweep_whose_disk_is_full_is_recorded_once_there_is_room(sweep, small_disk, monkeypatch, there_is_room_again):
     monkeypatch.setattr(delivery_file, "LONGEST_WAIT", 0.1)
     tracker = Tracker(sweep.uri, plan_of(sweep.folder), sweep.store, sweep.name, folder=small_disk)
     tracker.begin()

@@ -24,8 +24,8 @@ from semformer.store import Store
 from sweeps.plan.table import load_table, resolve
 from sweeps.search.algorithms import Named, Pruning
 from sweeps.search.report import write
+from sweeps.search.search import Search
 from sweeps.search.space import AXES, DEFAULT_AXES, own_value, read_axes, read_objectives
-from sweeps.search.study import Search
 from tests.servers import postgres
 
 ROOT = Path(__file__).parents[1]

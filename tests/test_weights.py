@@ -18,7 +18,7 @@ from semformer.store import Store
 from sweeps.plan.table import load_table
 from sweeps.plan.trials import Plan, make_plan
 from sweeps.plan.weights import Weights
-from sweeps.search.study import Search
+from sweeps.search.search import Search
 from tests.workplace import Workplace
 
 assert vit

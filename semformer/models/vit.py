@@ -16,7 +16,7 @@ from timm.models import VisionTransformer, register_model
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
-from semformer.errors import MachineError, UserError
+from semformer.errors import MachineError, UserError, first_line
 from semformer.weights import load_state, read_weights
 
 
@@ -145,7 +145,7 @@ def build_backbone(name: str, *, pretrained: bool = False, weights: str = "", im
         raise
     except Exception as error:  # hub libraries raise a dozen kinds when they are offline
         raise MachineError(
-            f"cannot download the pretrained weights of {name} ({type(error).__name__}: {str(error).splitlines()[0]}). "
+            f"cannot download the pretrained weights of {name} ({type(error).__name__}: {first_line(error)}). "
             f"Give a local file (timm's parameter names): semformer run --weights FILE or --caae-weights FILE, "
             f"semformer-sweep --weights {name}=FILE. Or set pretrained=false."
         ) from error

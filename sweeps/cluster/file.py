@@ -5,7 +5,7 @@ from pathlib import Path
 
 import yaml
 
-from semformer.errors import UserError
+from semformer.errors import UserError, first_line
 
 PLACEHOLDER = re.compile(r"[\w:/-]*CHANGE_ME[\w/]*")
 
@@ -18,7 +18,7 @@ def check_cluster_file(path: Path) -> None:
         text = path.read_text(encoding="utf-8")
         validate_config(prepare_config(yaml.safe_load(text)))
     except Exception as error:  # Ray's own checks raise whatever they meet
-        raise UserError(f"{path} is no cluster file: {str(error).strip().splitlines()[0]}") from error
+        raise UserError(f"{path} is no cluster file: {first_line(error)}") from error
     lines = enumerate((line.partition("#")[0] for line in text.splitlines()), start=1)
     if left := [f"{path}:{n}: {found[0]}" for n, line in lines if (found := PLACEHOLDER.search(line))]:
         raise UserError("fill in these placeholders; the comments beside them say with what:\n" + "\n".join(left))

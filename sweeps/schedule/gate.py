@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from semformer.errors import StoreError
+from semformer.errors import StoreError, first_line
 from semformer.keys import StageKey
 from semformer.store import Store
 from sweeps.plan.trials import Trial
@@ -295,10 +295,10 @@ class Gate:
     def _note_trouble(self, error: Exception) -> None:
         if isinstance(error, StoreError):
             self.faults.store_failed(Failure(Scope.STORE, "", type(error).__name__, str(error)))
-        first = str(error).partition("\n")[0]
+        told = f"{type(error).__name__}: {first_line(error)}"
         if not self.trouble:
-            log.warning("no trial could be chosen, trying again: %s: %s", type(error).__name__, first)
-        self.trouble = f"{type(error).__name__}: {first}"
+            log.warning("no trial could be chosen, trying again: %s", told)
+        self.trouble = told
         if self._stuck_since is None:
             self._stuck_since = self.clock()
 

@@ -15,7 +15,7 @@ from optuna.trial import FrozenTrial, TrialState
 from sweeps.search.space import own_value
 
 if TYPE_CHECKING:
-    from sweeps.search.study import Search
+    from sweeps.search.search import Search
 
 TABLE = "best.yaml"
 METRICS = {

@@ -44,6 +44,20 @@ class Axis:
                 values = f"{low:g}:{high:g}" + (":log" if log else f" by {step:g}" if step else "")
         return f"{self.field} {values}"
 
+    def ends(self) -> tuple[Any, ...]:
+        """The first and the last value; all, where there is no order."""
+        match self.distribution:
+            case CategoricalDistribution(choices=choices):
+                return tuple(choices)
+            case IntDistribution(low=low, high=high) | FloatDistribution(low=low, high=high):
+                return low, high
+        return ()
+
+    def value_of(self, suggested: Any) -> Any:
+        """What the field is set to: 0.15 instead of 0.15000000000000002, where the values have a step."""
+        stepped = isinstance(self.distribution, FloatDistribution) and self.distribution.step is not None
+        return round(suggested, 6) if stepped else suggested
+
 
 def losses(own: Config) -> CategoricalDistribution:
     """The rows of Table 3: L_CF and L_SS always, with any of L_CB, L_AS, L_AC; the longest first."""

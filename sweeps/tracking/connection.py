@@ -9,7 +9,7 @@ from pathlib import Path
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from semformer.errors import UserError
+from semformer.errors import UserError, first_line
 from semformer.secrets import without_password
 
 TAG = "semformer."
@@ -26,8 +26,7 @@ def connecting(uri: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # MLflow lets through whatever the database driver or the HTTP library raises
-        first = str(error).strip().partition("\n")[0]
-        told = f"--tracking-uri {uri}: MLflow cannot be used there: {type(error).__name__}: {first}"
+        told = f"--tracking-uri {uri}: MLflow cannot be used there: {type(error).__name__}: {first_line(error)}"
         raise UserError(without_password(told, uri)) from error
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mlflow.exceptions import MlflowException
 
-from semformer.errors import UserError
+from semformer.errors import UserError, first_line
 from semformer.secrets import without_password
 from semformer.store import Store
 from sweeps.tracking.journal import Journal
@@ -112,8 +112,7 @@ def _deliver_all(journal: Journal, recorder: Recorder, patience: float) -> int:
 
 def told(error: Exception, uri: str) -> str:
     """An error in a line, without the password of `uri`."""
-    first = str(error).partition("\n")[0]
-    return without_password(f"{type(error).__name__}: {first}", uri)
+    return without_password(f"{type(error).__name__}: {first_line(error)}", uri)
 
 
 def _is_final(error: Exception) -> bool:

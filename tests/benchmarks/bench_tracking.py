@@ -57,7 +57,7 @@ def run(uri: str, plan: Plan, folder: Path) -> dict[str, float]:
         before = time.perf_counter()
         tracker.tell(trial, report, STATE)
         seconds.append(time.perf_counter() - before)
-    _until_delivered(tracker)
+    tracker.end("FINISHED", patience=600.0)
     elapsed = time.perf_counter() - began
     if tracker.errors:
         raise SystemExit(f"events were refused: {tracker.errors}")

@@ -57,8 +57,11 @@ def run(uri: str, plan: Plan, folder: Path) -> dict[str, float]:
         before = time.perf_counter()
         tracker.tell(trial, report, STATE)
         seconds.append(time.perf_counter() - before)
-    tracker.end("FINISHED", patience=600.0)
+    _until_delivered(tracker)
     elapsed = time.perf_counter() - began
+    began = time.perf_counter()
+    tracker.end("KILLED")
+    ended = time.perf_counter() - began
     if tracker.errors:
         raise SystemExit(f"events were refused: {tracker.errors}")
     return {
@@ -66,6 +69,7 @@ def run(uri: str, plan: Plan, folder: Path) -> dict[str, float]:
         "median": statistics.median(seconds),
         "slow": statistics.quantiles(seconds, n=100)[-1],
         "events_per_second": len(seconds) / elapsed,
+        "ended": ended,
         "bytes_a_trial": (psutil.Process().memory_info().rss - memory) / LIVE,
     }
 
@@ -108,8 +112,9 @@ def main() -> None:
 def line(name: str, told: Mapping[str, float]) -> str:
     cost = f"{1e6 * told['median']:.0f} us (99 %: {1e6 * told['slow']:.0f} us)"
     delivery = f"{told['events_per_second']:,.0f} events/s, {told['runs_per_second']:.0f} new runs/s"
+    end = f"{told['ended']:.0f} s for {TRIALS} unfinished trials"
     memory = f"{told['bytes_a_trial'] / 1e3:.0f} kB a live trial"
-    return f"| recording on {name}: one event; delivery; memory | {cost} | {delivery} | {memory} |"
+    return f"| recording on {name}: one event; delivery; end; memory | {cost} | {delivery} | {end} | {memory} |"
 
 
 if __name__ == "__main__":

@@ -7,15 +7,13 @@ from collections import Counter
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn, TextIO
+from typing import NoReturn, TextIO
 
+from analysis.compiled import CompiledTable
 from semformer.config import PRESETS, parse_overrides
 from semformer.errors import UserError
 from semformer.secrets import without_password
 from sweeps.plan.table import Table, load_all_tables, load_tables
-
-if TYPE_CHECKING:  # pandas and MLflow take seconds to import
-    from analysis.tables import CompiledTable
 
 DATABASE = "sqlite:///mlflow.db"
 
@@ -89,7 +87,7 @@ def _say(text: str, options: argparse.Namespace, file: TextIO | None = None) -> 
     print(without_password(text, options.tracking_uri), file=file)
 
 
-def _check_some_finished(compiled: "Sequence[CompiledTable]") -> None:
+def _check_some_finished(compiled: Sequence[CompiledTable]) -> None:
     """Raises UserError, with the distinct reasons of those that failed."""
     trials = {trial.run_id: trial for table in compiled for trial in table.trials}.values()
     states = Counter(trial.status for trial in trials)
@@ -101,7 +99,7 @@ def _check_some_finished(compiled: "Sequence[CompiledTable]") -> None:
         raise UserError("\n".join([f"no trial of {names} has finished yet: {told}", *reasons, *others]))
 
 
-def _count(tables: Sequence[Table], compiled: "Sequence[CompiledTable]") -> str:
+def _count(tables: Sequence[Table], compiled: Sequence[CompiledTable]) -> str:
     """ "48 of 51 cells filled", and which tables are not there at all."""
     filled = sum(line.is_filled for table in compiled for line in table.lines if line.ours)
     without = [table.name for table in tables if table.name not in {there.table.name for there in compiled}]
@@ -109,7 +107,7 @@ def _count(tables: Sequence[Table], compiled: "Sequence[CompiledTable]") -> str:
     return told + f"; no trial of {', '.join(without)}" * bool(without)
 
 
-def _log(options: argparse.Namespace, compiled: "Sequence[CompiledTable]") -> int:
+def _log(options: argparse.Namespace, compiled: Sequence[CompiledTable]) -> int:
     from analysis.render import to_latex, to_markdown
     from analysis.runs import log_texts
 

@@ -2,16 +2,14 @@
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from analysis.choice import Candidate
+from analysis.compiled import Line
 from analysis.runs import FIELDS, MASKS, plain_text
 from semformer.config import flatten
 from semformer.data.voc import VOC_COUNTS
 from sweeps.plan.table import Table, resolve
-
-if TYPE_CHECKING:
-    from analysis.tables import Line
 
 FINAL_MAPS = {
     "activation": "activation map alone",
@@ -86,7 +84,7 @@ class Protocol:
 
 def notes_under(
     table: Table,
-    lines: Sequence["Line"],
+    lines: Sequence[Line],
     protocol: Protocol,
     preset: str,
     overrides: Mapping[str, Any],

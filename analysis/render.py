@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pandas as pd
 
+from analysis.compiled import Cell, CompiledTable, Line, mark_text
 from analysis.runs import SHORT
-from analysis.tables import Cell, CompiledTable, Line, mark_text
 from semformer.errors import UserError
 from sweeps.plan.table import Mark
 from sweeps.tracking.connection import TAG

@@ -7,10 +7,11 @@ import re
 import statistics
 import textwrap
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 from analysis.choice import Candidate, choose
+from analysis.compiled import Cell, CompiledTable, Line, Trial, mark_text
 from analysis.notes import Protocol, notes_under
 from analysis.runs import Record, Trials, contents, plain_text, read_trials
 from semformer.config import flatten
@@ -18,94 +19,6 @@ from semformer.errors import UserError
 from sweeps.plan.table import Metric, Row, Table, resolve
 
 LEFT_OUT = "left out, see Runs"
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One run of one row. `values` has the finite values by metric name; `threshold` is what they were scored at.
-
-    `parent_run_id` is the sweep's, "" where there is none; `experiment` is MLflow's.
-
-    `deviations` tells what its protocol or settings have other than most cells.
-    """
-
-    seed: int
-    run_id: str
-    parent_run_id: str
-    experiment: str
-    trial_key: str
-    status: str
-    reason: str
-    values: Mapping[str, float]
-    threshold: float | None
-    deviations: tuple[str, ...]
-
-
-@dataclass(frozen=True)
-class Cell:
-    """A measured value, in percent: mean and sample standard deviation over n seeds, beside the paper's.
-
-    None where there is no value; `remarks` then say why.
-    """
-
-    mean: float | None
-    spread: float | None
-    n: int
-    paper: float | None
-    remarks: tuple[str, ...] = ()
-    deviations: tuple[str, ...] = ()
-    best: bool = False
-    paper_best: bool = False
-
-
-@dataclass(frozen=True)
-class Line:
-    """A row of the table file, or (`ours` false) one that only the paper has.
-
-    `settings` maps each mark that names a field to what our trials had in it (without any: would have), as text;
-    to the mark's own text where that is the paper's value.
-    """
-
-    id: str
-    label: str
-    ours: bool
-    marks: Mapping[str, Any]
-    settings: Mapping[str, str]
-    trials: tuple[Trial, ...]
-    cells: Mapping[str, Cell]
-
-    @property
-    def status(self) -> str:
-        """finished (at least one seed), failed, running, queued, stopped, pruned, not run, or paper only."""
-        if not self.ours:
-            return "paper only"
-        found = {trial.status for trial in self.trials}
-        order = ("finished", "failed", "running", "queued", "stopped", "pruned")
-        return next((status for status in order if status in found), "not run")
-
-    @property
-    def is_filled(self) -> bool:
-        """Whether every metric has a measured value."""
-        return all(cell.mean is not None for cell in self.cells.values())
-
-
-@dataclass(frozen=True)
-class CompiledTable:
-    """`notes` are (heading, text) pairs that belong under the table."""
-
-    table: Table
-    preset: str
-    lines: tuple[Line, ...]
-    notes: tuple[tuple[str, str], ...]
-
-    @property
-    def trials(self) -> list[Trial]:
-        return [trial for line in self.lines for trial in line.trials]
-
-    @property
-    def experiments(self) -> list[str]:
-        """Where its trials were found."""
-        return list(dict.fromkeys(trial.experiment for trial in self.trials))
 
 
 def compile_from_mlflow(
@@ -200,11 +113,6 @@ def _settings(
         as_paper = set(had) == {plain_text(paper[mark.field])}
         settings[mark.name] = mark_text(told) if told is not None and as_paper else " and ".join(dict.fromkeys(had))
     return settings
-
-
-def mark_text(value: bool | int | float | str) -> str:
-    """What stands in the table for a row's mark."""
-    return ("✓" if value else "✗") if isinstance(value, bool) else str(value)
 
 
 def _trial(candidate: Candidate, table: Table, protocol: Protocol) -> Trial:

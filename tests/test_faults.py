@@ -8,7 +8,7 @@ from semformer.errors import StoreError
 from semformer.store import Store
 from sweeps.reports import EpochEnded, Failure, Scope
 from sweeps.schedule.faults import LOSSES, Faults, Places
-from tests.test_gate import FINISHED, Sweep
+from tests.test_gate import FINISHED, Sweep, publish
 from tests.test_queue import STAGES, trial
 
 
@@ -67,6 +67,18 @@ def test_a_node_that_goes_away_costs_no_try(store):
         sweep.nodes = []
         sweep.dies(str(n))
     assert [event for _, event, _ in sweep.heard] == ["Retried"] * 7
+
+
+def test_nodes_that_go_away_are_counted_while_a_stage_gets_no_further(store):
+    sweep = Sweep([trial("a")], store)
+    for n in range(1, 3 * LOSSES):
+        sweep.nodes = [f"spot-{n}"]
+        assert sweep.start() == "a"
+        sweep.works(str(n), f"spot-{n}")
+        sweep.gate.hear(str(n), EpochEnded("caae", 1, 1, 1 + n // (LOSSES - 1), 9))
+        sweep.nodes = []
+        sweep.dies(str(n))
+    assert {event for _, event, _ in sweep.heard} == {"Retried"}
 
 
 def test_tries_are_counted_by_stage(store):
@@ -131,6 +143,17 @@ def test_a_stage_that_does_not_fit_a_node_is_tried_on_another_which_takes_other_
     assert sweep.start() == "b"
 
 
+def test_a_stage_that_was_made_elsewhere_keeps_nobody_from_the_node_where_it_failed(store):
+    sweep = Sweep([trial("a", caae="x"), trial("b", caae="x")], store)
+    assert sweep.start() == "a"
+    sweep.fails("1", "caae", Scope.NODE, "n1")
+    assert list(sweep.faults.avoided_by(trial("b", caae="x"))) == ["n1"]
+    assert sweep.start() == "a"
+    sweep.works("2", "n2")
+    sweep.makes("2", "caae")
+    assert sweep.faults.avoided_by(trial("b", caae="x")) == {}
+
+
 def test_on_a_single_machine_a_stage_that_does_not_fit_fails_at_once(store):
     sweep = Sweep([trial("a", caae="x"), trial("b", caae="x")], store, nodes=["n1"])
     assert sweep.start() == "a"
@@ -157,6 +180,17 @@ def test_a_node_that_makes_stages_between_failures_stays(store):
         sweep.makes(str(n), "caae")
         sweep.fails(str(n), "segmentor", Scope.NODE, "n1")
     assert sweep.faults.unfit == {}
+
+
+def test_a_node_that_only_finds_stages_between_failures_gets_no_more_work(store):
+    sweep = Sweep([trial(name, caae="shared") for name in "abc"], store, nodes=["n1", "n2", "n3"])
+    publish(store, trial("a", caae="shared").keys["caae"])
+    assert [sweep.start() for _ in range(3)] == ["a", "b", "c"]
+    for n in "123":
+        sweep.works(n, "n1")
+        sweep.finds(n, "caae")
+        sweep.fails(n, "segmentor", Scope.NODE, "n1", error="AcceleratorError")
+    assert list(sweep.faults.unfit) == ["n1"]
 
 
 def test_where_no_node_is_fit_the_sweep_ends_and_names_them(store):
@@ -275,6 +309,26 @@ def test_a_store_that_stays_away_ends_the_sweep_with_its_reason(store):
     assert 1 < n < 6
     assert [event for _, event, _ in sweep.heard] == ["Retried"] * n + ["Failed"] * 2
     assert sweep.heard[-1][2] == "caae: StoreError: it broke on n1"
+
+
+@pytest.mark.parametrize("end", ["finishes", "dies"])
+def test_what_runs_when_a_sweep_is_given_up_goes_on_to_its_end_and_is_not_tried_again(store, end):
+    sweep = Sweep([trial("a"), trial("b"), trial("c")], store, room=lambda: 2)
+    assert sweep.start() == "a"
+    sweep.works("1")
+    n = 1
+    while sweep.gate.over is None:
+        if sweep.start():
+            n += 1
+            sweep.fails(str(n), "caae", Scope.STORE, error="StoreError")
+        sweep.now += 10
+        assert sweep.now < 300
+    assert list(sweep.gate.live) == ["1"]
+    assert sweep.start() is None
+    getattr(sweep, end)("1")
+    assert sweep.start() == FINISHED
+    ended = {row: event for row, event, _ in sweep.heard}
+    assert ended == {"b": "Failed", "c": "Failed"} | ({} if end == "finishes" else {"a": "Failed"})
 
 
 def test_an_unusable_store_is_survived_and_given_up_after_a_while(store):

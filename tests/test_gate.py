@@ -57,6 +57,10 @@ class Sweep:
             publish(self.store, key)
             self.gate.hear(runner_id, StageDone(stage, key.digest, found=False, seconds=1.0))
 
+    def finds(self, runner_id: str, stage: str) -> None:
+        key = self.gate.live[runner_id].trial.keys[stage]
+        self.gate.hear(runner_id, StageDone(stage, key.digest, found=True))
+
     def finishes(self, runner_id: str) -> None:
         self.makes(runner_id, *STAGES)
         self.gate.hear(runner_id, Finished({"cam/val/miou": 50.0}))
@@ -258,6 +262,45 @@ def test_a_search_goes_on_when_its_database_is_back_in_time(store):
     away.clear()
     assert sweep.start() == "a"
     assert sweep.gate.trouble == ""
+    sweep.finishes("1")
+    assert sweep.start() == FINISHED
+
+
+def test_outages_of_a_database_are_not_added_up(store):
+    away, suggestions = [True], [trial("b"), trial("a")]
+
+    def more():
+        if away:
+            raise ConnectionError("away")
+        return suggestions.pop() if suggestions else None
+
+    sweep = Sweep([], store, more=more)
+    assert sweep.start() is None
+    away.clear()
+    assert sweep.start() == "a"
+    sweep.finishes("1")
+    away.append(True)
+    sweep.now += 61
+    assert sweep.start() is None
+    away.clear()
+    assert sweep.start() == "b"
+
+
+def test_a_search_is_not_given_up_while_a_trial_works(store):
+    suggestions = [trial("a")]
+
+    def more():
+        if not suggestions:
+            raise ConnectionError("the database is away")
+        return suggestions.pop()
+
+    sweep = Sweep([], store, more=more)
+    assert sweep.start() == "a"
+    sweep.works("1")
+    assert sweep.start() is None
+    sweep.now += 1000
+    assert sweep.start() is None
+    assert sweep.gate.over is None
     sweep.finishes("1")
     assert sweep.start() == FINISHED
 

@@ -50,7 +50,7 @@ def test_the_queue_gives_what_the_rule_says_whatever_happens(seed):
     queue = Queue(pool[:n_first], seconds)
     numbers = {one.key: n for n, one in enumerate(pool)}
     waiting = {one.key: (numbers[one.key], one) for one in pool[:n_first]}
-    coming, running, ready, made, first = pool[n_first:], {}, set(), set(), 0
+    coming, running, ready, made = pool[n_first:], {}, set(), set()
     for _ in range(400):
         action = draw.choice(["start", "start", "make", "die", "add"])
         if action == "start":
@@ -79,10 +79,8 @@ def test_the_queue_gives_what_the_rule_says_whatever_happens(seed):
             for digest in claims:
                 made.discard(digest)
                 queue.release(digest)
-            first -= 1
-            numbers[key] = first
-            waiting[key] = (first, one)
-            queue.add(one, first=True)
+            waiting[key] = (numbers[key], one)
+            queue.add(one)
         elif action == "add" and coming:
             one = coming.pop(0)
             waiting[one.key] = (numbers[one.key], one)

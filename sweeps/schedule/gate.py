@@ -281,7 +281,7 @@ class Gate:
     def _failed(self, trial: Trial, failure: Failure) -> None:
         final = self.faults.trial_failed(trial, failure) or self.over
         if final is None:
-            self.queue.add(trial, first=True)
+            self.queue.add(trial)
             self._tell(trial, Retried(failure))
             return
         self._tell(trial, Failed(final))

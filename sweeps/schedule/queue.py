@@ -27,7 +27,7 @@ class Queue:
         self._seconds = seconds
         self._trials: dict[str, Trial] = {}  # by trial key
         self._numbers: dict[str, int] = {}  # trial key -> place in the order of adding
-        self._first, self._last = 0, 0
+        self._last = 0
         self._ready: set[str] = set()
         self._makers: dict[str, str] = {}  # stage digest -> who makes it
         self._users: defaultdict[str, set[str]] = defaultdict(set)  # stage digest -> keys of queued trials
@@ -46,11 +46,8 @@ class Queue:
     def __iter__(self) -> Iterator[Trial]:
         return iter(list(self._trials.values()))
 
-    def add(self, trial: Trial, *, first: bool = False) -> None:
-        """`first`: before all others that are wanted as much and have as much work left."""
-        if first:
-            self._first -= 1
-            self._numbers[trial.key] = self._first
+    def add(self, trial: Trial) -> None:
+        """One that comes back has its old place among those that are wanted as much and have as much work left."""
         self._enter(trial)
         wanted_more = {key for digest in self._missing(trial) for key in self._users[digest]}
         for key in {trial.key} | (wanted_more - self._parked_at.keys()):

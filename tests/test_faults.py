@@ -193,6 +193,22 @@ def test_a_node_that_only_finds_stages_between_failures_gets_no_more_work(store)
     assert list(sweep.faults.unfit) == ["n1"]
 
 
+def test_a_stage_that_no_other_fit_node_can_try_fails_at_once(store):
+    sweep = Sweep([trial("a")], store)
+    sweep.faults.node_is_unfit("n2", "it has no data")
+    assert sweep.start() == "a"
+    sweep.fails("1", "caae", Scope.NODE, "n1")
+    assert sweep.heard == [("a", "Failed", "caae: Oops: it broke on n1")]
+
+
+def test_an_unfit_node_is_told_once():
+    told = []
+    faults = Faults(lambda: Places({"n1": "node n1"}), patience=60.0, unfit=told.append)
+    for why in ("it has no data", "it has other code"):
+        faults.node_is_unfit("n1", why)
+    assert told == ["it has no data"]
+
+
 def test_where_no_node_is_fit_the_sweep_ends_and_names_them(store):
     sweep = Sweep([trial("a"), trial("b")], store)
     for n, node in (("1", "n1"), ("2", "n2"), ("3", "n1"), ("4", "n2")):

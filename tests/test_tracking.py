@@ -78,11 +78,7 @@ class Driver(Tracker):
 
     def hear(self, trial: Trial, report: Report) -> None:
         self.state.tell(trial, report)
-        tags = self.state.trials[trial.key].tags()
-        if isinstance(report, Found):
-            self.tell(trial, report, tags)
-        else:
-            self.tell(trial, report, tags)
+        self.tell(trial, report, self.state.trials[trial.key].tags())
 
 
 class Recorded:
@@ -232,6 +228,22 @@ def test_recording_twice_adds_nothing(recorded):
         return {(r.info.run_id, m): recorded.series(r, m) for r in runs for m in r.data.metrics}
 
     assert record() == record()
+
+
+def test_a_trial_that_is_found_and_recorded_is_left_as_it_is(recorded):
+    def find() -> dict[Path, float]:
+        tracker = recorded.tracker()
+        tracker.begin()
+        for trial in tracker.sweep.trials:
+            tracker.hear(trial, Found())
+        tracker.end("FINISHED")
+        assert tracker.errors == []
+        files = [path for run in recorded.runs("trial").values() for path in recorded.files(run).values()]
+        return {path: path.stat().st_mtime for path in files}
+
+    first = find()
+    assert len(first) > 10
+    assert find() == first
 
 
 def test_a_sweep_that_was_cut_short_is_continued_without_gaps_or_doubles(recorded):

@@ -127,20 +127,10 @@ def test_a_budget_counts_what_came_to_nothing(place):
 
 def test_a_pruner_stops_poor_trials_of_a_search(place):
     axes = ["--axes", "segmentor.optimizer.lr=1e-4:1e-2", "--set", "segmentor.epochs=4"]
-    options = [
-        "--study",
-        "pruned",
-        "--trials",
-        "6",
-        "--scheduler",
-        "threshold:lower=100",
-        "--max-concurrent",
-        "1",
-        *axes,
-    ]
+    options = ["--study", "pruned", "--trials", "3", "--scheduler", "threshold:lower=100", "--max-concurrent", "1", *axes]
     answer = place.call("search", *options)
     assert answer.status == 0, answer
-    assert answer.out.count(": pruned") == 6
+    assert answer.out.count(": pruned") == 3
     assert {trial.state for trial in study(place, "pruned").trials} == {TrialState.PRUNED}
     assert all(0 < len(trial.intermediate_values) < 4 for trial in study(place, "pruned").trials)
 

@@ -129,6 +129,43 @@ def test_what_a_server_that_stays_away_did_not_get_is_delivered_later(sweep, ser
     assert sweep.tracker().is_complete()
 
 
+class Shaky:
+    """A client of MLflow whose `nth` writing call fails, though MLflow has done it if `done`."""
+
+    def __init__(self, client: MlflowClient, nth: int, done: bool):
+        self.client, self.left, self.done = client, nth, done
+
+    def __getattr__(self, name: str):
+        method = getattr(self.client, name)
+        return method if name.startswith(("get_", "search_")) else lambda *args, **named: self.call(method, args, named)
+
+    def call(self, method, args, named):
+        self.left -= 1
+        if self.left:
+            return method(*args, **named)
+        if self.done:
+            method(*args, **named)
+        raise ConnectionError("the connection was lost")
+
+
+@pytest.mark.parametrize(("nth", "done"), [(1, True), (4, True), (9, False), (14, False), (19, True), (27, False)])
+def test_a_call_that_fails_in_the_middle_loses_and_doubles_nothing(folder, request, nth, done):  # noqa: F811
+    recorded = Recorded(folder, request.node.name)
+    tracker = recorded.tracker()
+    shaky = tracker._recorder.runs.client = Shaky(tracker._recorder.runs.client, nth, done)
+    tracker.begin()
+    for trial in tracker.sweep.trials:
+        run_through(tracker, trial)
+    tracker.end("FINISHED")
+    assert shaky.left < 0, "it came to no failure"
+    assert tracker.errors == []
+    check_complete(recorded)
+    for run in recorded.runs("stage").values():
+        assert run.info.status == "FINISHED"
+        assert run.data.params
+        assert [step for step, _ in recorded.series(run, "seconds")] == [0]
+
+
 def test_an_end_that_comes_late_does_not_stop_the_sweep_that_goes_on(sweep, server):
     first = sweep.tracker()
     first.begin()

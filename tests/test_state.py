@@ -223,6 +223,8 @@ def test_what_trials_held_counts_whatever_came_of_it(plan):
     state = SweepState(plan, clock=lambda: now[0])
     a, b, _ = plan.trials
     state.tell(a, STARTED)
+    now[0] = 5.0
+    state.tell(a, Progress("caae", 1, 2))
     now[0] = 10.0
     state.tell(a, Retried(Failure(Scope.TRIAL, "caae", "WorkerDied", "killed")))
     now[0] = 20.0

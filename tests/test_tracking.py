@@ -26,6 +26,7 @@ from sweeps.reports import (
     Finished,
     Found,
     Progress,
+    Pruned,
     Report,
     Retried,
     Sampled,
@@ -315,6 +316,34 @@ def test_a_failure_is_recorded_with_its_reason_and_mended_later(recorded):
     mended = recorded.runs("trial")["a"]
     assert mended.info.run_id == runs["a"].info.run_id
     assert (mended.info.status, mended.data.tags["semformer.reason"]) == ("FINISHED", "")
+
+
+def test_a_pruned_trial_stays_pruned_when_its_sweep_goes_on(recorded):
+    first = recorded.tracker()
+    first.begin()
+    first.hear(first.sweep.trials[0], STARTED)
+    first.hear(first.sweep.trials[0], Pruned())
+    first.end("FINISHED")
+    second = recorded.tracker()
+    second.begin()
+    second.end("FINISHED")
+    run = recorded.runs("trial")["a"]
+    assert (run.info.status, run.data.tags["semformer.status"]) == ("KILLED", "pruned")
+
+
+def test_the_end_of_a_driver_sets_back_its_own_trials_and_not_those_that_another_runs(recorded):
+    ours, other = recorded.tracker(), recorded.tracker(driver="-2")
+    ours.begin()
+    (trial, _) = ours.sweep.trials
+    ours.hear(trial, STARTED)
+    eventually(lambda: ours.undelivered == 0, 30)
+    with recorded.store.lease(trial.keys["segmentor"]):
+        other.begin()
+        other.end("KILLED")
+        assert recorded.runs("trial")["a"].info.status == "RUNNING"
+        ours.end("KILLED")  # its processes may keep their leases for a moment
+    run = recorded.runs("trial")["a"]
+    assert (run.info.status, run.data.tags["semformer.status"]) == ("KILLED", "queued")
 
 
 def test_renamed_rows_rename_the_records_of_their_trials(recorded):

@@ -13,7 +13,7 @@ from mlflow import MlflowClient
 
 from semformer.errors import UserError
 from semformer.store import Store
-from sweeps.reports import Sampled
+from sweeps.reports import Found, Sampled
 from sweeps.tracking import delivery as delivery_file
 from sweeps.tracking import journal as journal_file
 from sweeps.tracking.delivery import deliver
@@ -148,7 +148,7 @@ class Shaky:
         raise ConnectionError("the connection was lost")
 
 
-@pytest.mark.parametrize(("nth", "done"), [(1, True), (4, True), (9, False), (14, False), (19, True), (27, False)])
+@pytest.mark.parametrize(("nth", "done"), [(1, True), (9, False), (14, True), (21, False), (27, True), (40, False)])
 def test_a_call_that_fails_in_the_middle_loses_and_doubles_nothing(folder, request, nth, done):  # noqa: F811
     recorded = Recorded(folder, request.node.name)
     tracker = recorded.tracker()
@@ -164,6 +164,29 @@ def test_a_call_that_fails_in_the_middle_loses_and_doubles_nothing(folder, reque
         assert run.info.status == "FINISHED"
         assert run.data.params
         assert [step for step, _ in recorded.series(run, "seconds")] == [0]
+
+
+def test_what_another_driver_recorded_meanwhile_is_not_recorded_again(folder, request):  # noqa: F811
+    recorded = Recorded(folder, request.node.name)
+    one, two = recorded.tracker(), recorded.tracker(driver="-2")
+    one.begin()
+    eventually(lambda: one.undelivered == 0, 30)  # it has made the runs, and knows that they are empty
+    two.begin()
+    for trial in two.sweep.trials:
+        run_through(two, trial)
+    two.end("FINISHED")
+    check_complete(recorded)
+    a, b = one.sweep.trials
+    one.hear(a, Found())
+    one.hear(b, STARTED)
+    for stage in b.keys:
+        one.hear(b, done(b, stage, found=True))
+    one.hear(b, FINISHED)
+    one.end("FINISHED")
+    assert one.errors == []
+    check_complete(recorded)
+    for run in recorded.runs("trial").values():
+        assert [step for step, _ in recorded.series(run, "cam/val/miou")] == [0]
 
 
 def test_an_end_that_comes_late_does_not_stop_the_sweep_that_goes_on(sweep, server):

@@ -116,13 +116,16 @@ class Recorder:
         points = list(_history(artifact))
         if not points:
             return
-        self.runs.hold()
-        if event["found"]:
-            self.runs.refresh(run, points)
-        self.runs.measure(run, points, time)
+        self._complete(run, points, time)
         if artifact.key.digest not in self._recorded:
             self._record_stage(trial, artifact, points, event["commit"])
             self._recorded.add(artifact.key.digest)
+
+    def _complete(self, run: KnownRun, points: Sequence[Point], time: int) -> None:
+        """Write what the run lacks, whoever wrote the rest: another driver may have had the trial meanwhile."""
+        self.runs.hold()
+        self.runs.refresh(run, points)
+        self.runs.measure(run, points, time)
 
     def _record_stage(self, trial: Trial, artifact: Artifact, points: list[Point], commit: str) -> None:
         """A run of its own for a stage that was trained, from its artifact alone."""
@@ -149,8 +152,8 @@ class Recorder:
         stages = {name: self.store.find(key, verify=False) for name, key in trial.keys.items()}
         seconds = {f"{name}/seconds": stage.info["seconds"] for name, stage in stages.items() if stage}
         final = artifact.info["metrics"] | seconds
-        curve = exhibits.curve_points(artifact)
-        self.runs.measure(run, [*((name, 0, value) for name, value in final.items()), *curve], time)
+        points = [*((name, 0, value) for name, value in final.items()), *exhibits.curve_points(artifact)]
+        self._complete(run, points, time)
         self.runs.flush()  # the scores count, also where there is no room for files
         for name in artifact.files:
             self.runs.upload(run, artifact.file(name), name)

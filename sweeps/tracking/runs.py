@@ -241,7 +241,7 @@ class Runs:
                 self.pending(run).metrics.append(Metric(name, value, time, step))
 
     def refresh(self, run: KnownRun, points: Iterable[Point]) -> None:
-        """Read again the series that another driver may have gone on with."""
+        """Read again what the run has of these series, which another driver may have gone on with."""
         self.flush()
         latest = self.client.get_run(run.id).data.metrics
         for name in {name for name, _, _ in points} & latest.keys():

@@ -164,7 +164,7 @@ class Tracker:
         match report:
             case Found() if not self._is_finished(trial):
                 for stage in trial.keys:
-                    self._tell_stage(trial, stage, found=True)
+                    self._tell_stage(trial, stage)
                 self._finish(trial, state)
             case Started():
                 self._append("started", key=trial.key, commit=self._commit, state=state)
@@ -175,7 +175,7 @@ class Tracker:
             case Sampled():
                 self._append("system", key=trial.key, values=dict(report.values))
             case StageDone():
-                self._tell_stage(trial, report.stage, found=report.found, state=state)
+                self._tell_stage(trial, report.stage, state)
             case Finished():
                 self._finish(trial, state)
             case Failed(failure):
@@ -250,8 +250,8 @@ class Tracker:
     def _described(self, key: str) -> Event | None:
         return self._journal.described(key) if self._journal else None
 
-    def _tell_stage(self, trial: Trial, stage: str, *, found: bool, state: Mapping[str, str] | None = None) -> None:
-        self._append("stage", key=trial.key, stage=stage, found=found, commit=self._commit, state=state)
+    def _tell_stage(self, trial: Trial, stage: str, state: Mapping[str, str] | None = None) -> None:
+        self._append("stage", key=trial.key, stage=stage, commit=self._commit, state=state)
 
     def _finish(self, trial: Trial, state: Mapping[str, str]) -> None:
         self._append("finished", key=trial.key, state=state)

@@ -189,6 +189,29 @@ def test_what_another_driver_recorded_meanwhile_is_not_recorded_again(folder, re
         assert [step for step, _ in recorded.series(run, "cam/val/miou")] == [0]
 
 
+def test_a_stage_that_two_drivers_made_in_turns_has_one_series(folder, request):  # noqa: F811
+    recorded = Recorded(folder, request.node.name)
+    one, two = recorded.tracker(), recorded.tracker(driver="-2")
+    a, b = one.sweep.trials
+    one.begin()
+    run_through(one, a)
+    one.hear(b, STARTED)
+    one.hear(b, done(b, "caae", found=True))
+    one.hear(b, epoch(b, one.store, "segmentor", 1))
+    eventually(lambda: one.undelivered == 0, 30)
+    two.begin()
+    two.hear(b, STARTED)
+    two.hear(b, epoch(b, two.store, "segmentor", 2))
+    two.end("KILLED")
+    one.hear(b, STARTED)
+    one.hear(b, epoch(b, one.store, "segmentor", 3))
+    for stage in ("segmentor", "cams", "evaluate"):
+        one.hear(b, done(b, stage))
+    one.hear(b, FINISHED)
+    one.end("FINISHED")
+    check_complete(recorded)
+
+
 def test_an_end_that_comes_late_does_not_stop_the_sweep_that_goes_on(sweep, server):
     first = sweep.tracker()
     first.begin()

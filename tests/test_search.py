@@ -21,6 +21,7 @@ from semformer.errors import UserError
 from semformer.stages import segmentor
 from semformer.store import Store
 from sweeps.plan.table import load_table, resolve
+from sweeps.search import study as study_file
 from sweeps.search.algorithms import Named, Pruning
 from sweeps.search.report import write
 from sweeps.search.search import Search
@@ -192,11 +193,12 @@ def test_results_are_kept_while_the_database_is_away_and_told_when_it_is_back(se
 # Time that was spent
 
 
-def test_time_counts_whatever_came_of_it_and_across_drivers(search):
+def test_time_counts_whatever_came_of_it_and_across_drivers(search, monkeypatch):
+    monkeypatch.setattr(study_file, "HELD_EVERY", 0.0)
     one = search("sigma", trials=9)
     assert one.spent(0.0) == 0.0
     one.ask()
-    assert one.spent(120.0) == 120.0
+    assert [one.spent(held) for held in (60.0, 120.0)] == [60.0, 120.0]
     one.close(150.0)
     again = search("sigma", trials=9)
     assert again.spent(0.0) == 150.0
@@ -404,6 +406,20 @@ def test_a_stopped_search_puts_its_running_trials_back(search):
     again = search("sigma", trials=3)
     assert again.ask().config == asked.config
     assert states(again.study) == {"FAIL": 1, "RUNNING": 1}
+
+
+def test_a_driver_that_dies_while_it_puts_a_trial_back_puts_it_back_once(search, monkeypatch):
+    one = search("sigma", trials=2)
+    one.ask()
+    with monkeypatch.context() as broken, pytest.raises(ConnectionError):
+        broken.setattr(one.study, "tell", raise_away)
+        one.close()
+    again = search("sigma", trials=2)
+    assert [trial.user_attrs.get("retry_of") for trial in again.study.trials] == [None, 0]
+
+
+def raise_away(*arguments, **options):
+    raise ConnectionError("the database is away")
 
 
 def test_drivers_that_share_a_study_run_each_trial_once_and_none_too_many(driver, tmp_path):

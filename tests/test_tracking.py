@@ -231,6 +231,18 @@ def test_recording_twice_adds_nothing(recorded):
     assert record() == record()
 
 
+def test_of_two_runs_of_a_trial_the_finished_one_counts(recorded):
+    tracker = recorded.tracker()
+    tracker.begin()
+    run_through(tracker, tracker.sweep.trials[0])
+    tracker.end("FINISHED")
+    client, run = MlflowClient(recorded.uri), recorded.runs("trial")["a"]
+    tags = {name: text for name, text in run.data.tags.items() if name.startswith("semformer.")}
+    for started in (0, run.info.start_time + 1000):
+        client.create_run(run.info.experiment_id, start_time=started, tags=tags)
+    assert recorded.tracker().is_recorded(tracker.sweep.trials[0])
+
+
 def test_a_trial_that_is_found_and_recorded_is_left_as_it_is(recorded):
     def find() -> dict[Path, float]:
         tracker = recorded.tracker()

@@ -231,6 +231,19 @@ def test_recording_twice_adds_nothing(recorded):
     assert record() == record()
 
 
+def test_a_sweep_with_events_to_deliver_is_not_complete(recorded):
+    tracker = recorded.tracker()
+    tracker.begin()
+    for trial in tracker.sweep.trials:
+        run_through(tracker, trial)
+    tracker.end("FINISHED")
+    assert recorded.tracker().is_complete()
+    journal = Journal(tracker.folder)
+    journal.append({"event": "file", "time": time.time(), "name": "a.txt"})
+    journal.close()
+    assert not recorded.tracker().is_complete()
+
+
 def test_of_two_runs_of_a_trial_the_finished_one_counts(recorded):
     tracker = recorded.tracker()
     tracker.begin()
@@ -238,7 +251,7 @@ def test_of_two_runs_of_a_trial_the_finished_one_counts(recorded):
     tracker.end("FINISHED")
     client, run = MlflowClient(recorded.uri), recorded.runs("trial")["a"]
     tags = {name: text for name, text in run.data.tags.items() if name.startswith("semformer.")}
-    for started in (0, run.info.start_time + 1000):
+    for started in (1, run.info.start_time + 1000):
         client.create_run(run.info.experiment_id, start_time=started, tags=tags)
     assert recorded.tracker().is_recorded(tracker.sweep.trials[0])
 

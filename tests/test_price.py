@@ -184,6 +184,14 @@ def test_price_counts_shared_stages_once_and_only_what_is_missing(plan, store):
     assert "sharing saves" in done.lines()[1]
 
 
+def test_without_sharing_every_row_trains_all_of_its_stages(plan, store):
+    (trial, *_) = plan.trials
+    twice = replace(trial, cells=(*trial.cells, Cell("mine", "same", 0)))
+    prices = [price([one], store.published(), store, gpus=1) for one in (trial, twice)]
+    assert prices[1].empty_store == prices[0].empty_store
+    assert prices[1].without_sharing.gpu_hours == pytest.approx(2 * prices[0].without_sharing.gpu_hours)
+
+
 def test_basis_says_how_the_price_came_about(plan, store):
     publish(store, keys(plan, "caae")[0], seconds=10.0)
     for key in keys(plan, "segmentor")[:2]:

@@ -132,6 +132,14 @@ def test_what_the_store_has_is_told_without_a_run_and_the_saving_is_exact(search
     assert one.reached() == {key.digest for trial in ran for key in trial.keys.values()}
 
 
+def test_a_stage_that_several_trials_lacked_when_they_were_asked_was_spent_once(search):
+    one = search("U=3:4", trials=6)
+    asked = [one.ask(), one.ask()]
+    for trial in asked:
+        finish(one, trial)
+    assert one.saving()["spent_seconds"] == 100 + 200 + 2 * (10 + 5)
+
+
 def test_a_suggestion_that_is_being_run_waits_for_that_run(search):
     one = search("U=3:4", trials=6)
     running = [one.ask(), one.ask()]

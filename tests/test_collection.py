@@ -51,6 +51,18 @@ def test_what_is_young_stays(store):
     assert len(visible(store)) == 4
 
 
+def test_an_artifact_of_which_a_file_is_young_stays(tmp_path):
+    store = open_store(tmp_path / "store")
+    artifact = build(store, DROPPED, make_weights)
+    store.keep("mine", [KEPT.digest])
+    old = time.time() - 3600
+    for path in artifact.path.rglob("*"):
+        os.utime(path, (old, old))
+    assert told(store.collect(grace=1800)) == {("caae", DROPPED.digest, "no root reaches it")}
+    os.utime(artifact.file("weights.bin"))
+    assert told(store.collect(grace=1800)) == set()
+
+
 def test_what_is_being_built_stays_with_its_inputs(store):
     wanted = segmentor(DROPPED, sigma=0.2)
     with store.lease(wanted):

@@ -172,6 +172,17 @@ def test_a_node_on_which_several_stages_fail_gets_no_more_work(store):
     assert {event for _, event, _ in sweep.heard} == {"Retried"}
 
 
+def test_a_single_machine_on_which_stages_fail_goes_on_with_the_others(store):
+    sweep = Sweep([trial(name) for name in "abcd"], store, nodes=["n1"])
+    for n, row in zip("123", "abc", strict=True):
+        assert sweep.start() == row
+        sweep.works(n, "n1")
+        sweep.fails(n, "caae", Scope.NODE, "n1")
+    assert sweep.start() == "d"
+    sweep.finishes("4")
+    assert [(row, event) for row, event, _ in sweep.heard] == [(row, "Failed") for row in "abc"]
+
+
 def test_a_node_that_makes_stages_between_failures_stays(store):
     sweep = Sweep([trial(name) for name in "abcdefgh"], store, nodes=["n1", "n2", "n3"])
     for n in range(1, 6):

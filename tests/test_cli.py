@@ -126,9 +126,9 @@ def test_a_budget_counts_what_came_to_nothing(place):
 
 
 def test_a_pruner_stops_poor_trials_of_a_search(place):
-    axes = ["--axes", "segmentor.optimizer.lr=1e-4:1e-2", "--set", "segmentor.epochs=4"]
-    options = ["--study", "pruned", "--trials", "3", "--scheduler", "threshold:lower=100", "--max-concurrent", "1", *axes]
-    answer = place.call("search", *options)
+    axes = ["--axes", "segmentor.optimizer.lr=1e-4:1e-2", "--set", "segmentor.epochs=4", "--trials", "3"]
+    options = ["--study", "pruned", "--scheduler", "threshold:lower=100", "--max-concurrent", "1"]
+    answer = place.call("search", *axes, *options)
     assert answer.status == 0, answer
     assert answer.out.count(": pruned") == 3
     assert {trial.state for trial in study(place, "pruned").trials} == {TrialState.PRUNED}

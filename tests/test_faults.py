@@ -143,6 +143,14 @@ def test_a_stage_that_does_not_fit_a_node_is_tried_on_another_which_takes_other_
     assert sweep.start() == "b"
 
 
+def test_a_node_that_went_away_is_not_avoided_by_anybody(store):
+    sweep = Sweep([trial("a")], store)
+    assert sweep.start() == "a"
+    sweep.fails("1", "caae", Scope.NODE, "n1")
+    sweep.nodes = ["n2"]
+    assert sweep.start() == "a"
+
+
 def test_a_stage_that_was_made_elsewhere_keeps_nobody_from_the_node_where_it_failed(store):
     sweep = Sweep([trial("a", caae="x"), trial("b", caae="x")], store)
     assert sweep.start() == "a"
@@ -246,11 +254,15 @@ def test_a_cluster_that_grows_is_asked_for_another_node_and_given_up_after_a_whi
     assert sweep.start() == FINISHED
 
     sweep = Sweep([trial("c"), trial("d")], store, nodes=["n1"], may_grow=True)
+    sweep.now = 1000.0
     for n in "12":
         assert sweep.start() == "c"
         sweep.fails(n, "", Scope.NODE, "n1")
     assert sweep.start() == "c"
-    sweep.now += 61
+    sweep.now += 30
+    assert sweep.start() is None
+    assert sweep.gate.over is None
+    sweep.now += 31
     assert sweep.start() == FINISHED
     assert [(row, event) for row, event, _ in sweep.heard[2:]] == [("d", "Failed"), ("c", "Failed")]
 

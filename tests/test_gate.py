@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import pytest
 
 from semformer.keys import StageKey
+from semformer.storage import StorageUnreachable
 from semformer.store import Store
 from sweeps.plan.trials import Trial
 from sweeps.reports import Failure, Finished, Raised, Scope, StageDone, Started
@@ -141,6 +142,23 @@ def test_a_stage_that_another_sweep_makes_is_waited_for_without_starting(store):
     assert sweep.start() is None  # looked up again only after a while
     sweep.now += 10
     assert sweep.start() == "a"
+
+
+def test_a_stage_that_another_sweep_makes_is_looked_up_again_after_an_error(store, monkeypatch):
+    sweep = Sweep([trial("a")], store)
+    with Store(store.root).lease(trial("a").keys["caae"]):
+        assert sweep.start() is None
+        sweep.now += 10
+        with monkeypatch.context() as away:
+            away.setattr(store, "holder", raise_away)
+            assert sweep.start() is None
+        assert "the store is away" in sweep.gate.trouble
+    sweep.now += 10
+    assert sweep.start() == "a"
+
+
+def raise_away(*arguments, **options):
+    raise StorageUnreachable("the store is away")
 
 
 def test_all_stages_that_others_make_are_looked_up_again_however_slow_the_store_is(store):

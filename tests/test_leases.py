@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from semformer.leases import LeaseHeld, LeaseLost
+from semformer.leases import LeaseHeld, LeaseLost, is_alive
 from semformer.storage import StorageUnreachable
 from semformer.store import Store, open_store
 from tests.artifacts import build, caae, damage, eventually, flip_a_bit, make_weights, outputs, segmentor
@@ -27,6 +27,14 @@ print("held", flush=True)
 def hasty(store) -> Store:
     """The same store, where leases expire soon."""
     return Store(store.root, heartbeat=0.05, expiry=0.3)
+
+
+def test_a_process_of_another_user_is_alive(monkeypatch):
+    def kill(pid, number):
+        raise PermissionError
+
+    monkeypatch.setattr(os, "kill", kill)
+    assert is_alive(1)
 
 
 def test_one_process_asking_twice_is_told_who_holds_the_lease(either):

@@ -13,7 +13,7 @@ import psycopg2
 import pytest
 from mlflow import MlflowClient
 
-from semformer.secrets import without_password
+from semformer.secrets import MASK, without_password
 from tests.servers import Postgres, postgres
 from tests.workplace import ROOT, Answer, Workplace
 
@@ -164,6 +164,7 @@ def test_an_address_of_the_environment_is_told_without_its_password(tmp_path, ra
         ("http://u:s3cr'et99@127.0.0.1:9", "s3cr'et99"),
         ("mysql://u:a/b:c@h/db", "a/b:c"),
         ("postgresql://u:p%40ss%2Fword@h/db", "p@ss/word"),
+        ("mysql://u:abcd@h/db", "abcd"),
     ],
 )
 def test_a_password_is_masked_wherever_an_address_holds_it(uri, secret):
@@ -171,6 +172,13 @@ def test_a_password_is_masked_wherever_an_address_holds_it(uri, secret):
         told = without_password(text, uri)
         assert secret not in told
         assert quote(secret, safe="") not in told
+
+
+@pytest.mark.parametrize("part", ["u:SECRET@h/db", "h/db?password=SECRET", "h/db?a=b&sslpassword=SECRET", "h/?PWD=SECRET"])
+def test_a_password_is_masked_in_an_address_that_nobody_named(part):
+    told = without_password(f"error: mysql://{part}&c=d: no")
+    assert "SECRET" not in told
+    assert MASK in told
 
 
 def test_an_address_without_a_password_is_left_as_it_is():

@@ -13,6 +13,7 @@ import pytest
 
 from semformer.errors import StoreError
 from semformer.keys import StageKey
+from semformer.leases import machine
 from semformer.store import DamagedArtifact, Store, open_store
 from tests.artifacts import build, caae, damage, fill, flip_a_bit, make_weights, outputs, publish, segmentor, visible
 
@@ -43,6 +44,17 @@ def test_publish_then_find_returns_the_same_files_and_info(either):
 def test_a_second_build_makes_nothing(either):
     first = build(either, caae(), make_weights)
     assert build(either, caae(), lambda *_: pytest.fail("built again")) == first
+
+
+def test_workspaces_of_dead_processes_are_removed_on_this_machine_alone(tmp_path):
+    store = Store(tmp_path / "store")
+    dead = subprocess.Popen(["true"])
+    dead.wait()
+    names = [f"caae-0123456789ab.{host}.{pid}.x" for host in (machine(), "another") for pid in (dead.pid, os.getpid())]
+    for name in names:
+        (store.root / "tmp" / name).mkdir()
+    Store(tmp_path / "store")
+    assert {path.name for path in (store.root / "tmp").iterdir()} == set(names[1:])
 
 
 def test_an_unpublished_workspace_is_invisible(either):

@@ -317,7 +317,7 @@ class Gate:
 
     def _give_up(self, failure: Failure) -> None:
         """What is left fails; so does what was started and found no node."""
-        self.over, self.stopped, self.more = failure, True, None
+        self.over, self.stopped = failure, True
         for trial in self.queue:
             self.queue.remove(trial)
             self._tell(trial, Failed(failure))

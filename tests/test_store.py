@@ -57,6 +57,28 @@ def test_workspaces_of_dead_processes_are_removed_on_this_machine_alone(tmp_path
     assert {path.name for path in (store.root / "tmp").iterdir()} == set(names[1:])
 
 
+def test_checkpoints_stay_until_what_they_led_to_is_published(either, monkeypatch):
+    (either.checkpoints(caae()) / "epoch").write_text("1")
+    either.save_checkpoints(caae())
+    workspace = either.workspace(caae())
+    make_weights(workspace, None, None)
+    with monkeypatch.context() as full:
+        full.setattr(either, "_install", raise_full)
+        with pytest.raises(StoreError):
+            either.publish(caae(), workspace, {})
+    assert (open_store(either.location).checkpoints(caae()) / "epoch").read_text() == "1"
+
+
+def raise_full(*arguments, **options):
+    raise StoreError("the store is full")
+
+
+def test_a_store_that_must_not_wait_takes_no_lease_with_patience(either):
+    hasty = either.patient(0.0)
+    assert (hasty.storage.patience, hasty.leases.storage.patience) == (0.0, 0.0)
+    assert either.storage.patience > 0
+
+
 def test_an_unpublished_workspace_is_invisible(either):
     workspace = either.workspace(caae())
     make_weights(workspace, None, None)

@@ -192,6 +192,16 @@ def test_without_sharing_every_row_trains_all_of_its_stages(plan, store):
     assert prices[1].without_sharing.gpu_hours == pytest.approx(2 * prices[0].without_sharing.gpu_hours)
 
 
+def test_without_sharing_the_longest_rows_start_first(plan, store):
+    trials = plan.trials[:3]
+    for trial, hours in zip(trials, (1, 1, 2), strict=True):
+        publish(store, trial.keys["segmentor"], seconds=3600 * hours)
+        for name in ("caae", "cams", "evaluate"):
+            if store.find(trial.keys[name]) is None:
+                publish(store, trial.keys[name], seconds=0)
+    assert price(trials, store.published(), store, gpus=2).without_sharing == Cost(pytest.approx(4), pytest.approx(2))
+
+
 def test_basis_says_how_the_price_came_about(plan, store):
     publish(store, keys(plan, "caae")[0], seconds=10.0)
     for key in keys(plan, "segmentor")[:2]:

@@ -218,6 +218,22 @@ def test_one_record_gives_mlflow_its_tags(plan, state):
     assert state.trials[b.key].tags()["status"] == "finished"
 
 
+def test_a_trial_that_runs_again_has_no_reason_any_more(state, plan):
+    (trial, *_) = plan.trials
+    state.tell(trial, STARTED)
+    state.tell(trial, Retried(Failure(Scope.TRIAL, "caae", "WorkerDied", "killed")))
+    assert state.trials[trial.key].tags()["reason"] == "tried again after caae: WorkerDied: killed"
+    state.tell(trial, STARTED)
+    assert state.trials[trial.key].tags()["reason"] == ""
+
+
+def test_stages_that_were_there_at_the_start_are_not_in_work(plan):
+    (trial, *_) = plan.trials
+    state = SweepState(replace(plan, cached=frozenset([trial.keys["caae"].digest])))
+    state.tell(trial, STARTED)
+    assert state.in_work() == {key.digest for name, key in trial.keys.items() if name != "caae"}
+
+
 def test_what_trials_held_counts_whatever_came_of_it(plan):
     now = [0.0]
     state = SweepState(plan, clock=lambda: now[0])

@@ -15,7 +15,7 @@ faults: $(READY)  ## what a cluster does to a sweep, and what that costs
 	$(BIN)/python -m tests.faults
 
 test: $(READY)
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -80,6 +80,7 @@ def head(tmp_path_factory) -> Iterator[Head]:
         head.close()
 
 
+@pytest.mark.timeout(600)
 def test_a_sweep_as_a_job_can_be_stopped_and_the_same_job_again_goes_on(head):
     place = head.place
     table = place.table("mine", a="", b="cams.last_blocks: 1")

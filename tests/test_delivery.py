@@ -12,6 +12,7 @@ import pytest
 from mlflow import MlflowClient
 
 from semformer.errors import UserError
+from semformer.storage import StorageUnreachable
 from semformer.store import Store
 from sweeps.reports import Found, Sampled
 from sweeps.tracking import delivery as delivery_file
@@ -212,6 +213,29 @@ def test_a_stage_that_two_drivers_made_in_turns_has_one_series(folder, request):
     check_complete(recorded)
 
 
+def test_epochs_that_arrive_late_are_not_doubled(folder, request):  # noqa: F811
+    recorded = Recorded(folder, request.node.name)
+    one, two = recorded.tracker(), recorded.tracker(driver="-2")
+    a, b = one.sweep.trials
+    one.begin()
+    one.hear(a, STARTED)
+    one.hear(a, done(a, "caae"))
+    for n in (1, 2):
+        one.hear(a, epoch(a, one.store, "segmentor", n))
+    eventually(lambda: one.undelivered == 0, 30)
+    two.begin()
+    two.hear(a, Found())
+    two.hear(b, Found())
+    two.end("FINISHED")
+    one.hear(a, epoch(a, one.store, "segmentor", 3))
+    for stage in ("segmentor", "cams", "evaluate"):
+        one.hear(a, done(a, stage))
+    one.hear(a, FINISHED)
+    one.hear(b, Found())
+    one.end("FINISHED")
+    check_complete(recorded)
+
+
 def test_an_end_that_comes_late_does_not_stop_the_sweep_that_goes_on(sweep, server):
     first = sweep.tracker()
     first.begin()
@@ -296,6 +320,28 @@ def test_postgres_records_the_same(folder, tmp_path, request):  # noqa: F811
 
 
 # What goes wrong on the driver's own side
+
+
+def test_a_store_that_is_away_for_longer_than_the_patience_loses_nothing(sweep, monkeypatch):
+    monkeypatch.setattr(delivery_file, "PATIENCE", 0.3)
+    tracker = sweep.tracker()
+    tracker.begin()
+    eventually(lambda: tracker.undelivered == 0, 30)
+
+    def away(*arguments, **options):
+        raise StorageUnreachable("the store is away")
+
+    with monkeypatch.context() as outage:
+        store = Store(sweep.store.root)
+        outage.setattr(store, "find", away)
+        outage.setattr(tracker._recorder, "store", store)
+        for trial in tracker.sweep.trials:
+            run_through(tracker, trial)
+        time.sleep(3)
+        assert tracker.undelivered > 20
+    tracker.end("FINISHED")
+    assert tracker.errors == []
+    check_complete(sweep)
 
 
 def test_an_event_that_mlflow_refuses_is_told_and_holds_up_no_other(sweep):

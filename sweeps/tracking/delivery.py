@@ -6,7 +6,7 @@ from pathlib import Path
 
 from mlflow.exceptions import MlflowException
 
-from semformer.errors import UserError, first_line
+from semformer.errors import StoreError, UserError, first_line
 from semformer.secrets import without_password
 from semformer.store import Store
 from sweeps.tracking.journal import Journal
@@ -34,8 +34,8 @@ class Delivery:
         """Deliver the next events; returns the seconds after which to go on, more than 0 after a failure, and while the
         journal cannot be read or written.
 
-        While MLflow does not answer, an event is tried for ever. One that MLflow refuses is looked for by halves, and
-        skipped: at the second attempt if it will never be taken, else after PATIENCE seconds.
+        While MLflow or the store does not answer, an event is tried for ever. One that MLflow refuses is looked for by
+        halves, and skipped: at the second attempt if it will never be taken, else after PATIENCE seconds.
         """
         try:
             entries = self.journal.read(self._size)
@@ -66,7 +66,7 @@ class Delivery:
         known = self._attempts > 0 or (self._cause == self.last_error and now - self._failed < PATIENCE)
         self._attempts, self._failed = self._attempts + 1, now
         wait = min(0.1 * 2**self._attempts, LONGEST_WAIT)
-        if not known or not self.recorder.runs.answers():
+        if not known or isinstance(error, StoreError) or not self.recorder.runs.answers():
             self._cause, self._since = self.last_error, now
             return wait
         if self._attempts == 1 or (not _is_final(error) and now - self._since < PATIENCE):

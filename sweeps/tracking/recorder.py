@@ -48,12 +48,14 @@ class Recorder:
         self._trials: OrderedDict[str, Trial] = OrderedDict()
         self._running: set[str] = set()  # keys of the trials that this process was told to be running
         self._recorded: set[str] = set()  # digests of stages whose runs are complete
+        self._made: set[str] = set()  # digests of stages that were in the store when the events at hand began
 
     def write(self, events: Sequence[Event]) -> None:
         """Write events in order, those of one run in one go. Raises whatever MLflow or the store raises."""
         with self.runs.writing():
             self._open()
             self.runs.look_for("trial", [event["key"] for event in events if event["event"] == "trial"])
+            self._made = self._stages_made(events)
             for event in events:
                 time = int(1000 * event["time"])
                 if tags := event.get("state"):
@@ -66,6 +68,18 @@ class Recorder:
         """Believe nothing about what MLflow holds; it is read again."""
         self.runs.forget()
         self._recorded.clear()
+
+    def _stages_made(self, events: Sequence[Event]) -> set[str]:
+        """Of the stages whose epochs are told, those that are in the store by now: any driver completes their series.
+
+        From here on, none but this one does, until the events are written.
+        """
+        told = {(event["key"], event["stage"]) for event in events if event["event"] == "epoch"}
+        if not told:
+            return set()
+        self.runs.hold()
+        keys = [self._describe(trial).keys[stage] for trial, stage in told]
+        return {key.digest for key in self.store.find_many(keys)}
 
     # One method for each kind of event; `time` is the event's, in milliseconds
 
@@ -103,7 +117,10 @@ class Recorder:
     def _epoch(self, event: Event, time: int) -> None:
         stage, values = event["stage"], event["values"]
         points = [(_series_name(stage, name), event["epoch"], value) for name, value in values.items()]
-        self.runs.measure(self._run_of(event), points, time)
+        run = self._run_of(event)
+        if self._describe(event["key"]).keys[stage].digest in self._made:
+            self.runs.refresh(run, points)
+        self.runs.measure(run, points, time)
 
     def _system(self, event: Event, time: int) -> None:
         run = self._run_of(event)

@@ -6,6 +6,7 @@ is for one run goes there in one go.
 """
 
 import math
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -146,6 +147,7 @@ class Runs:
         """Believe nothing about what MLflow holds; it is read again."""
         self._known: dict[tuple[str, str], KnownRun] = {}  # by kind and key
         self._pending: dict[str, Pending] = {}  # by run id
+        self._fresh: defaultdict[str, set[str]] = defaultdict(set)  # run id -> series that were read under the lease
 
     def answers(self) -> bool:
         """Whether MLflow can be reached."""
@@ -160,6 +162,7 @@ class Runs:
         """What is written inside is there at the end."""
         with ExitStack() as self._leases:
             self._has_lease = False
+            self._fresh.clear()
             yield
             self.flush()
 
@@ -241,11 +244,14 @@ class Runs:
                 self.pending(run).metrics.append(Metric(name, value, time, step))
 
     def refresh(self, run: KnownRun, points: Iterable[Point]) -> None:
-        """Read again what the run has of these series, which another driver may have gone on with."""
+        """Read again, once while `hold` lasts, what the run has of these series: another driver may have gone on."""
+        names = {name for name, _, _ in points} - self._fresh[run.id]
+        if not names:
+            return
         self.flush()
-        latest = self.client.get_run(run.id).data.metrics
-        for name in {name for name, _, _ in points} & latest.keys():
+        for name in names & self.client.get_run(run.id).data.metrics.keys():
             self._series(run)[name] = self._steps(run, name)
+        self._fresh[run.id] |= names
 
     def upload(self, run: KnownRun, file: Path, name: str) -> None:
         """A file, as `name` among the run's artifacts."""

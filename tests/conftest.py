@@ -14,6 +14,7 @@ import torch
 
 from semformer.store import Store, open_store
 from tests.devkits import paper_splits
+from tests.records import Recorded, make_folder
 from tests.servers import S3Server
 
 ROOT = Path(__file__).parents[1]
@@ -30,6 +31,20 @@ def golden():
 @pytest.fixture
 def store(tmp_path) -> Store:
     return Store(tmp_path / "store", heartbeat=0.05, expiry=20)
+
+
+@pytest.fixture(scope="module")
+def records(tmp_path_factory) -> Path:
+    """The folder of sweeps that are recorded by hand, with a store that holds all their stages."""
+    folder = tmp_path_factory.mktemp("records")
+    make_folder(folder)
+    return folder
+
+
+@pytest.fixture
+def recorded(records, request) -> Recorded:
+    """A sweep of this test's own, in an MLflow database that the tests of a file share."""
+    return Recorded(records, request.node.name)
 
 
 @pytest.fixture(scope="session")
@@ -91,6 +106,7 @@ from semformer.errors import StoreError, UserError
 from semformer.leases import LeaseLost
 from semformer.store import Store, open_store
 from tests.devkits import paper_splits
+from tests.records import Recorded, make_folder
 from tests.servers import S3Server
 from tests.artifacts import build, caae, eventually, make_weights
 key = caae()

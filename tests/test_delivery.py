@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from semformer.errors import UserError
 from semformer.storage import StorageUnreachable
 from semformer.store import Store
-from sweeps.reports import Found, Sampled
+from sweeps.reports import Sampled
 from sweeps.tracking import delivery as delivery_file
 from sweeps.tracking import journal as journal_file
 from sweeps.tracking.delivery import deliver
@@ -22,20 +22,16 @@ from sweeps.tracking.journal import Journal, has_backlog
 from sweeps.tracking.tracker import Tracker
 from tests.artifacts import eventually
 from tests.conftest import ROOT
-from tests.servers import mlflow_server, postgres
-from tests.test_tracking import (  # noqa: F401 (folder is a fixture)
+from tests.records import (
     FINISHED,
     STARTED,
-    Recorded,
+    check_complete,
     done,
     epoch,
-    folder,
     plan_of,
     run_through,
 )
-
-EPOCHS = 3
-SERIES = {"caae/loss/total": 2, "segmentor/loss/total": EPOCHS, "segmentor/lr": EPOCHS}
+from tests.servers import mlflow_server, postgres
 
 
 @pytest.fixture(scope="module")
@@ -45,31 +41,12 @@ def server(tmp_path_factory):
 
 
 @pytest.fixture
-def sweep(folder, server, request):  # noqa: F811
+def sweep(recorded, server):
     """Its own experiment on the server and its own folder of events."""
     if not server.process:
         server.start()
-    recorded = Recorded(folder, request.node.name)
     recorded.uri = server.uri
     return recorded
-
-
-def check_complete(recorded: Recorded) -> None:
-    """Both trials and the three stages once, finished, their series without gaps or doubles."""
-    (parent,) = recorded.runs("sweep").values()
-    trials = recorded.runs("trial")
-    assert sorted(trials) == ["a", "b"]
-    assert len(recorded.runs("stage")) == 3
-    for run in trials.values():
-        assert run.info.status == "FINISHED"
-        assert run.data.tags["mlflow.parentRunId"] == parent.info.run_id
-        for name, length in SERIES.items():
-            assert [step for step, _ in recorded.series(run, name)] == list(range(1, length + 1)), name
-        curve = [step for step, _ in recorded.series(run, "evaluate/threshold_curve/miou")]
-        assert curve == sorted(set(curve))
-        assert len(curve) == 99
-        names = {f.path for f in MlflowClient(recorded.uri).list_artifacts(run.info.run_id)}
-        assert {"config.json", "class_iou.json", "threshold_curve.png", "pictures"} < names
 
 
 def test_a_server_that_is_away_for_a_while_loses_nothing_and_delays_nothing(sweep, server):
@@ -150,8 +127,7 @@ class Shaky:
 
 
 @pytest.mark.parametrize(("nth", "done"), [(1, True), (9, False), (14, True), (21, False), (27, True), (40, False)])
-def test_a_call_that_fails_in_the_middle_loses_and_doubles_nothing(folder, request, nth, done):  # noqa: F811
-    recorded = Recorded(folder, request.node.name)
+def test_a_call_that_fails_in_the_middle_loses_and_doubles_nothing(recorded, nth, done):
     tracker = recorded.tracker()
     shaky = tracker._recorder.runs.client = Shaky(tracker._recorder.runs.client, nth, done)
     tracker.begin()
@@ -165,75 +141,6 @@ def test_a_call_that_fails_in_the_middle_loses_and_doubles_nothing(folder, reque
         assert run.info.status == "FINISHED"
         assert run.data.params
         assert [step for step, _ in recorded.series(run, "seconds")] == [0]
-
-
-def test_what_another_driver_recorded_meanwhile_is_not_recorded_again(folder, request):  # noqa: F811
-    recorded = Recorded(folder, request.node.name)
-    one, two = recorded.tracker(), recorded.tracker(driver="-2")
-    one.begin()
-    eventually(lambda: one.undelivered == 0, 30)  # it has made the runs, and knows that they are empty
-    two.begin()
-    for trial in two.sweep.trials:
-        run_through(two, trial)
-    two.end("FINISHED")
-    check_complete(recorded)
-    a, b = one.sweep.trials
-    one.hear(a, Found())
-    one.hear(b, STARTED)
-    for stage in b.keys:
-        one.hear(b, done(b, stage, found=True))
-    one.hear(b, FINISHED)
-    one.end("FINISHED")
-    assert one.errors == []
-    check_complete(recorded)
-    for run in recorded.runs("trial").values():
-        assert [step for step, _ in recorded.series(run, "cam/val/miou")] == [0]
-
-
-def test_a_stage_that_two_drivers_made_in_turns_has_one_series(folder, request):  # noqa: F811
-    recorded = Recorded(folder, request.node.name)
-    one, two = recorded.tracker(), recorded.tracker(driver="-2")
-    a, b = one.sweep.trials
-    one.begin()
-    run_through(one, a)
-    one.hear(b, STARTED)
-    one.hear(b, done(b, "caae", found=True))
-    one.hear(b, epoch(b, one.store, "segmentor", 1))
-    eventually(lambda: one.undelivered == 0, 30)
-    two.begin()
-    two.hear(b, STARTED)
-    two.hear(b, epoch(b, two.store, "segmentor", 2))
-    two.end("KILLED")
-    one.hear(b, STARTED)
-    one.hear(b, epoch(b, one.store, "segmentor", 3))
-    for stage in ("segmentor", "cams", "evaluate"):
-        one.hear(b, done(b, stage))
-    one.hear(b, FINISHED)
-    one.end("FINISHED")
-    check_complete(recorded)
-
-
-def test_epochs_that_arrive_late_are_not_doubled(folder, request):  # noqa: F811
-    recorded = Recorded(folder, request.node.name)
-    one, two = recorded.tracker(), recorded.tracker(driver="-2")
-    a, b = one.sweep.trials
-    one.begin()
-    one.hear(a, STARTED)
-    one.hear(a, done(a, "caae"))
-    for n in (1, 2):
-        one.hear(a, epoch(a, one.store, "segmentor", n))
-    eventually(lambda: one.undelivered == 0, 30)
-    two.begin()
-    two.hear(a, Found())
-    two.hear(b, Found())
-    two.end("FINISHED")
-    one.hear(a, epoch(a, one.store, "segmentor", 3))
-    for stage in ("segmentor", "cams", "evaluate"):
-        one.hear(a, done(a, stage))
-    one.hear(a, FINISHED)
-    one.hear(b, Found())
-    one.end("FINISHED")
-    check_complete(recorded)
 
 
 def test_an_end_that_comes_late_does_not_stop_the_sweep_that_goes_on(sweep, server):
@@ -254,7 +161,7 @@ def test_an_end_that_comes_late_does_not_stop_the_sweep_that_goes_on(sweep, serv
 DRIVER = """
 import sys, time
 from pathlib import Path
-from tests.test_delivery import *
+from tests.records import *
 tracker = Recorded(Path(sys.argv[1]), sys.argv[2]).tracker()
 tracker.begin()
 a, b = tracker.sweep.trials
@@ -268,9 +175,8 @@ time.sleep(60)
 
 
 @pytest.mark.parametrize("seconds", [0.0, 0.7])
-def test_a_driver_that_is_killed_leaves_its_events_to_the_next_one(folder, request, seconds):  # noqa: F811
-    sweep = Recorded(folder, request.node.name)
-    command = [sys.executable, "-c", DRIVER, str(folder), sweep.name]
+def test_a_driver_that_is_killed_leaves_its_events_to_the_next_one(recorded, seconds):
+    command = [sys.executable, "-c", DRIVER, str(recorded.folder), recorded.name]
     driver = subprocess.Popen(command, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
     try:
         assert driver.stdout.readline() == b"told\n"
@@ -278,7 +184,7 @@ def test_a_driver_that_is_killed_leaves_its_events_to_the_next_one(folder, reque
     finally:
         os.kill(driver.pid, signal.SIGKILL)
         driver.communicate()
-    tracker = sweep.tracker()
+    tracker = recorded.tracker()
     assert not tracker.is_complete()
     tracker.begin()
     b = tracker.sweep.trials[1]
@@ -290,7 +196,7 @@ def test_a_driver_that_is_killed_leaves_its_events_to_the_next_one(folder, reque
     tracker.hear(b, FINISHED)
     tracker.end("FINISHED")
     assert (tracker.errors, tracker.undelivered) == ([], 0)
-    check_complete(sweep)
+    check_complete(recorded)
 
 
 def test_two_drivers_with_the_same_table_make_every_run_once(sweep):
@@ -306,8 +212,7 @@ def test_two_drivers_with_the_same_table_make_every_run_once(sweep):
     check_complete(sweep)
 
 
-def test_postgres_records_the_same(folder, tmp_path, request):  # noqa: F811
-    recorded = Recorded(folder, request.node.name)
+def test_postgres_records_the_same(recorded):
     with postgres() as server:
         recorded.uri = server.uri
         tracker = recorded.tracker()
@@ -359,12 +264,10 @@ def test_an_event_that_mlflow_refuses_is_told_and_holds_up_no_other(sweep):
     check_complete(sweep)
 
 
-def test_a_folder_that_cannot_be_written_to_is_told(folder, tmp_path):  # noqa: F811
+def test_a_folder_that_cannot_be_written_to_is_told(recorded, tmp_path):
     (tmp_path / "file").write_text("")
-    recorded = Recorded(folder, "unwritable")
-    tracker = Tracker(
-        recorded.uri, plan_of(folder), Store(folder / "store"), "unwritable", folder=tmp_path / "file" / "sweep"
-    )
+    folder = tmp_path / "file" / "sweep"
+    tracker = Tracker(recorded.uri, plan_of(recorded.folder), recorded.store, recorded.name, folder=folder)
     with pytest.raises(UserError, match=r"file/sweep: a sweep keeps its events there, but: Not a directory"):
         tracker.begin()
 

@@ -12,13 +12,13 @@ from mlflow import MlflowClient
 
 from semformer.stages import segmentor
 from sweeps.tracking.registry import DEFAULT_NAME
-from tests.test_tracking import FINISHED, Recorded, folder  # noqa: F401 (a fixture)
+from tests.records import FINISHED, Recorded
 
 
 @pytest.fixture(scope="module")
-def registered(folder):  # noqa: F811
+def registered(records):
     """A sweep of two trials, recorded twice with their networks registered."""
-    recorded = Recorded(folder, "registered")
+    recorded = Recorded(records, "registered")
     for _ in range(2):
         tracker = recorded.tracker(register=DEFAULT_NAME)
         tracker.begin()

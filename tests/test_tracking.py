@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-import torch
 from mlflow import MlflowClient
 from mlflow.data import get_source
 
@@ -18,128 +17,31 @@ from semformer.config import flatten
 from semformer.errors import UserError
 from semformer.store import Store
 from sweeps.plan.table import load_table
-from sweeps.plan.trials import Cell, Plan, Trial, make_plan
+from sweeps.plan.trials import Cell, make_plan
 from sweeps.reports import (
     EpochEnded,
     Failed,
     Failure,
-    Finished,
     Found,
     Progress,
-    Pruned,
-    Report,
     Retried,
     Sampled,
     Scope,
-    StageDone,
     Started,
 )
 from sweeps.tracking import delivery, rows
 from sweeps.tracking.journal import Journal
 from sweeps.tracking.runs import steps_of
-from sweeps.tracking.state import SweepState
 from sweeps.tracking.tracker import Tracker
 from tests.artifacts import eventually
-
-MINE = """\
-name: mine
-title: Two rows
-metrics: [{name: miou, header: mIoU}]
-rows:
-  - {id: a, label: a, set: {segmentor.sigma: 0.1}, paper: {miou: 50}}
-  - {id: b, label: b, set: {segmentor.sigma: 0.2}, paper: {miou: 60}}
-"""
-EPOCHS = 3
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Holds the table, a store in which both trials are finished, and one MLflow database for all tests."""
-    folder = tmp_path_factory.mktemp("tracking")
-    (folder / "mine.yaml").write_text(MINE)
-    store, plan = Store(folder / "store"), plan_of(folder)
-    for trial in plan.trials:
-        data = pipeline.open_data(trial.config, trial.data)
-        for _ in pipeline.run(trial.config, data, store, device=torch.device("cpu"), progress=lambda told: None):
-            pass
-    return folder
-
-
-def plan_of(folder: Path, table: str = "mine.yaml", seeds: tuple[int, ...] = (0,)) -> Plan:
-    overrides = {"segmentor.epochs": EPOCHS}
-    return make_plan([load_table(folder / table)], "micro", overrides, seeds, None, Store(folder / "store"))
-
-
-class Driver(Tracker):
-    """A tracker that hears reports, with the state that a driver keeps of them."""
-
-    def __init__(self, *arguments, **options):
-        super().__init__(*arguments, **options)
-        self.state = SweepState(self.sweep)
-
-    def hear(self, trial: Trial, report: Report) -> None:
-        self.state.tell(trial, report)
-        self.tell(trial, report, self.state.trials[trial.key].tags())
-
-
-class Recorded:
-    """A sweep's own experiment, and what is in it."""
-
-    def __init__(self, folder: Path, name: str):
-        self.folder, self.name, self.uri = folder, name, f"sqlite:///{folder / 'mlflow.db'}"
-        self.store = Store(folder / "store")
-
-    def tracker(self, plan: Plan | None = None, store: Store | None = None, driver: str = "", **options) -> Driver:
-        own = self.folder / "sweeps" / f"{self.name}{driver}"
-        plan, store = plan or plan_of(self.folder), store or self.store
-        return Driver(self.uri, plan, store, self.name, folder=own, **options)
-
-    def runs(self, kind: str) -> dict[str, object]:
-        """Trials by their rows, others by name; it is an error to have two of the same."""
-        client = MlflowClient(self.uri)
-        runs = client.search_runs([client.get_experiment_by_name(self.name).experiment_id])
-        runs = [run for run in runs if run.data.tags["semformer.kind"] == kind]
-        rows = [run.data.tags.get("semformer.rows", run.info.run_name) for run in runs]
-        named = {row.removeprefix("mine/"): run for row, run in zip(rows, runs, strict=True)}
-        assert len(named) == len(runs)
-        return named
-
-    def series(self, run, metric: str) -> list[tuple[int, float]]:
-        return [
-            (point.step, point.value) for point in MlflowClient(self.uri).get_metric_history(run.info.run_id, metric)
-        ]
-
-    def files(self, run) -> dict[str, Path]:
-        root = Path(run.info.artifact_uri.removeprefix("file://"))
-        return {str(path.relative_to(root)): path for path in root.rglob("*") if path.is_file()}
-
-
-@pytest.fixture
-def recorded(folder, request) -> Recorded:
-    return Recorded(folder, request.node.name)
-
-
-def epoch(trial: Trial, store: Store, stage: str, n: int) -> EpochEnded:
-    """The report of the end of an epoch, as training gave it."""
-    history = store.find(trial.keys[stage]).info["history"]
-    values = {name: series[n - 1] for name, series in history.items()}
-    return EpochEnded(stage, 1, 1, n, EPOCHS, values)
-
-
-def done(trial: Trial, stage: str, *, found: bool = False) -> StageDone:
-    return StageDone(stage, trial.keys[stage].digest, found, seconds=1.0)
-
-
-STARTED, FINISHED = Started("node-1", pid=1, gpu="0"), Finished({})
-
-
-def run_through(tracker: Driver, trial: Trial) -> None:
-    tracker.hear(trial, STARTED)
-    for stage in trial.keys:
-        for n in range(1, 3 if stage == "caae" else EPOCHS + 1 if stage == "segmentor" else 0):
-            tracker.hear(trial, epoch(trial, tracker.store, stage, n))
-        tracker.hear(trial, done(trial, stage))
-    tracker.hear(trial, FINISHED)
+from tests.records import (
+    EPOCHS,
+    MINE,
+    STARTED,
+    done,
+    plan_of,
+    run_through,
+)
 
 
 def test_a_sweep_is_recorded_in_full(recorded):
@@ -244,18 +146,6 @@ def test_a_sweep_with_events_to_deliver_is_not_complete(recorded):
     assert not recorded.tracker().is_complete()
 
 
-def test_of_two_runs_of_a_trial_the_finished_one_counts(recorded):
-    tracker = recorded.tracker()
-    tracker.begin()
-    run_through(tracker, tracker.sweep.trials[0])
-    tracker.end("FINISHED")
-    client, run = MlflowClient(recorded.uri), recorded.runs("trial")["a"]
-    tags = {name: text for name, text in run.data.tags.items() if name.startswith("semformer.")}
-    for started in (1, run.info.start_time + 1000):
-        client.create_run(run.info.experiment_id, start_time=started, tags=tags)
-    assert recorded.tracker().is_recorded(tracker.sweep.trials[0])
-
-
 def test_a_trial_that_is_found_and_recorded_is_left_as_it_is(recorded):
     def find() -> dict[Path, float]:
         tracker = recorded.tracker()
@@ -270,45 +160,6 @@ def test_a_trial_that_is_found_and_recorded_is_left_as_it_is(recorded):
     first = find()
     assert len(first) > 10
     assert find() == first
-
-
-def test_a_sweep_that_was_cut_short_is_continued_without_gaps_or_doubles(recorded):
-    first = recorded.tracker()
-    trial = first.sweep.trials[0]
-    first.begin()
-    first.hear(trial, STARTED)
-    first.hear(trial, epoch(trial, first.store, "caae", 1))  # the report of epoch 2 is lost, and the end of the stage
-    first.hear(trial, epoch(trial, first.store, "segmentor", 1))
-    first.end("KILLED")
-    (parent,) = recorded.runs("sweep").values()
-    assert parent.info.status == "KILLED"
-    runs = recorded.runs("trial")
-    assert {run.info.status for run in runs.values()} == {"KILLED"}
-    assert {run.data.tags["semformer.status"] for run in runs.values()} == {"queued"}
-    assert not recorded.tracker().is_complete()
-
-    second = recorded.tracker()
-    second.begin()
-    eventually(lambda: second.undelivered == 0, 30)
-    waiting = recorded.runs("trial")["b"]
-    assert (waiting.info.status, waiting.data.tags["semformer.reason"]) == ("SCHEDULED", "")
-    second.hear(trial, STARTED)
-    second.hear(trial, done(trial, "caae", found=True))
-    for n in (2, 3):
-        second.hear(trial, epoch(trial, second.store, "segmentor", n))
-    for stage in ("segmentor", "cams", "evaluate"):
-        second.hear(trial, done(trial, stage))
-    second.hear(trial, FINISHED)
-    second.hear(second.sweep.trials[1], Found())
-    second.end("FINISHED")
-    assert second.errors == []
-    continued = recorded.runs("trial")
-    assert {run.info.run_id for run in continued.values()} == {run.info.run_id for run in runs.values()}
-    assert [step for step, _ in recorded.series(continued["a"], "caae/loss/SS")] == [1, 2]
-    assert [step for step, _ in recorded.series(continued["a"], "segmentor/loss/SS")] == [1, 2, 3]
-    assert continued["a"].data.tags["semformer.status"] == "finished"
-    assert continued["a"].data.tags["semformer.reason"] == ""
-    assert recorded.tracker().is_complete()
 
 
 def test_a_failure_is_recorded_with_its_reason_and_mended_later(recorded):
@@ -341,34 +192,6 @@ def test_a_failure_is_recorded_with_its_reason_and_mended_later(recorded):
     mended = recorded.runs("trial")["a"]
     assert mended.info.run_id == runs["a"].info.run_id
     assert (mended.info.status, mended.data.tags["semformer.reason"]) == ("FINISHED", "")
-
-
-def test_a_pruned_trial_stays_pruned_when_its_sweep_goes_on(recorded):
-    first = recorded.tracker()
-    first.begin()
-    first.hear(first.sweep.trials[0], STARTED)
-    first.hear(first.sweep.trials[0], Pruned())
-    first.end("FINISHED")
-    second = recorded.tracker()
-    second.begin()
-    second.end("FINISHED")
-    run = recorded.runs("trial")["a"]
-    assert (run.info.status, run.data.tags["semformer.status"]) == ("KILLED", "pruned")
-
-
-def test_the_end_of_a_driver_sets_back_its_own_trials_and_not_those_that_another_runs(recorded):
-    ours, other = recorded.tracker(), recorded.tracker(driver="-2")
-    ours.begin()
-    (trial, _) = ours.sweep.trials
-    ours.hear(trial, STARTED)
-    eventually(lambda: ours.undelivered == 0, 30)
-    with recorded.store.lease(trial.keys["segmentor"]):
-        other.begin()
-        other.end("KILLED")
-        assert recorded.runs("trial")["a"].info.status == "RUNNING"
-        ours.end("KILLED")  # its processes may keep their leases for a moment
-    run = recorded.runs("trial")["a"]
-    assert (run.info.status, run.data.tags["semformer.status"]) == ("KILLED", "queued")
 
 
 def test_renamed_rows_rename_the_records_of_their_trials(recorded):
@@ -618,11 +441,11 @@ def test_trials_of_a_search_are_added_as_it_goes_on(recorded):
 @pytest.mark.parametrize(
     "uri", ["http://127.0.0.1:9", "nonsense://x", "./mlruns", "postgresql://me:secret@127.0.0.1:9/x"]
 )
-def test_an_unusable_tracking_uri_is_told_soon(folder, uri, tmp_path, monkeypatch):
+def test_an_unusable_tracking_uri_is_told_soon(records, uri, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     started = time.monotonic()
     with pytest.raises(UserError, match=r"--tracking-uri .*MLflow cannot be used there") as error:
-        Tracker(uri, plan_of(folder), Store(folder / "store"), folder=folder / "sweep")
+        Tracker(uri, plan_of(records), Store(records / "store"), folder=records / "sweep")
     assert time.monotonic() - started < 30
     assert "secret" not in str(error.value)
 

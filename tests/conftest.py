@@ -5,16 +5,19 @@ import secrets
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from semformer.data.shapes import make_shapes
 from semformer.store import Store, open_store
+from sweeps.search.search import Search
 from tests.devkits import paper_splits
 from tests.records import Recorded, make_folder
+from tests.searches import open_search
 from tests.servers import S3Server
 
 ROOT = Path(__file__).parents[1]
@@ -45,6 +48,26 @@ def records(tmp_path_factory) -> Path:
 def recorded(records, request) -> Recorded:
     """A sweep of this test's own, in an MLflow database that the tests of a file share."""
     return Recorded(records, request.node.name)
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory) -> Path:
+    """The embedded data set, small."""
+    return make_shapes(tmp_path_factory.mktemp("data") / "shapes", train=16, val=6, size=48)
+
+
+@pytest.fixture
+def search(shapes, store, tmp_path) -> Iterator[Callable[..., Search]]:
+    """search(axes...) on a study in an sqlite file of this test."""
+    opened = []
+
+    def search(*axes: str, **options) -> Search:
+        opened.append(open_search(shapes, store, tmp_path / "studies.db", *axes, **options))
+        return opened[-1]
+
+    yield search
+    for one in opened:
+        one.close()
 
 
 @pytest.fixture(scope="session")
@@ -104,9 +127,12 @@ import time
 from pathlib import Path
 from semformer.errors import StoreError, UserError
 from semformer.leases import LeaseLost
+from semformer.data.shapes import make_shapes
 from semformer.store import Store, open_store
+from sweeps.search.search import Search
 from tests.devkits import paper_splits
 from tests.records import Recorded, make_folder
+from tests.searches import open_search
 from tests.servers import S3Server
 from tests.artifacts import build, caae, eventually, make_weights
 key = caae()

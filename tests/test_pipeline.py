@@ -22,11 +22,6 @@ NAMES = [stage.name for stage in pipeline.STAGES]
 
 
 @pytest.fixture(scope="module")
-def shapes(tmp_path_factory):
-    return make_shapes(tmp_path_factory.mktemp("data") / "shapes", train=16, val=6, size=48)
-
-
-@pytest.fixture(scope="module")
 def finished(shapes, tmp_path_factory):
     """A store in which the micro pipeline has run once, and what happened to each stage."""
     store = Store(tmp_path_factory.mktemp("finished") / "store")

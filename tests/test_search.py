@@ -1,10 +1,6 @@
-"""A search: what it asks and tells, drivers that die or share a study, and what it leaves behind."""
+"""A search: what it asks and tells, and what it leaves behind."""
 
-import signal
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 from types import SimpleNamespace
 
 import optuna
@@ -16,77 +12,16 @@ from safetensors.torch import load_file
 
 from semformer import pipeline
 from semformer.config import load_config
-from semformer.data.shapes import make_shapes
 from semformer.errors import UserError
 from semformer.stages import segmentor
 from semformer.store import Store
 from sweeps.plan.table import load_table, resolve
-from sweeps.search import study as study_file
 from sweeps.search.algorithms import Named, Pruning
 from sweeps.search.report import write
-from sweeps.search.search import Search
-from sweeps.search.space import DEFAULT_AXES
+from tests.searches import finish, run_all, scores, states
 from tests.servers import postgres
 
-ROOT = Path(__file__).parents[1]
-SECONDS = {"caae": 100.0, "segmentor": 200.0, "cams": 10.0, "evaluate": 5.0}
 INFERENCE = ("U", "final_map", "thresholds")
-
-
-@pytest.fixture(scope="module")
-def shapes(tmp_path_factory) -> Path:
-    return make_shapes(tmp_path_factory.mktemp("data") / "shapes", train=16, val=6, size=48)
-
-
-@pytest.fixture
-def search(shapes, store, tmp_path):
-    """search(axes...) on a study in an sqlite file of this test."""
-    opened = []
-
-    def search(*axes: str, **options) -> Search:
-        opened.append(open_search(shapes, store, tmp_path / "studies.db", *axes, **options))
-        return opened[-1]
-
-    yield search
-    for one in opened:
-        one.close()
-
-
-def open_search(shapes: Path, store: Store, database: Path, *axes: str, trials=8, objectives=(), **options) -> Search:
-    config = {"name": "study", "preset": "micro", "overrides": {}, "storage": f"sqlite:///{database}"} | options
-    name, preset, overrides = (config.pop(part) for part in ("name", "preset", "overrides"))
-    data = pipeline.open_data(load_config(preset, overrides), shapes)
-    axes = axes or DEFAULT_AXES
-    return Search(name, preset, overrides, data, store, axes=axes, objectives=objectives, most=trials, **config)
-
-
-def scores(config) -> dict[str, float]:
-    """A made-up landscape: best at sigma 0.1, with many last blocks and a deep decoder, which takes longer."""
-    miou = 60 - 100 * (config.segmentor.sigma - 0.1) ** 2 + config.cams.last_blocks + config.caae.decoder_depth
-    return {f"cam/val/{name}": value for name, value in (("miou", miou), ("fp", 50 - miou / 2), ("fn", 20.0))}
-
-
-def finish(one: Search, trial) -> None:
-    """What a run of the trial would leave in the store and tell the study."""
-    for stage, key in trial.keys.items():
-        if one.store.find(key) is None:
-            seconds = SECONDS[stage] * (trial.config.caae.decoder_depth / 4 if stage == "caae" else 1)
-            metrics = {"metrics": scores(trial.config)} if stage == "evaluate" else {}
-            one.store.publish(key, one.store.workspace(key), {"seconds": seconds, **metrics})
-    one.tell(trial, scores(trial.config))
-
-
-def run_all(one: Search) -> list:
-    """Runs every trial that has to be run, one after the other."""
-    ran = []
-    while (trial := one.ask()) is not None:
-        finish(one, trial)
-        ran.append(trial)
-    return ran
-
-
-def states(study: optuna.Study) -> Counter:
-    return Counter(trial.state.name for trial in study.trials)
 
 
 # Asking and telling
@@ -198,21 +133,6 @@ def test_results_are_kept_while_the_database_is_away_and_told_when_it_is_back(se
         one.close()
 
 
-# Time that was spent
-
-
-def test_time_counts_whatever_came_of_it_and_across_drivers(search, monkeypatch):
-    monkeypatch.setattr(study_file, "HELD_EVERY", 0.0)
-    one = search("sigma", trials=9)
-    assert one.spent(0.0) == 0.0
-    one.ask()
-    assert [one.spent(held) for held in (60.0, 120.0)] == [60.0, 120.0]
-    one.close(150.0)
-    again = search("sigma", trials=9)
-    assert again.spent(0.0) == 150.0
-    assert again.spent(30.0) == 180.0
-
-
 # Samplers, and what stops poor trials
 
 
@@ -322,123 +242,6 @@ def test_what_a_search_may_need_is_told_by_its_start_and_the_ends_of_its_axes(se
     assert {config.caae.class_dim for config in configs} == {4, 8, 16}
     assert {config.segmentor.sigma for config in configs} == {0.1, 0.2, 0.4}
     assert {config.caae.merge for config in configs} == {"sum", "mean", "max"}
-
-
-# Several drivers, one after the other or at once
-
-
-def test_a_study_goes_on_where_it_was_with_other_suggestions(search):
-    first = search("sigma", trials=3)
-    run_all(first)
-    first.close()
-    again = search("sigma", trials=3)
-    assert again.ask() is None
-    again.close()
-    more = search("sigma", trials=7)
-    assert len(run_all(more)) == 4
-    assert len({trial.params["sigma"] for trial in more.study.trials}) == 7
-
-
-@pytest.mark.parametrize(
-    ("axes", "changes", "told"),
-    [
-        (["sigma", "U"], {}, "axes.U"),
-        (["sigma=0.1:0.3"], {}, "axes.sigma segmentor.sigma 0.0666667:0.6:log -> segmentor.sigma 0.1:0.3"),
-        (["sigma"], {"objectives": ["gpu_hours"]}, "objectives"),
-        (["sigma"], {"overrides": {"caae.epochs": 3}}, "config.caae.epochs 2 -> 3"),
-        (["sigma"], {"preset": "tiny"}, "preset micro -> tiny"),
-    ],
-)
-def test_a_study_that_was_begun_with_something_else_says_what_differs(search, axes, changes, told):
-    search("sigma").close()
-    with pytest.raises(UserError, match="--study study") as error:
-        search(*axes, **changes)
-    assert told in str(error.value)
-
-
-def test_a_study_of_another_data_set_is_refused(search, store, tmp_path):
-    search("sigma").close()
-    other = make_shapes(tmp_path / "other", train=16, val=6, size=48, seed=1)
-    with pytest.raises(UserError, match=r"images\.train"):
-        open_search(other, store, tmp_path / "studies.db", "sigma")
-
-
-@pytest.fixture
-def driver(shapes, store, tmp_path):
-    """Start a process that runs the given code with `one`, a search over sigma on the study of `search`."""
-    head = f"""
-from pathlib import Path
-from semformer.store import Store
-from tests.test_search import finish, open_search, run_all
-store = Store(Path({str(store.root)!r}), heartbeat=0.05, expiry=20)
-one = open_search(Path({str(shapes)!r}), store, Path({str(tmp_path)!r}) / "studies.db", "sigma", trials=6)
-"""
-    processes = []
-
-    def driver(code: str) -> subprocess.Popen:
-        command = [sys.executable, "-c", head + code]
-        processes.append(subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True))
-        return processes[-1]
-
-    yield driver
-    for process in processes:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-
-
-def test_trials_of_a_killed_driver_are_closed_and_run_again(search, driver, tmp_path):
-    alive = search("sigma", trials=6)
-    ours = alive.ask()
-    code = "finish(one, one.ask()); one.ask(); one.ask(); print('ready', flush=True); import time; time.sleep(60)"
-    killed = driver(code)
-    assert killed.stdout.readline() == "ready\n"
-    killed.send_signal(signal.SIGKILL)
-    killed.wait()
-
-    resumed = search("sigma", trials=6)
-    assert states(resumed.study) == {"RUNNING": 1, "COMPLETE": 1, "FAIL": 2, "WAITING": 2}
-    lost = [trial.params for trial in resumed.study.trials if trial.state == TrialState.FAIL]
-    ran = run_all(resumed)
-    assert [trial.config.segmentor.sigma for trial in ran[:2]] == [params["sigma"] for params in lost]
-    finish(alive, ours)
-    study = optuna.load_study(study_name="study", storage=f"sqlite:///{tmp_path}/studies.db")
-    assert states(study) == {"COMPLETE": 6, "FAIL": 2}
-    assert study.best_value == resumed.best()[0].value
-
-
-def test_a_stopped_search_puts_its_running_trials_back(search):
-    one = search("sigma", trials=3)
-    asked = one.ask()
-    one.close()
-    again = search("sigma", trials=3)
-    assert again.ask().config == asked.config
-    assert states(again.study) == {"FAIL": 1, "RUNNING": 1}
-
-
-def test_a_driver_that_dies_while_it_puts_a_trial_back_puts_it_back_once(search, monkeypatch):
-    one = search("sigma", trials=2)
-    one.ask()
-    with monkeypatch.context() as broken:
-        broken.setattr(one.study, "tell", raise_away)
-        with pytest.raises(ConnectionError):
-            one.close()
-    again = search("sigma", trials=2)
-    assert [trial.user_attrs.get("retry_of") for trial in again.study.trials] == [None, 0]
-
-
-def raise_away(*arguments, **options):
-    raise ConnectionError("the database is away")
-
-
-def test_drivers_that_share_a_study_run_each_trial_once_and_none_too_many(driver, tmp_path):
-    code = "print(*(trial.cells[0].row for trial in run_all(one))); one.close()"
-    drivers = [driver(code) for _ in range(2)]
-    rows = [row for process in drivers for row in process.communicate(timeout=60)[0].split()]
-    assert sorted(rows) == [f"trial-{number}" for number in range(6)]
-    study = optuna.load_study(study_name="study", storage=f"sqlite:///{tmp_path}/studies.db")
-    assert states(study) == {"COMPLETE": 6}
-    assert len({trial.params["sigma"] for trial in study.trials}) == 6
 
 
 # What is left behind

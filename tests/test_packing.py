@@ -38,7 +38,8 @@ def test_trials_of_a_quarter_share_a_gpu(tmp_path, monkeypatch):
         if isinstance(report, Finished):
             running.discard(trial.key)
 
-    ray.init(num_gpus=1, num_cpus=8, include_dashboard=False, log_to_driver=False, logging_level=logging.CRITICAL)
+    quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.CRITICAL}
+    ray.init(address="local", num_gpus=1, num_cpus=8, **quiet)  # not a cluster that another test started
     try:
         share = {"cpu": 1, "gpu": 0.25}
         runner.run_trials(trials, Store(tmp_path / "store"), tell, share=share, trainable=trainable)

@@ -48,7 +48,7 @@ class Recorder:
         self._trials: OrderedDict[str, Trial] = OrderedDict()
         self._running: set[str] = set()  # keys of the trials that this process was told to be running
         self._recorded: set[str] = set()  # digests of stages whose runs are complete
-        self._made: set[str] = set()  # digests of stages that were in the store when the events at hand began
+        self._made: set[tuple[str, str]] = set()  # see `_stages_made`
 
     def write(self, events: Sequence[Event]) -> None:
         """Write events in order, those of one run in one go. Raises whatever MLflow or the store raises."""
@@ -69,8 +69,9 @@ class Recorder:
         self.runs.forget()
         self._recorded.clear()
 
-    def _stages_made(self, events: Sequence[Event]) -> set[str]:
-        """Of the stages whose epochs are told, those that are in the store by now: any driver completes their series.
+    def _stages_made(self, events: Sequence[Event]) -> set[tuple[str, str]]:
+        """Of the stages whose epochs are told, those that are in the store by now, as (trial key, stage): any driver
+        completes their series.
 
         From here on, none but this one does, until the events are written.
         """
@@ -78,8 +79,9 @@ class Recorder:
         if not told:
             return set()
         self.runs.hold()
-        keys = [self._describe(trial).keys[stage] for trial, stage in told]
-        return {key.digest for key in self.store.find_many(keys)}
+        keys = {(trial, stage): self._describe(trial).keys[stage] for trial, stage in told}
+        found = self.store.find_many(keys.values())
+        return {name for name, key in keys.items() if key in found}
 
     # One method for each kind of event; `time` is the event's, in milliseconds
 
@@ -118,7 +120,7 @@ class Recorder:
         stage, values = event["stage"], event["values"]
         points = [(_series_name(stage, name), event["epoch"], value) for name, value in values.items()]
         run = self._run_of(event)
-        if self._describe(event["key"]).keys[stage].digest in self._made:
+        if (event["key"], stage) in self._made:
             self.runs.refresh(run, points)
         self.runs.measure(run, points, time)
 

@@ -92,7 +92,8 @@ def main() -> None:
         seconds = {digest: value * scale for digest, value in hours.items()}
         bound = list_schedule(distinct_stages(plan.trials), lambda key: seconds[key.digest], gpus=GPUS)
         os.environ.update(ENVIRONMENT)
-        ray.init(num_gpus=GPUS, num_cpus=GPUS, include_dashboard=False, log_to_driver=False, logging_level="critical")
+        quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": "critical"}
+        ray.init(address="local", num_gpus=GPUS, num_cpus=GPUS, **quiet)
         measured = {way: measure(way, rows if way == "naive" else plan.trials, seconds, folder) for way in options.ways}
         ray.shutdown()
     print(f"{len(rows)} rows, {len(plan.trials)} trials; {1 / scale:.3g} GPU-hours of preset paper pass in a second")

@@ -349,12 +349,12 @@ def test_a_node_that_does_not_answer_is_named(three, site):
     for process in frozen:
         process.suspend()
     try:
-        found = faults(three.ask(timeout=15))
+        found = faults(three.ask(timeout=40))  # the others take ten seconds, on a busy machine more
     finally:
         for process in frozen:
             process.resume()
     assert list(found) == ["127.0.0.3"]
-    assert "did not answer within 15 s" in found["127.0.0.3"]
+    assert "did not answer within 40 s" in found["127.0.0.3"]
 
 
 # cluster.yaml

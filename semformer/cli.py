@@ -243,7 +243,7 @@ def _make_shapes(options: argparse.Namespace) -> int:
 
 
 def _check_data(options: argparse.Namespace) -> int:
-    from semformer.data.voc import check_devkit
+    from semformer.data.check import check_devkit
 
     with _Display() as display:
         findings = check_devkit(options.folder, progress=display.data)
@@ -301,7 +301,8 @@ class _Display:
     def stage(self, report) -> None:
         losses = " ".join(f"{name} {report.values[name]:.3f}" for name in LOSSES if name in report.values)
         epoch = f"epoch {report.epoch}/{report.epochs}" if report.epochs else ""
-        speed = f"{report.images_per_second:.0f} img/s, {report.seconds_left:.0f} s left"
+        rate = report.images_per_second
+        speed = f"{rate:.{0 if rate >= 10 else 1}f} img/s, {report.seconds_left:.0f} s left"
         told = " ".join(filter(None, (epoch, losses, speed, report.note)))
         self._update(report.stage, report.done, report.total, told)
         if not self.live and (report.end_of_epoch or (not report.epochs and report.done == report.total)):

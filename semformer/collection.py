@@ -1,7 +1,8 @@
 """What a store still needs, and the removal of the rest.
 
 A root records what a sweep or study needs: the digests of its stages. Each of its drivers has one of its own, named
-"SWEEP.ID". What a root reaches, directly or as the input of something reached, is never removed.
+"SWEEP.ID". What a root reaches, directly or as the input of something reached, is never removed. Leases stay: by their
+numbers, a holder that was away for long learns that another came after it.
 """
 
 import json
@@ -197,7 +198,7 @@ def _reach(
 def _why(name: str, kind: str, digest: str, reached: set[str], places: Mapping[str, str | None]) -> str | None:
     """Why something old that nobody is building can go, or None if it must stay."""
     if kind == "leases":
-        return "a lease that has ended"
+        return None
     if kind == "damaged":
         return "was damaged"
     if kind in ("tmp", "workspaces"):

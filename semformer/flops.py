@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 from PIL import Image
 
-from semformer.config import CaaeConfig, Config, SegmentorConfig
+from semformer.config import DRAWABLE, CaaeConfig, Config, SegmentorConfig
 from semformer.data.voc import Devkit, read_labels
 from semformer.inference import MAP_KINDS
 from semformer.models.vit import backbone_shape
@@ -122,7 +122,7 @@ def _cams(config: Config, images: Images) -> float:
             views += segmentor_view(backbone, (height, width), images.n_classes, last_blocks=last_blocks)
         return (2 if options.flip else 1) * views
 
-    drawn = min(options.pictures, images.count)
+    drawn = min(DRAWABLE, images.count)
     return images.count * maps(options.final_map) + drawn * sum(map(maps, MAP_KINDS))
 
 

@@ -56,6 +56,20 @@ class StageKey:
         return f"{self.stage} {self.short}"
 
 
+def to_make(keys: Mapping[str, StageKey], is_there: Callable[[StageKey], bool]) -> list[StageKey]:
+    """Of the stages of one pipeline, in order, those that must be made so that the last one is there.
+
+    They are resolved from the end: what is there needs nothing before it, and that is not asked for. A stage whose key
+    tells no inputs may need all before it.
+    """
+    needed, missing = {*list(keys)[-1:]}, []
+    for key in reversed(list(keys.values())):
+        if key.stage in needed and not is_there(key):
+            missing.append(key)
+            needed |= key.inputs.keys() if "inputs" in key.spec else keys.keys()
+    return missing[::-1]
+
+
 def plain(value: Any, where: str) -> Any:
     """A copy of `value` in JSON types; raises TypeError or ValueError naming where it cannot be one."""
     if value is None or isinstance(value, str | int):

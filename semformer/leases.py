@@ -51,8 +51,8 @@ class LeaseHeld(Exception):
         self.holder = holder
 
 
-class LeaseLost(Exception):
-    """The lease expired and another process has taken it over."""
+class LeaseLost(UserError):
+    """The lease expired and another process has taken it over: the same may be found or waited for now."""
 
 
 class LeaseFile(NamedTuple):
@@ -158,7 +158,14 @@ class Lease:
     def check(self) -> None:
         """Raises LeaseLost if another process has taken over; call it between epochs."""
         if self.lost:
-            raise LeaseLost(f"the lease on {self.key} expired and another process has taken it over")
+            raise LeaseLost(
+                f"this process gave no sign for so long that another has taken over {self.key}: run again, which finds "
+                "or waits for what that makes"
+            )
+
+    def renew(self) -> None:
+        """A heartbeat, after which `lost` is up to date. Raises OSError and UserError where the storage fails."""
+        self._renew(self._with_patience(0.0))
 
     def release(self) -> None:
         self._stop.set()
@@ -176,18 +183,21 @@ class Lease:
         leases, failing = self._with_patience(0.0), False  # the next beat is the next try
         while not self._stop.wait(leases.heartbeat):
             try:
-                if leases.newest(self.key) != self.file:
-                    self._lost.set()
+                self._renew(leases)
+                if self.lost:
                     return
-                leases.storage.touch(self.file.name)
                 failing = False
-            except FileNotFoundError:
-                self._lost.set()
-                return
             except (OSError, UserError) as error:
                 if not failing:
                     log.warning("heartbeat of %s failed, trying again: %s", self.key, error)
                 failing = True
+
+    def _renew(self, leases: Leases) -> None:
+        with suppress(FileNotFoundError):
+            if leases.newest(self.key) == self.file:
+                leases.storage.touch(self.file.name)
+                return
+        self._lost.set()
 
     def _with_patience(self, seconds: float) -> Leases:
         return Leases(self._leases.storage.patient(seconds), self._leases.heartbeat, self._leases.expiry)

@@ -28,9 +28,14 @@ def similarity(E: Tensor, S: Tensor) -> Tensor:
 
 def semantic_similarity(sim: Tensor, Y: Tensor) -> Tensor:
     """L_SS of Eq. 2 and Eq. 12. sim, Y: (B, K) -> scalar, mean over images and classes."""
-    with torch.autocast("cuda", enabled=False):  # there, torch refuses this loss under autocast
-        loss = F.binary_cross_entropy(sim.float().nan_to_num().clamp(min=0), Y.float())
-    return loss + 0 * sim.sum()  # a NaN must reach the training loop's guard, not torch's assertion
+    p = sim.float().relu()
+    return -(Y * _log(p) + (1 - Y) * _log(1 - p)).mean()
+
+
+def _log(p: Tensor) -> Tensor:
+    """log p, and -100 without a gradient where p is 0 (as binary cross entropy has it in PyTorch)."""
+    is_zero = p == 0
+    return p.masked_fill(is_zero, 1.0).log().masked_fill(is_zero, -100.0)
 
 
 def reconstruction(images: Tensor, images_recon: Tensor) -> Tensor:

@@ -14,10 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from semformer.config import EvaluateConfig
+from semformer.data.voc import IGNORE
 from semformer.errors import UserError
-
-IGNORE = 255
-"""Label of the pixels that no score counts."""
 
 
 @dataclass(frozen=True)

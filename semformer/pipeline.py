@@ -16,11 +16,11 @@ from typing import Any, Literal
 import torch
 
 from semformer import memory
-from semformer.config import Config, Settings
+from semformer.config import Config, Settings, file_digest
 from semformer.data.shapes import cached_shapes
 from semformer.data.voc import Devkit, Split, open_devkit
 from semformer.errors import UserError
-from semformer.keys import StageKey
+from semformer.keys import StageKey, to_make
 from semformer.leases import Lease, LeaseHolder
 from semformer.models.vit import backbone_shape
 from semformer.stages import caae, cams, evaluate, segmentor
@@ -41,8 +41,8 @@ class Stage:
 
 
 STAGES = (
-    Stage("caae", caae.run, inputs=(), split="train_split"),
-    Stage("segmentor", segmentor.run, inputs=("caae",), split="train_split", reads_masks=segmentor.reads_masks),
+    Stage("caae", caae.run, inputs=(), split="train_split", version=2),
+    Stage("segmentor", segmentor.run, ("caae",), "train_split", version=2, reads_masks=segmentor.reads_masks),
     Stage("cams", cams.run, inputs=("segmentor",), split="eval_split"),
     Stage("evaluate", evaluate.run, inputs=("cams",), split="eval_split", reads_masks=lambda config: True),
 )
@@ -133,15 +133,14 @@ def stage_keys(config: Config, data: Data, until: str = "evaluate") -> dict[str,
                 rest["data"]["masks"] = split.mask_digest
             rest["inputs"] = {name: keys[name].digest for name in stage.inputs}
             rest |= {"seed": config.seed, "precision": config.precision}
-        reads_files = getattr(options, "weights", "") or getattr(options, "checkpoint", "")
-        make = _stage_key.__wrapped__ if reads_files else _stage_key  # a file may have changed since
-        keys[stage.name] = make(stage.name, stage.version, options, json.dumps(rest))
+        files = tuple(map(file_digest, options.files))
+        keys[stage.name] = _stage_key(stage.name, stage.version, options, files, json.dumps(rest))
     return keys
 
 
 @lru_cache(maxsize=100_000)
-def _stage_key(name: str, version: int, options: Settings, rest: str) -> StageKey:
-    """Many trials of a large plan share a stage, and its key is made once."""
+def _stage_key(name: str, version: int, options: Settings, files: tuple[str, ...], rest: str) -> StageKey:
+    """Many trials of a large plan share a stage, and its key is made once for the same contents of its files."""
     params = options.key_parameters()
     return StageKey(name, {"stage": name, "version": version, "params": params, **json.loads(rest)})
 
@@ -158,8 +157,10 @@ def run(
     until: str = "evaluate",
     probe: Callable[[Any], Mapping[str, float]] | None = None,
 ) -> Iterator[StageRun]:
-    """Find or make every stage that leads to `until`, in order; yields each as it is done.
+    """Make what is missing of the stages that lead to `until`; yields these and what was found, in order, once done.
 
+    What is missing is resolved from the end (`keys.to_make`): a stage that nothing missing reads may be gone, and is
+    looked up by its manifest alone.
     `probe`, such as `segmentor.map_probe`, adds what it measures to the report of each segmentation epoch.
     Two processes never make the same stage at once: the second waits (`waiting` is told for whom), then finds it.
     An artifact's info has what its stage returned, and "seconds", "memory" (see `memory.peak`) and "versions".
@@ -167,6 +168,15 @@ def run(
     """
     keys = stage_keys(config, data, until)
     done: dict[str, Artifact] = {}
+
+    def is_there(key: StageKey) -> bool:
+        if artifact := store.find(key):
+            done[key.stage] = artifact
+        return key.stage in done
+
+    missing = {key.stage for key in to_make(keys, is_there)}
+    unread = [key for name, key in keys.items() if name not in missing | done.keys()]
+    done |= {key.stage: artifact for key, artifact in store.find_many(unread).items()}
 
     def make(stage: Stage, workspace: Path, check: Callable[[], None]) -> dict[str, Any]:
         ctx = Context(device, progress, workspace, store.checkpoints(keys[stage.name]), workers, check, probe)
@@ -177,9 +187,12 @@ def run(
         return {**made, "memory": memory.peak(device)}
 
     for stage in needed_stages(config, until):
-        stage_run = _find_or_make(stage, keys[stage.name], store, make, waiting)
-        done[stage.name] = stage_run.artifact
-        yield stage_run
+        if stage.name in missing:
+            stage_run = _find_or_make(stage, keys[stage.name], store, make, waiting)
+            done[stage.name] = stage_run.artifact
+            yield stage_run
+        elif artifact := done.get(stage.name):
+            yield StageRun(stage.name, artifact.key.digest, True, 0.0, artifact)
 
 
 def _find_or_make(

@@ -267,7 +267,8 @@ class Store:
         """The artifact of `key`, and whether it was found; if not, it is made here, and nowhere else meanwhile.
 
         make(workspace, lease) fills a folder and returns the artifact's info; it may use `checkpoints`. `wait` is as
-        for `lease`. Raises what `make` raises, and as `publish` does.
+        for `lease`. Raises what `make` raises, or LeaseLost where it fails after another process has taken over; and as
+        `publish` does.
         """
         if artifact := self.find(key):
             return artifact, True
@@ -275,7 +276,7 @@ class Store:
             if artifact := self.find(key):
                 return artifact, True
             workspace = self.workspace(key)
-            with self.writing(key, workspace):
+            with self.writing(key, workspace), _not_lost(lease):
                 info = make(workspace, lease)
             return self.publish(key, workspace, info), False
 
@@ -454,3 +455,15 @@ class Store:
             f"{doing}{size} failed in {self.ROOT} {self.root}: {cause.strerror}. {advice}, or choose {self.INSTEAD}; "
             "then run again. Published stages stay, an unfinished one resumes from its checkpoints."
         )
+
+
+@contextmanager
+def _not_lost(lease: Lease) -> Iterator[None]:
+    """Turns an error into LeaseLost where another process has taken over, which removes what we work with."""
+    try:
+        yield
+    except Exception:
+        with suppress(OSError, UserError):
+            lease.renew()
+        lease.check()
+        raise

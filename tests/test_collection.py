@@ -8,8 +8,9 @@ import pytest
 
 from semformer import collection
 from semformer.errors import UserError
-from semformer.store import open_store
-from tests.artifacts import build, caae, damage, flip_a_bit, make_weights, segmentor, visible
+from semformer.leases import Lease
+from semformer.store import Store, open_store
+from tests.artifacts import build, caae, damage, eventually, flip_a_bit, make_weights, segmentor, visible
 
 KEPT, DROPPED = caae(), caae(decoder_depth=4)
 
@@ -104,13 +105,30 @@ store.publish(caae(decoder_depth=8.0), workspace, info)
 """
     assert start(tmp_path, code).wait(30) == -9
     reasons = {item.why for item in store.collect(apply=True, grace=0)}
-    assert {"was damaged", "no root reaches it", "a lease that has ended"} <= reasons
+    assert {"was damaged", "no root reaches it"} <= reasons
     assert store.find(KEPT)
     assert store.find(segmentor(KEPT))
     assert store.collect(grace=0) == []
     left = {name.split("/")[0] for name in store.storage.entries("")}
-    assert left <= {"caae", "segmentor", "manifests", "roots", "clock"}
+    assert left <= {"caae", "segmentor", "manifests", "roots", "leases", "clock"}
     assert len({name.split("/")[1] for name in store.storage.entries("caae/")}) == 1
+
+
+def test_who_was_away_for_long_learns_that_another_came_after_it(tmp_path):
+    """Its lease expires, another makes the stage, all is collected, and a third begins anew."""
+    store = Store(tmp_path / "store", heartbeat=0.05, expiry=0.1)
+    away = store.leases.take(KEPT)
+    away._stop.set()  # as if its process were stopped
+    away._thread.join()
+    store.keep("search", [])
+    time.sleep(0.2)
+    store.lease(KEPT).release()
+    store.collect(apply=True, grace=0)
+    with store.lease(KEPT) as third:
+        assert third.file.number == 3
+        back = Lease(store.leases, KEPT, away.file)
+        eventually(lambda: back.lost)
+        assert not third.lost
 
 
 def test_files_that_are_not_the_stores_stay(store):

@@ -61,6 +61,19 @@ def test_unknown_preset_lists_the_known_ones():
         load_config("huge")
 
 
+@pytest.mark.parametrize(
+    ("thresholds", "tried"),
+    [
+        ("0.1,0.36,0.1", (0.1, 0.2, 0.3)),
+        ("0.1,0.3,0.1", (0.1, 0.2, 0.3)),
+        ("0.1,0.1,1", (0.1,)),
+        ("0.1,0.4,0.01", tuple(round(0.01 * n, 2) for n in range(10, 41))),
+    ],
+)
+def test_thresholds_end_with_the_last_or_before_it(thresholds, tried):
+    assert load_config("micro", {"evaluate.thresholds": thresholds}).evaluate.threshold_values() == tried
+
+
 def test_field_names_that_others_rely_on():
     promised = (
         "seed caae.backbone caae.merge caae.decoder_depth caae.decoder_width caae.class_dim caae.reconstruction "

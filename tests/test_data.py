@@ -12,8 +12,9 @@ import pytest
 from PIL import Image
 
 from semformer.data import shapes
+from semformer.data.check import check_devkit
 from semformer.data.shapes import CLASSES, cached_shapes, make_shapes, render
-from semformer.data.voc import VOC_CLASSES, check_devkit, open_devkit, voc_palette
+from semformer.data.voc import VOC_CLASSES, open_devkit, voc_palette
 from semformer.errors import UserError
 
 VOC_SAMPLE = Path(__file__).parents[2] / "shared" / "voc_sample"

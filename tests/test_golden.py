@@ -12,7 +12,7 @@ from PIL import Image
 from timm.models import VisionTransformer
 
 from semformer import losses
-from semformer.config import CamsConfig, SegmentorConfig
+from semformer.config import CaaeConfig, CamsConfig, SegmentorConfig
 from semformer.data.transforms import valid_mask
 from semformer.inference import multi_scale_maps
 from semformer.losses import Pairs, similarity
@@ -22,7 +22,8 @@ from semformer.models.segmentor import Segmentor
 from semformer.models.vit import Backbone
 from semformer.stages import caae as caae_stage
 from semformer.stages import segmentor as segmentor_stage
-from semformer.weights import load_published
+from semformer.stages.training import build_optimizer, lr_factor, set_rates
+from semformer.weights import load_published, published_to_ours
 
 TOLERANCE = {"atol": 1e-4, "rtol": 0}
 
@@ -155,6 +156,29 @@ def test_segmentation_losses_and_gradients(numbers, segmentor, guide):
     close(segmentor.class_tokens.grad, numbers["grad.segmentor.cls_token"])
     qkv = "grad.segmentor.backbone.model.blocks.0.attn.qkv.weight"
     close(segmentor.backbone.blocks[0].attn.qkv.weight.grad, numbers[qkv])
+
+
+@pytest.mark.parametrize("kind", ["caae", "segmentation"])
+def test_optimizer_groups_and_schedule_of_five_steps(golden, tmp_path, kind):
+    """At step t = 0..4 the gradient of a parameter's i-th element is 0.1 * cos(0.37 * i + t); ten steps are planned."""
+    numbers, options = tensors(golden("optimizer")), {"caae": CaaeConfig(), "segmentation": SegmentorConfig()}[kind]
+    build = {"caae": build_caae, "segmentation": build_segmentor}[kind]
+    model = build(tensors(golden(kind)), tmp_path)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    optimizer = build_optimizer(model, options.optimizer, model.encoder if kind == "caae" else model.backbone)
+    for t in range(5):
+        set_rates(optimizer, lr_factor(t, 10, options.optimizer))
+        for parameter in model.parameters():
+            i = torch.arange(parameter.numel(), dtype=torch.float64)
+            parameter.grad = (0.1 * torch.cos(0.37 * i + t)).float().view_as(parameter)
+        optimizer.step()
+    published = {k.removeprefix(f"{kind}."): v for k, v in numbers.items() if k.startswith(f"{kind}.")}
+    theirs = published_to_ours("caae" if kind == "caae" else "segmentor", published)
+    for name, value in model.state_dict().items():
+        assert not torch.equal(value, before[name]), name
+        if name in theirs:
+            torch.testing.assert_close(value, theirs[name], atol=1e-6, rtol=0, msg=name)
+    assert {name for name in before if "blocks." not in name or "blocks.0." in name} == theirs.keys()
 
 
 def test_losses_one_by_one(numbers, segmentor, guide):

@@ -4,8 +4,10 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models import VisionTransformer
 
+from semformer import losses
 from semformer.config import CaaeConfig, SegmentorConfig, load_config
 from semformer.errors import UserError
 from semformer.inference import final_map
@@ -257,6 +259,30 @@ def test_local_weights_are_loaded_and_position_embeddings_resized(tmp_path):
     torch.save(wrong.state_dict(), tmp_path / "wrong.pth")
     with pytest.raises(UserError, match=r"wrong.pth.*another architecture"):
         build_backbone("vit_shapes_patch8_64", weights=str(tmp_path / "wrong.pth"), image_size=64)
+
+
+def test_class_heads_start_as_published():
+    """Uniform, the weights within 1 / sqrt(d * D), the biases within 1 / sqrt(d)."""
+    torch.manual_seed(0)
+    model = Segmentor(small_backbone(), n_classes=50, class_dim=D)
+    heads = (model.class_head_weight.detach(), (16 * D) ** -0.5), (model.class_head_bias.detach(), 16**-0.5)
+    for values, bound in heads:
+        assert 0.99 * bound < values.abs().max() <= bound
+        assert values.std() == pytest.approx(bound / 3**0.5, rel=0.05)
+
+
+def test_semantic_similarity_is_binary_cross_entropy():
+    """Similarities of 0 and below count as 0; a NaN comes through, for the training to stop."""
+    torch.manual_seed(0)
+    sim, Y = torch.rand(8, K) * 1.9 - 0.95, (torch.rand(8, K) < 0.5).float()
+    sim[0] = 0.0
+    gradients = []
+    for loss in (losses.semantic_similarity, lambda sim, Y: F.binary_cross_entropy(sim.relu(), Y)):
+        leaf = sim.clone().requires_grad_()
+        loss(leaf, Y).backward()
+        gradients.append((loss(sim, Y), leaf.grad))
+    torch.testing.assert_close(*gradients)
+    assert losses.semantic_similarity(sim.fill_(torch.nan), Y).isnan()
 
 
 def test_default_options_are_the_paper_s():

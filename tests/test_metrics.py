@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from semformer.data.voc import IGNORE
 from semformer.errors import UserError
-from semformer.metrics import IGNORE, ThresholdCurve, confusion_matrix, scores
+from semformer.metrics import ThresholdCurve, confusion_matrix, scores
 
 
 def obvious_prediction(maps, classes, threshold):

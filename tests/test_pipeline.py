@@ -1,6 +1,8 @@
 """The pipeline in preset micro: found or made, resumed, deterministic, and clear about bad input."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -14,6 +16,7 @@ from semformer.cli import main
 from semformer.config import load_config
 from semformer.data.shapes import make_shapes
 from semformer.errors import UserError
+from semformer.leases import LeaseLost
 from semformer.stages.training import TrainingDiverged
 from semformer.store import Store
 
@@ -38,6 +41,14 @@ def weights(stage_run):
     return load_file(stage_run.artifact.file(f"{stage_run.stage}.safetensors"))
 
 
+def damage(store, stage_run, name):
+    """Change the last byte of a file of an artifact."""
+    path = store.root / stage_run.stage / stage_run.key / name
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
 def test_every_stage_is_made_once_then_found(finished, shapes):
     store, first = finished
     assert list(first) == NAMES
@@ -45,6 +56,36 @@ def test_every_stage_is_made_once_then_found(finished, shapes):
     again = run(load_config("micro"), shapes, store)
     assert all(stage_run.found for stage_run in again.values())
     assert {name: r.key for name, r in again.items()} == {name: r.key for name, r in first.items()}
+
+
+@pytest.mark.parametrize(
+    ("gone", "made"),
+    [
+        (["caae"], []),
+        (["caae", "segmentor", "cams"], []),
+        (["caae", "evaluate"], ["evaluate"]),
+        (["caae", "cams", "evaluate"], ["cams", "evaluate"]),
+        (["segmentor", "cams", "evaluate"], ["segmentor", "cams", "evaluate"]),
+    ],
+)
+def test_what_is_found_needs_nothing_before_it(finished, shapes, tmp_path, gone, made):
+    store = Store(shutil.copytree(finished[0].root, tmp_path / "store"))
+    for stage in gone:
+        shutil.rmtree(store.root / stage)
+    again = run(load_config("micro"), shapes, store)
+    assert [name for name, stage_run in again.items() if not stage_run.found] == made
+    assert list(again) == [name for name in NAMES if name not in gone or name in made]
+    first = finished[1]["evaluate"].artifact.info["metrics"]
+    assert again["evaluate"].artifact.info["metrics"] == first
+
+
+def test_an_input_that_turns_out_to_be_damaged_is_made_again_with_what_it_needs(finished, shapes, tmp_path):
+    store = Store(shutil.copytree(finished[0].root, tmp_path / "store"))
+    damage(store, finished[1]["segmentor"], "segmentor.safetensors")
+    for stage in ("caae", "cams", "evaluate"):
+        shutil.rmtree(store.root / stage)
+    again = run(load_config("micro"), shapes, store)
+    assert [name for name, stage_run in again.items() if not stage_run.found] == NAMES
 
 
 def test_artifacts_hold_what_the_stages_promise(finished):
@@ -112,6 +153,43 @@ def test_an_interrupted_training_resumes_after_the_last_epoch_and_ends_the_same(
     assert not list((store.root / "checkpoints" / stage).iterdir()), "published, so nothing is left to resume"
 
 
+def test_a_training_whose_best_weights_are_damaged_starts_again_and_ends_the_same(finished, shapes, tmp_path, caplog):
+    store, config = Store(tmp_path / "store"), load_config("micro", {"segmentor.selection": "best_miou"})
+    shutil.copytree(finished[0].root / "caae", store.root / "caae")
+
+    def stop_in_second_epoch(report):
+        if report.stage == "segmentor" and report.epoch == 2:
+            raise Stop
+
+    with pytest.raises(Stop):
+        run(config, shapes, store, stop_in_second_epoch)
+    (best,) = store.root.glob("checkpoints/segmentor/*/best.safetensors")
+    best.write_bytes(best.read_bytes()[:100])
+    epochs = []
+    again = run(config, shapes, store, lambda r: r.stage == "segmentor" and epochs.append(r.epoch))
+    assert set(epochs) == {1, 2}
+    assert "starting again" in caplog.text
+    whole = run(config, shapes, Store(tmp_path / "whole"))
+    ours, theirs = weights(again["segmentor"]), weights(whole["segmentor"])
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_stage_that_another_process_has_taken_over_and_made_says_so(shapes, tmp_path):
+    """As after a long pause: the lease has expired, the other has published, and the checkpoints are gone."""
+    store = Store(tmp_path / "store")
+    other = Store(store.root)
+
+    def be_overtaken(report):
+        for lease in (store.root / "leases").glob("*/1"):
+            os.rename(lease, lease.with_name("2.released"))
+            shutil.rmtree(store.root / "checkpoints" / "caae")
+
+    with pytest.raises(LeaseLost, match=r"another has taken over caae .* run again"):
+        run(load_config("micro"), shapes, store, be_overtaken)
+    assert not list((store.root / "tmp").iterdir())
+    assert run(load_config("micro"), shapes, other)["evaluate"].artifact.info["metrics"]
+
+
 def test_corrupt_image_is_named_and_training_goes_on_where_it_was(tmp_path):
     folder = make_shapes(tmp_path / "shapes", train=16, val=6, size=48)
     victim = folder / "VOC2012" / "JPEGImages" / "train_000003.jpg"
@@ -138,28 +216,27 @@ def test_diverging_loss_stops_the_stage_and_says_what_to_do(shapes, tmp_path):
         run(config, shapes, Store(tmp_path / "store"))
 
 
-def test_damaged_artifact_is_set_aside_and_made_again(shapes, tmp_path, caplog):
-    store = Store(tmp_path / "store")
-    first = run(load_config("micro"), shapes, store)
-    victim = first["segmentor"].artifact.file("segmentor.safetensors")
-    content = bytearray(victim.read_bytes())
-    content[-1] ^= 1
-    victim.write_bytes(content)
+def test_damaged_artifact_is_set_aside_and_made_again(finished, shapes, tmp_path, caplog):
+    store = Store(shutil.copytree(finished[0].root, tmp_path / "store"))
+    damage(store, finished[1]["evaluate"], "metrics.json")
     again = run(load_config("micro"), shapes, store)
-    assert [name for name, r in again.items() if not r.found] == ["segmentor"]
+    assert [name for name, r in again.items() if not r.found] == ["evaluate"]
     assert "damaged" in caplog.text
     assert list((store.root / "damaged").iterdir())
 
 
 def test_published_choice_of_the_epoch_reads_masks_and_says_so(shapes, tmp_path):
-    config = load_config("micro", {"segmentor.selection": "best_miou"})
+    config = load_config("micro", {"segmentor.selection": "best_miou", "segmentor.optimizer.new_multiplier": 10})
     by_name = {stage.name: stage for stage in pipeline.STAGES}
     assert by_name["segmentor"].reads_masks(config)
     assert not by_name["segmentor"].reads_masks(load_config("micro"))
     data = pipeline.open_data(config, shapes)
     assert "masks" in pipeline.stage_keys(config, data)["segmentor"].spec["data"]
     runs = run(config, shapes, Store(tmp_path / "store"))
-    assert len(runs["segmentor"].artifact.info["history"]["train_miou"]) == 2
+    history, rate = runs["segmentor"].artifact.info["history"], config.segmentor.optimizer.lr
+    assert len(history["train_miou"]) == 2
+    # the configured rate, whatever multiplies it, at the last of an epoch's two steps
+    assert history["lr"] == pytest.approx([rate * (1 - step / 4) ** 0.9 for step in (1, 3)])
 
 
 @pytest.mark.parametrize(

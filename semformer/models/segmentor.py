@@ -18,8 +18,10 @@ class Segmentor(nn.Module):
         self.class_positions = nn.Parameter(backbone.class_position.repeat(1, n_classes, 1))
         self.patch_head = nn.Linear(backbone.dim, n_classes)
         self.class_head_weight = nn.Parameter(torch.empty(n_classes, backbone.dim, class_dim))
-        self.class_head_bias = nn.Parameter(torch.zeros(n_classes, class_dim))
-        nn.init.trunc_normal_(self.class_head_weight, std=0.02)
+        self.class_head_bias = nn.Parameter(torch.empty(n_classes, class_dim))
+        d = backbone.dim
+        nn.init.uniform_(self.class_head_weight, -((d * class_dim) ** -0.5), (d * class_dim) ** -0.5)
+        nn.init.uniform_(self.class_head_bias, -(d**-0.5), d**-0.5)
 
     def forward(
         self, images: Tensor, *, last_blocks: int = 0, kept: Tensor | None = None

@@ -10,7 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from semformer.config import Config
+from semformer.config import DRAWABLE, Config
 from semformer.data.voc import Split
 from semformer.inference import MAP_KINDS, Maps, multi_scale_maps
 from semformer.models.segmentor import Segmentor
@@ -47,7 +47,7 @@ def run(config: Config, data: Split, segmentor: Artifact, ctx: Context) -> dict[
 
 def _maps_to_draw(model: Segmentor, data: Split, config: Config) -> dict[str, Tensor]:
     tensors = {}
-    for i in range(min(config.cams.pictures, len(data))):
+    for i in range(min(DRAWABLE, len(data))):
         for kind in MAP_KINDS:
             options = config.cams.model_copy(update={"final_map": kind})
             maps = multi_scale_maps(model, data.image(i), data.objects(i), options, precision=config.precision)

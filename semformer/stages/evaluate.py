@@ -54,7 +54,7 @@ def _draw(config: Config, data: Split, cams: Artifact, threshold: float, ctx: Co
     tensors = load_file(cams.file(PICTURES))
     folder = ctx.out / "pictures"
     folder.mkdir()
-    for i in range(min(config.cams.pictures, len(data))):
+    for i in range(min(config.evaluate.pictures, len(data))):
         maps: dict[str, np.ndarray] = {kind: tensors[f"{i}/{kind}"].float().numpy() for kind in MAP_KINDS}
         picture = draw.figure4(
             data.image(i), maps, data.objects(i), data.classes, truth=data.mask(i), threshold=threshold

@@ -3,13 +3,15 @@
 Legend: B images, K classes (0 is background), P pairs of (image, present class), s side of the CAAE's image.
 """
 
+import logging
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,11 +27,12 @@ from semformer.models.segmentor import Segmentor
 from semformer.models.vit import build_backbone
 from semformer.stages import caae as caae_stage
 from semformer.stages.context import Context, Progress
-from semformer.stages.training import train
+from semformer.stages.training import Checkpoint, train
 from semformer.store import Artifact
 from semformer.weights import load_published, load_state
 
 WEIGHTS = "segmentor.safetensors"
+log = logging.getLogger(__name__)
 
 
 def run(config: Config, data: Split, caae: Artifact, ctx: Context) -> dict[str, Any]:
@@ -82,17 +85,28 @@ def reads_masks(config: Config) -> bool:
 
 
 class BestEpoch:
-    """Keeps the weights of the epoch with the best `map_miou` on the training split's *pixel masks*, as published."""
+    """Keeps the weights of the epoch with the best `map_miou` on the training split's *pixel masks*, as published.
+
+    Where those of an interrupted training cannot be read any more, it starts again.
+    """
 
     def __init__(self, model: Segmentor, data: Split, config: Config, ctx: Context):
         self.model, self.data, self.precision = model, data, config.precision
-        self.path = ctx.checkpoints / "best.safetensors"
+        self.path, self.partial = ctx.checkpoints / "best.safetensors", ctx.out / "best.partial"
+        checkpoint = Checkpoint(ctx.checkpoints, ctx.out).path
+        if checkpoint.exists():
+            try:
+                load_file(self.path)
+            except (SafetensorError, OSError) as error:
+                log.warning("starting again: the weights %s cannot be read (%s)", self.path, error)
+                checkpoint.unlink()
 
     def __call__(self, epoch: int) -> dict[str, float]:
         self.model.eval()
         miou = map_miou(self.model, self.data, range(len(self.data)), self.precision)
         if epoch == 0 or miou > self._best():
-            save_file(self.model.state_dict(), self.path, metadata={"miou": repr(miou)})
+            save_file(self.model.state_dict(), self.partial, metadata={"miou": repr(miou)})
+            os.replace(self.partial, self.path)
         return {"train_miou": miou}
 
     def _best(self) -> float:

@@ -97,7 +97,7 @@ def train(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     optimizer = build_optimizer(model, config.optimizer, pretrained)
-    checkpoint = Checkpoint(ctx.checkpoints)
+    checkpoint = Checkpoint(ctx.checkpoints, ctx.out)
     history = checkpoint.load(model, optimizer)
     first_epoch = len(history.get("total", []))
     steps = config.epochs * len(loader)
@@ -110,8 +110,8 @@ def train(
         sums: dict[str, float] = {}
         for step, batch in enumerate(loader):
             done = epoch * len(loader) + step
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * lr_factor(done, steps, config.optimizer)
+            factor = lr_factor(done, steps, config.optimizer)
+            set_rates(optimizer, factor)
             batch = [part.to(ctx.device, non_blocking=True) for part in batch]
             while (values := backward(loss, batch, generator, optimizer, micro_batch, precision)) is None:
                 too_many, micro_batch = micro_batch, (micro_batch + 1) // 2
@@ -139,7 +139,7 @@ def train(
                 note=note,
             )
             ctx.progress(report)
-        sums["lr"] = optimizer.param_groups[0]["lr"]
+        sums["lr"] = config.optimizer.lr * factor
         sums |= {"images_per_second": report.images_per_second, "micro_batch": micro_batch}
         if ctx.device.type == "cuda":
             sums["gpu_memory"] = memory.peak(ctx.device)["peak_bytes"]
@@ -191,13 +191,19 @@ def lr_factor(step: int, steps: int, config: OptimizerConfig) -> float:
     return warmup * (1 - step / steps) ** config.power
 
 
+def set_rates(optimizer: torch.optim.Optimizer, factor: float) -> None:
+    """The learning rates of the next step, as a share of those that the groups began with."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["initial_lr"] * factor
+
+
 def build_optimizer(model: nn.Module, config: OptimizerConfig, pretrained: nn.Module | None) -> torch.optim.Optimizer:
-    """Four groups: pretrained / new, weights / biases; see OptimizerConfig. Biases are not decayed."""
+    """Four groups: pretrained / new, weights / biases, as `OptimizerConfig` tells them apart."""
     known = {id(parameter) for parameter in pretrained.parameters()} if pretrained else set()
     kinds: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            kinds.setdefault((id(parameter) in known, name.endswith("bias")), []).append(parameter)
+            kinds.setdefault((id(parameter) in known, "weight" not in name), []).append(parameter)
     groups = []
     for (old, bias), parameters in kinds.items():
         lr = config.lr * (1 if old else config.new_multiplier) * (config.bias_multiplier if bias else 1)
@@ -209,19 +215,21 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, pretrained: nn.Mo
 
 
 class Checkpoint:
-    """Model, optimiser and history after the last finished epoch, in one safetensors file."""
+    """Model, optimiser and history after the last finished epoch, in one safetensors file.
 
-    def __init__(self, folder: Path):
-        self.path = folder / "checkpoint.safetensors"
+    It is written in `scratch`, a folder of this process alone on the same file system.
+    """
+
+    def __init__(self, folder: Path, scratch: Path):
+        self.path, self.partial = folder / "checkpoint.safetensors", scratch / "checkpoint.partial"
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, history: dict[str, list[float]]) -> None:
         tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
         for index, slots in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in slots.items() if value is not None}
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        partial = self.path.with_suffix(".partial")
-        save_file(tensors, partial, metadata={"history": json.dumps(history)})
-        os.replace(partial, self.path)
+        save_file(tensors, self.partial, metadata={"history": json.dumps(history)})
+        os.replace(self.partial, self.path)
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[float]]:
         """Restores both in place and returns the history: empty where there is no usable checkpoint."""

@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, fields
 from hashlib import sha256
@@ -270,15 +271,16 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
     console.print(trials)
     if len(plan.trials) > SHOWN:
         console.print(f"... and {len(plan.trials) - SHOWN} more trials (--json tells all)", highlight=False)
-    stages = Grid()
+    missing, stages = plan.missing(), Grid()
+    to_make = Counter(key.stage for key in missing)
     for name in ("stage", "requested", "distinct", "cached", "to make"):
         stages.add_column(name, justify="left" if name == "stage" else "right")
     for name, count in plan.stages.items():
-        stages.add_row(name, *map(str, count), str(count.distinct - count.cached))
+        stages.add_row(name, *map(str, count), str(to_make[name]))
     console.print(stages)
     reasons: dict[tuple[str, str], list[str]] = {}
     whys = store.why_many(distinct_stages(plan.trials))
-    for key, wanted in plan.missing().items():
+    for key, wanted in missing.items():
         rows = [row for trial in wanted for row in plan.rows_of(trial)]
         reasons.setdefault((key.stage, whys[key]), []).extend(rows)
     for (stage, why), rows in reasons.items():

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
@@ -93,7 +94,7 @@ class Drive:
         self._keep({key.digest for trial in self.sweep.trials for key in trial.keys.values()})
         if self.plan and not self.missing and self.tracker.is_complete():
             for trial in self.plan.trials:
-                self.state.tell(trial, Found(), self._metrics(trial))
+                self.state.tell(trial, self._found(trial), self._metrics(trial))
             self._save()
             self._print(f"nothing to do: all {len(self.plan.trials)} trials are finished and recorded")
             return self._conclude()
@@ -111,7 +112,7 @@ class Drive:
                 with self.display:
                     for trial in self.sweep.trials:
                         if trial.key in self._scores:
-                            self.tell(trial, Found())
+                            self.tell(trial, self._found(trial))
                     run_trials()
                 status = "FAILED" if self.failed else "FINISHED"
             finally:
@@ -167,12 +168,14 @@ class Drive:
             self._unsaved = True
 
     def _read_scores(self) -> dict[str, Mapping[str, float]]:
-        """The final metrics of the trials whose stages were all in the store, by trial key; one that is damaged is made
+        """The final metrics of the trials whose last stage was in the store, by trial key; one that is damaged is made
         again."""
-        cached = self.sweep.cached
-        trials = (trial for trial in self.sweep.trials if all(key.digest in cached for key in trial.keys.values()))
-        keys = [trial.keys["evaluate"] for trial in trials]
+        keys = [trial.keys["evaluate"] for trial in self.sweep.trials if trial.key in self.sweep.cached]
         return {key.digest: artifact.info["metrics"] for key, artifact in self.store.find_many(keys).items()}
+
+    def _found(self, trial: Trial) -> Found:
+        """Of a trial that has its scores."""
+        return Found(tuple(name for name, key in trial.keys.items() if key.digest in self.sweep.cached))
 
     def _metrics(self, trial: Trial) -> Mapping[str, float]:
         if trial.key not in self._scores:
@@ -228,10 +231,10 @@ class Drive:
         estimates = estimate(trials, self.sweep.cached, self.store, tflops=self.options.tflops)
         self._seconds |= {digest: one.seconds for digest, one in estimates.items()}
 
-    def _found_by_search(self, trial: Trial) -> None:
+    def _found_by_search(self, trial: Trial, report: Found) -> None:
         """The study knows it already."""
         self._told.add(trial.key)
-        self.tell(trial, Found())
+        self.tell(trial, report)
 
     def _keep(self, digests: set[str]) -> None:
         """Tell the store, for `gc`, that this sweep reaches these too: it may have reached others with other seeds."""
@@ -247,8 +250,8 @@ class Drive:
 
     def _announce(self) -> None:
         sweep = self.sweep
-        to_make = {name: count.distinct - count.cached for name, count in sweep.stages.items()}
-        told = ", ".join(f"{n} {name}" for name, n in to_make.items() if n) or "nothing, only to record"
+        to_make = Counter(key.stage for key in self.plan.missing()) if self.plan else {}
+        told = ", ".join(f"{n} {name}" for name, n in to_make.items()) or "nothing, only to record"
         rows = f"{sweep.summary()['rows']} rows, " if len(sweep.tables) > 1 else ""
         what = sweep.title if self.search else f"{rows}{len(sweep.trials)} trials; to make: {told}"
         self._print(f"{sweep.name}, preset {sweep.preset}: {what}")
@@ -287,6 +290,7 @@ class Drive:
                 unfit=self._tell_unfit,
                 more=self._ask if self.search else None,
                 seconds=lambda key: self._seconds.get(key.digest, 1.0),
+                published=self.sweep.cached,
                 max_concurrent=options.max_concurrent,
                 silence=options.silence,
                 every_second=self.every_second,

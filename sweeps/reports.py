@@ -116,7 +116,9 @@ class Raised:
 
 @dataclass(frozen=True)
 class Found:
-    """All stages were in the store: there was nothing to run."""
+    """There was nothing to run. `stages`: those that are in the store; one that nothing missing reads may be gone."""
+
+    stages: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from sweeps.plan.trials import Plan, Trial, make_plan
 from sweeps.reports import (
     EpochEnded,
     Finished,
+    Found,
     Report,
     StageDone,
     Started,
@@ -102,6 +103,7 @@ def done(trial: Trial, stage: str, *, found: bool = False) -> StageDone:
 
 
 STARTED, FINISHED = Started("node-1", pid=1, gpu="0"), Finished({})
+FOUND = Found(("caae", "segmentor", "cams", "evaluate"))
 
 
 def run_through(tracker: Driver, trial: Trial) -> None:

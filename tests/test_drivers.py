@@ -2,12 +2,9 @@
 
 from mlflow import MlflowClient
 
-from sweeps.reports import (
-    Found,
-    Pruned,
-)
+from sweeps.reports import Pruned
 from tests.artifacts import eventually
-from tests.records import FINISHED, STARTED, check_complete, done, epoch, run_through
+from tests.records import FINISHED, FOUND, STARTED, check_complete, done, epoch, run_through
 
 
 def test_a_sweep_that_was_cut_short_is_continued_without_gaps_or_doubles(recorded):
@@ -37,7 +34,7 @@ def test_a_sweep_that_was_cut_short_is_continued_without_gaps_or_doubles(recorde
     for stage in ("segmentor", "cams", "evaluate"):
         second.hear(trial, done(trial, stage))
     second.hear(trial, FINISHED)
-    second.hear(second.sweep.trials[1], Found())
+    second.hear(second.sweep.trials[1], FOUND)
     second.end("FINISHED")
     assert second.errors == []
     continued = recorded.runs("trial")
@@ -99,7 +96,7 @@ def test_what_another_driver_recorded_meanwhile_is_not_recorded_again(recorded):
     two.end("FINISHED")
     check_complete(recorded)
     a, b = one.sweep.trials
-    one.hear(a, Found())
+    one.hear(a, FOUND)
     one.hear(b, STARTED)
     for stage in b.keys:
         one.hear(b, done(b, stage, found=True))
@@ -143,13 +140,13 @@ def test_epochs_that_arrive_late_are_not_doubled(recorded):
         one.hear(a, epoch(a, one.store, "segmentor", n))
     eventually(lambda: one.undelivered == 0, 30)
     two.begin()
-    two.hear(a, Found())
-    two.hear(b, Found())
+    two.hear(a, FOUND)
+    two.hear(b, FOUND)
     two.end("FINISHED")
     one.hear(a, epoch(a, one.store, "segmentor", 3))
     for stage in ("segmentor", "cams", "evaluate"):
         one.hear(a, done(a, stage))
     one.hear(a, FINISHED)
-    one.hear(b, Found())
+    one.hear(b, FOUND)
     one.end("FINISHED")
     check_complete(recorded)

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
@@ -9,7 +10,7 @@ from semformer.keys import StageKey
 from semformer.storage import StorageUnreachable
 from semformer.store import Store
 from sweeps.plan.trials import Trial
-from sweeps.reports import Failure, Finished, Raised, Scope, StageDone, Started
+from sweeps.reports import Failure, Finished, Found, Raised, Scope, StageDone, Started
 from sweeps.schedule import gate as gate_module
 from sweeps.schedule.faults import Faults, Places
 from sweeps.schedule.gate import Gate
@@ -107,6 +108,53 @@ def test_a_stage_that_appears_in_the_store_needs_no_report(store):
     sweep = Sweep(trials, store)
     assert [sweep.start() for _ in range(2)] == ["a", "b"]
     assert {len(live.claims) for live in sweep.gate.live.values()} == {2}
+
+
+def chain(name: str, caae: str) -> Trial:
+    """A trial whose keys tell their inputs, on a shared CAAE."""
+    keys: dict[str, StageKey] = {}
+    for stage in STAGES:
+        inputs = {before: key.digest for before, key in list(keys.items())[-1:]}
+        keys[stage] = StageKey(stage, {"name": name if keys else caae, "inputs": inputs})
+    return replace(trial(name), keys=keys)
+
+
+def test_what_is_in_the_store_needs_nothing_before_it(store):
+    """b's segmentation network is there, its CAAE is not: it waits for nobody who makes that."""
+    a, b = chain("a", "shared"), chain("b", "shared")
+    publish(store, b.keys["segmentor"])
+    sweep = Sweep([a, b], store, published={b.keys["segmentor"].digest})
+    assert [sweep.start() for _ in range(2)] == ["a", "b"]
+    assert sweep.gate.live["2"].claims == {b.keys["cams"].digest, b.keys["evaluate"].digest}
+
+
+def test_a_trial_whose_last_stage_is_there_is_found_with_what_is_there(store):
+    a = chain("a", "gone")
+    for stage in ("segmentor", "evaluate"):
+        publish(store, a.keys[stage])
+    told = []
+    sweep = Sweep([a], store, tell=lambda trial, report: told.append(report))
+    assert sweep.start() == FINISHED
+    assert told == [Found(("segmentor", "evaluate"))]
+
+
+def test_a_broken_stage_fails_only_those_for_which_it_must_be_made(store):
+    a, b = chain("a", "bad"), chain("b", "bad")
+    publish(store, b.keys["segmentor"])
+    sweep = Sweep([a, b], store, published={b.keys["segmentor"].digest}, room=lambda: 1)
+    assert sweep.start() == "a"
+    sweep.fails("1", "caae", Scope.STAGE)
+    assert [(row, event) for row, event, _ in sweep.heard] == [("a", "Failed")]
+    assert sweep.start() == "b"
+
+
+def test_what_was_published_and_has_gone_is_made(store):
+    a, b = chain("a", "shared"), chain("b", "shared")
+    sweep = Sweep([a, b], store, published={key.digest for key in [*a.keys.values(), *b.keys.values()]})
+    assert [sweep.start() for _ in range(2)] == ["a", None]
+    assert len(sweep.gate.live["1"].claims) == len(STAGES)
+    sweep.finishes("1")
+    assert sweep.start() == "b"
 
 
 def test_a_sweep_is_finished_only_when_nothing_lives(store):

@@ -233,6 +233,16 @@ def test_what_is_in_the_store_is_counted_and_what_is_not_is_explained(store):
     assert trials == list(other.trials)
 
 
+def test_what_only_stages_in_the_store_read_is_not_to_be_made(store):
+    """One trial has its maps: its networks may be gone. The others need their own, and the CAAE."""
+    keys = plan_of("table03", store).trials[0].keys
+    publish(store, keys["cams"])
+    missing = plan_of("table03", store).missing()
+    assert Counter(key.stage for key in missing) == {"caae": 1, "segmentor": 7, "cams": 7, "evaluate": 8}
+    assert keys["segmentor"] not in missing
+    assert [len(trials) for trials in missing.values()] == [7] + 7 * [1] + 7 * [1] + 8 * [1]
+
+
 def test_planning_reads_no_artifact(store, monkeypatch):
     keys = distinct_stages(plan_of("table03", store).trials)
     for key in keys[:3]:

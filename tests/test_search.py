@@ -16,6 +16,7 @@ from semformer.errors import UserError
 from semformer.stages import segmentor
 from semformer.store import Store
 from sweeps.plan.table import load_table, resolve
+from sweeps.reports import Found
 from sweeps.search.algorithms import Named, Pruning
 from sweeps.search.report import write
 from tests.searches import finish, run_all, scores, states
@@ -53,12 +54,12 @@ def test_twenty_trials_of_inference_axes_need_one_network_of_each_kind(search):
 
 def test_what_the_store_has_is_told_without_a_run_and_the_saving_is_exact(search):
     heard = []
-    one = search("U=3:4", trials=6, found=heard.append)
+    one = search("U=3:4", trials=6, found=lambda trial, report: heard.append((trial.key, report)))
     ran = run_all(one)
     assert [trial.config.cams.last_blocks for trial in ran] == [4, 3]
     assert states(one.study) == {"COMPLETE": 6}
     assert len(heard) == 4
-    assert {trial.key for trial in heard} == {trial.key for trial in ran}
+    assert set(heard) == {(trial.key, Found(tuple(trial.keys))) for trial in ran}
     assert one.saving() == {
         "spent_seconds": 100 + 200 + 2 * (10 + 5),
         "unshared_seconds": 6 * (100 + 200 + 10 + 5),

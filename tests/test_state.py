@@ -27,6 +27,7 @@ from sweeps.reports import (
 )
 from sweeps.tracking.display import Display, grid, show_status
 from sweeps.tracking.state import Snapshot, SweepState, duration
+from tests.test_queue import STAGES
 from tests.test_queue import trial as small_trial
 from tests.workplace import table_text
 
@@ -60,7 +61,7 @@ def test_a_trial_that_is_found_after_a_failure_has_no_reason_any_more():
     (one,) = trials = (small_trial("a"),)
     state = SweepState(Plan("t", "T", (), "micro", {}, (0,), trials, frozenset()))
     state.tell(one, Retried(Failure(Scope.TRIAL, "caae", "WorkerDied", "killed")))
-    state.tell(one, Found())
+    state.tell(one, Found(STAGES))
     assert state.trials[one.key].tags()["reason"] == ""
 
 
@@ -121,7 +122,7 @@ def test_the_time_left_is_that_of_distinct_missing_stages_over_the_workers(plan,
     assert state.left() == pytest.approx((4 + 2 + 10 + 20 + 4 + 2) / 2)  # b shares the networks of a
     state.tell(a, Finished({}))
     for trial in (b, c):
-        state.tell(trial, Found())
+        state.tell(trial, Found(STAGES))
     assert state.left() == 0
     assert state.complete
 
@@ -214,7 +215,7 @@ def test_one_record_gives_mlflow_its_tags(plan, state):
     state.tell(a, STARTED)
     state.tell(a, Finished({}))
     assert (record.tags()["status"], record.tags()["reason"]) == ("finished", "")
-    state.tell(b, Found())
+    state.tell(b, Found(STAGES))
     assert state.trials[b.key].tags()["status"] == "finished"
 
 

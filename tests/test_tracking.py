@@ -22,7 +22,6 @@ from sweeps.reports import (
     EpochEnded,
     Failed,
     Failure,
-    Found,
     Progress,
     Retried,
     Sampled,
@@ -36,6 +35,7 @@ from sweeps.tracking.tracker import Tracker
 from tests.artifacts import eventually
 from tests.records import (
     EPOCHS,
+    FOUND,
     MINE,
     STARTED,
     done,
@@ -50,7 +50,7 @@ def test_a_sweep_is_recorded_in_full(recorded):
     assert not tracker.is_complete()
     tracker.begin()
     run_through(tracker, plan.trials[0])
-    tracker.hear(plan.trials[1], Found())
+    tracker.hear(plan.trials[1], FOUND)
     tracker.end("FINISHED", {"sweep/finished": 2.0})
     assert tracker.errors == []
 
@@ -151,7 +151,7 @@ def test_a_trial_that_is_found_and_recorded_is_left_as_it_is(recorded):
         tracker = recorded.tracker()
         tracker.begin()
         for trial in tracker.sweep.trials:
-            tracker.hear(trial, Found())
+            tracker.hear(trial, FOUND)
         tracker.end("FINISHED")
         assert tracker.errors == []
         files = [path for run in recorded.runs("trial").values() for path in recorded.files(run).values()]
@@ -187,7 +187,7 @@ def test_a_failure_is_recorded_with_its_reason_and_mended_later(recorded):
     again = recorded.tracker()
     assert [again.is_recorded(trial) for trial in (a, b)] == [False, True]
     again.begin()
-    again.hear(a, Found())
+    again.hear(a, FOUND)
     again.end("FINISHED")
     mended = recorded.runs("trial")["a"]
     assert mended.info.run_id == runs["a"].info.run_id
@@ -199,7 +199,7 @@ def test_renamed_rows_rename_the_records_of_their_trials(recorded):
     tracker = recorded.tracker()
     tracker.begin()
     for trial in tracker.sweep.trials:
-        tracker.hear(trial, Found())
+        tracker.hear(trial, FOUND)
     tracker.end("FINISHED")
 
     (folder / "renamed.yaml").write_text(MINE.replace("id: a", "id: first"))
@@ -207,7 +207,7 @@ def test_renamed_rows_rename_the_records_of_their_trials(recorded):
     assert not renamed.is_complete()
     renamed.begin()
     for trial in renamed.sweep.trials:
-        renamed.hear(trial, Found())
+        renamed.hear(trial, FOUND)
     renamed.end("FINISHED")
     names = {row: run.info.run_name for row, run in recorded.runs("trial").items()}
     assert names == {"first": "first, seed 0", "b": "b, seed 0"}
@@ -221,7 +221,7 @@ def test_more_seeds_extend_a_sweep(recorded):
         tracker.begin()
         for trial in tracker.sweep.trials:
             if trial.config.seed == 0:
-                tracker.hear(trial, Found())
+                tracker.hear(trial, FOUND)
         tracker.end("FINISHED")
     assert recorded.tracker().is_complete()
     (parent,) = recorded.runs("sweep").values()
@@ -244,7 +244,7 @@ def test_a_sweep_of_some_tables_keeps_the_rows_of_others(recorded):
         tracker.begin()
         for trial in tracker.sweep.trials:
             if trial.config.segmentor.sigma != 0.3:
-                tracker.hear(trial, Found())
+                tracker.hear(trial, FOUND)
         tracker.end("FINISHED")
         assert tracker.errors == []
         runs = recorded.runs("trial").values()
@@ -302,7 +302,7 @@ def test_a_changed_table_file_is_recorded_anew(recorded):
     tracker = recorded.tracker()
     tracker.begin()
     for trial in tracker.sweep.trials:
-        tracker.hear(trial, Found())
+        tracker.hear(trial, FOUND)
     tracker.end("FINISHED")
     (recorded.folder / "corrected.yaml").write_text(MINE.replace("miou: 60", "miou: 61"))
     corrected = recorded.tracker(plan_of(recorded.folder, "corrected.yaml"))

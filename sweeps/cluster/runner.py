@@ -9,7 +9,7 @@ import signal
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import ray
@@ -49,6 +49,7 @@ def run_trials(
     unfit: Callable[[str], None] = lambda why: None,
     more: Callable[[], Trial | None] | None = None,
     seconds: Seconds = lambda key: 1.0,
+    published: Collection[str] = (),
     max_concurrent: int | None = None,
     silence: float = 600.0,
     patience: float = 600.0,
@@ -58,11 +59,12 @@ def run_trials(
 ) -> None:
     """Run `trials`, and those that `more` gives, to their ends, as many at once as fit by their `share` of a node.
 
-    `watch` knows the nodes (without it, this Ray is a single machine); `seconds` is the gate's, `patience` and `unfit`
-    are those of `schedule.faults`. tell(trial, report) hears, in this thread, every report of trials and of the gate.
-    A trial that says nothing for `silence` seconds is killed and counts as died. `every_second(gate)` is called about
-    so often; true ends the sweep. With a Tune `scheduler`, trials measure their maps after each segmentation epoch.
-    Raises KeyboardInterrupt where the sweep is ended, and on SIGINT or SIGTERM; a second signal acts as usual.
+    `watch` knows the nodes (without it, this Ray is a single machine); `seconds` and `published` are the gate's,
+    `patience` and `unfit` are those of `schedule.faults`. tell(trial, report) hears, in this thread, every report
+    of trials and of the gate. A trial that says nothing for `silence` seconds is killed and counts as died.
+    `every_second(gate)` is called about so often; true ends the sweep. With a Tune `scheduler`, trials measure
+    their maps after each segmentation epoch. Raises KeyboardInterrupt where the sweep is ended, and on SIGINT or
+    SIGTERM; a second signal acts as usual.
     """
     watch = watch or Watch(share, ask=False)
     board = Board(f"semformer-{secrets.token_hex(4)}")
@@ -76,6 +78,7 @@ def run_trials(
         ahead=lambda: 2 * max(1, watch.room(), min(watch.potential, max_concurrent or watch.potential)),
         room=lambda: _room(watch, max_concurrent),
         seconds=seconds,
+        published=published,
     )
     watch.listen(lambda report: faults.node_is_unfit(report.node.id, str(report)))
 

@@ -18,6 +18,7 @@ import ray
 from ray import tune
 
 from semformer.errors import MachineError, StoreError, UserError
+from semformer.leases import LeaseLost
 from sweeps.cluster.board import Pin
 from sweeps.cluster.system import sample
 from sweeps.cluster.versions import difference
@@ -121,6 +122,8 @@ def _printable(text: str) -> str:
 
 def scope_of(error: Exception, stage: str) -> Scope:
     """Whose fault an exception is that was raised in `stage`, or ("") before the first."""
+    if isinstance(error, LeaseLost):
+        return Scope.TRIAL
     if isinstance(error, StoreError):
         return Scope.STORE
     if isinstance(error, MachineError | OSError | MemoryError | ImportError) or _is_of_gpu(error):

@@ -22,7 +22,7 @@ from semformer.errors import UserError
 from semformer.flops import Images, stage_passes, stage_work
 from semformer.keys import StageKey
 from semformer.store import Artifact, Store
-from sweeps.plan.trials import Trial, distinct_stages
+from sweeps.plan.trials import Trial, distinct_stages, missing_stages
 
 TFLOPS = 40.0
 """Effective throughput of one GPU in training, in 10^12 operations a second: an eighth of what an A100 can do in
@@ -60,7 +60,7 @@ class Price:
 
     gpus: int
     missing: Cost
-    """What is not in the store."""
+    """What must be made."""
     empty_store: Cost
     """Every distinct stage once."""
     without_sharing: Cost
@@ -133,7 +133,7 @@ def price(
     unshared = [sum(map(seconds, trial.keys.values())) for trial in trials for _ in trial.cells]
     return Price(
         gpus=gpus,
-        missing=cost([key for key in keys if key.digest not in cached]),
+        missing=cost(list(dict.fromkeys(key for trial in trials for key in missing_stages(trial, cached)))),
         empty_store=cost(keys),
         without_sharing=Cost(sum(unshared) / 3600, _longest_first(unshared, gpus) / 3600),
         basis=_basis(estimates, tflops),

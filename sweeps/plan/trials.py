@@ -4,7 +4,7 @@ Rows that ask for the same result share one trial; trials that need the same sta
 here, and no network is built.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 from semformer import pipeline
 from semformer.config import Config
 from semformer.errors import UserError
-from semformer.keys import StageKey
+from semformer.keys import StageKey, to_make
 from semformer.store import Store
 from sweeps.plan.table import SEVERAL, Row, Table, resolve
 from sweeps.plan.weights import Weights
@@ -63,6 +63,11 @@ class Trial:
 def distinct_stages(trials: Iterable[Trial]) -> list[StageKey]:
     """The keys of all stages of the trials, each once, in order."""
     return list({key.digest: key for trial in trials for key in trial.keys.values()}.values())
+
+
+def missing_stages(trial: Trial, there: Collection[str]) -> list[StageKey]:
+    """Those that must be made, in order, where the stages with the digests in `there` are in the store."""
+    return to_make(trial.keys, lambda key: key.digest in there)
 
 
 class Count(NamedTuple):
@@ -155,13 +160,13 @@ class Plan:
         return _first(self.rows_of(trial))
 
     def missing(self) -> dict[StageKey, list[Trial]]:
-        """The distinct stages that are not in the store, each with the trials that need it, in the pipeline's order."""
+        """The distinct stages that must be made, each with the trials that need it, in the pipeline's order."""
         wanted: dict[StageKey, list[Trial]] = {}
-        for name in self.stages:
-            for trial in self.trials:
-                if name in trial.keys and trial.keys[name].digest not in self.cached:
-                    wanted.setdefault(trial.keys[name], []).append(trial)
-        return wanted
+        for trial in self.trials:
+            for key in missing_stages(trial, self.cached):
+                wanted.setdefault(key, []).append(trial)
+        order = [stage.name for stage in pipeline.STAGES]
+        return dict(sorted(wanted.items(), key=lambda item: order.index(item[0].stage)))
 
     def summary(self) -> dict[str, Any]:
         return {

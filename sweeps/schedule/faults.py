@@ -14,9 +14,10 @@ stage, and nothing works in between, is kept away from all work.
 
 import time
 from collections import Counter, defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
+from semformer.keys import StageKey
 from semformer.storage import StorageUnreachable
 from sweeps.plan.trials import Trial
 from sweeps.reports import Failure, Scope
@@ -106,9 +107,9 @@ class Faults:
 
     # What is asked
 
-    def broken_in(self, trial: Trial) -> Failure | None:
-        """Why a trial need not be started: it needs a stage that will not be tried again."""
-        return next((self.broken[key.digest] for key in trial.keys.values() if key.digest in self.broken), None)
+    def broken_in(self, missing: Iterable[StageKey]) -> Failure | None:
+        """Why stages need not be tried: one of them will not be tried again."""
+        return next((self.broken[key.digest] for key in missing if key.digest in self.broken), None)
 
     def avoided_by(self, trial: Trial) -> dict[str, str]:
         """The living nodes that a trial must not run on, with the reasons."""

@@ -8,11 +8,11 @@ trials are those of a plan, or those that a search suggests while it goes on.
 import heapq
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
 from semformer.errors import StoreError, first_line
-from semformer.keys import StageKey
+from semformer.keys import StageKey, to_make
 from semformer.store import Store
 from sweeps.plan.trials import Trial
 from sweeps.reports import (
@@ -62,6 +62,7 @@ class Gate:
 
     `more()` is asked for another trial when none that is known may start, until it returns None; at most `ahead()`
     are held back for it. At most `room()` run at once. A trial that needs nothing made is not started, only told of.
+    `published`: digests of stages that are in the store as far as is known beforehand; each is looked up.
 
     tell(trial, report) hears Found, Retried, Failed and Pruned; what it raises is logged. While nothing runs and
     nothing can be started for an error (of the study's database, say), `next` returns None; when that has lasted
@@ -79,11 +80,12 @@ class Gate:
         ahead: Callable[[], int] = lambda: 16,
         room: Callable[[], float] = lambda: float("inf"),
         seconds: Seconds = lambda key: 1.0,
+        published: Collection[str] = (),
         clock: Callable[[], float] = time.monotonic,
     ):
         self.store, self.tell, self.faults, self.clock = store, tell, faults, clock
         self.more, self.ahead, self.room = more, ahead, room
-        self.queue = Queue(trials, seconds)
+        self.queue = Queue(trials, seconds, published)
         self.live: dict[str, Live] = {}  # by the runner's id
         self.stopped = False
         self.over: Failure | None = None
@@ -107,7 +109,7 @@ class Gate:
             self._note_trouble(error)
             return None
         if trial:
-            claims = {key.digest for key in trial.keys.values() if not self.queue.is_ready(key.digest)}
+            claims = {key.digest for key in self.queue.missing(trial)}
             for digest in claims:
                 self.queue.hold(digest, trial.key)
             self.live[runner_id] = Live(trial, claims, bool(self.faults.avoided_by(trial)), self.clock())
@@ -178,14 +180,19 @@ class Gate:
             trial = self.queue.pop() or self._ask()
             if trial is None:
                 return self._without_place()
-            if failure := self.faults.broken_in(trial):
-                self._tell(trial, Failed(failure))
-            elif self._is_held(trial):
-                continue
-            elif all(self.queue.is_ready(key.digest) for key in trial.keys.values()):
-                self._tell(trial, Found())
-            else:
-                return trial
+            try:
+                missing = to_make(trial.keys, self._is_in_store)
+                if not missing:
+                    self._tell(trial, Found(tuple(name for name, key in trial.keys.items() if self._is_in_store(key))))
+                elif failure := self.faults.broken_in(missing):
+                    self._tell(trial, Failed(failure))
+                elif self.queue.waits_for(trial)[0]:  # for a stage that was believed to be in the store
+                    self.queue.add(trial)
+                elif not self._is_held(trial, missing[0]):
+                    return trial
+            except Exception:
+                self.queue.add(trial)
+                raise
         return None
 
     def _ask(self) -> Trial | None:
@@ -199,38 +206,26 @@ class Gate:
                 self.more = None
         return None
 
-    def _is_held(self, trial: Trial) -> bool:
-        """Puts a trial back that has no place now, or of which another sweep on this store makes a stage."""
-        try:
-            held = self._made_elsewhere(trial)
-        except Exception:
-            self.queue.add(trial)
-            raise
-        if held:
+    def _is_held(self, trial: Trial, first: StageKey) -> bool:
+        """Puts a trial back that has no place now, or whose first missing stage another sweep on this store makes."""
+        holder = self.store.holder(first)
+        self.faults.store_answers()
+        if holder:
+            self.queue.hold(first.digest, str(holder))
+            heapq.heappush(self._elsewhere, (self.clock() + LOOK_AGAIN, first.digest, first))
             self.queue.add(trial)
         elif self._lacks_place(trial):
             self.queue.park(trial, NO_NODE)
-            held = True
-        return held
-
-    def _made_elsewhere(self, trial: Trial) -> bool:
-        """Looks the missing stages up, in order: the first that is not in the store is the one that may be in work."""
-        for key in trial.keys.values():
-            if self.queue.is_ready(key.digest) or self._is_in_store(key):
-                continue
-            holder = self.store.holder(key)
-            self.faults.store_answers()
-            if holder:
-                self.queue.hold(key.digest, str(holder))
-                heapq.heappush(self._elsewhere, (self.clock() + LOOK_AGAIN, key.digest, key))
-            return holder is not None
-        return False
+        else:
+            return False
+        return True
 
     def _is_in_store(self, key: StageKey) -> bool:
-        if self.store.find(key, verify=False) is None:
-            return False
-        self.queue.ready(key.digest)
-        return True
+        if self.queue.is_ready(key.digest):
+            return True
+        there = self.store.find(key, verify=False) is not None
+        (self.queue.ready if there else self.queue.lacks)(key.digest)
+        return there
 
     def _look_elsewhere(self) -> None:
         """Is what other sweeps were making done, or given up? Should one have died, its lease expires."""
@@ -275,7 +270,7 @@ class Gate:
     # Failures
 
     def _death(self, live: Live, why: str) -> Failure:
-        stage = next((name for name, key in live.trial.keys.items() if not self.queue.is_ready(key.digest)), "")
+        stage = next((key.stage for key in self.queue.missing(live.trial)), "")
         return Failure(Scope.TRIAL, stage, "WorkerDied", why, node=live.node)
 
     def _failed(self, trial: Trial, failure: Failure) -> None:

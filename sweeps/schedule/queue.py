@@ -4,7 +4,7 @@ import heapq
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
-from semformer.keys import StageKey
+from semformer.keys import StageKey, to_make
 from sweeps.plan.trials import Trial
 
 Seconds = Callable[[StageKey], float]
@@ -21,10 +21,12 @@ class Queue:
     What may start is kept up to date, not searched for. A heap holds the candidates; one that turns out to need a stage
     that is being made is parked there until that stage is released. Ranks in the heap may be too good, since stages
     become ready and trials leave; such a candidate is ranked anew when its turn comes.
+
+    `published`: digests of stages that are believed to be in the store, until `lacks` tells that one is not.
     """
 
-    def __init__(self, trials: Iterable[Trial] = (), seconds: Seconds = lambda key: 1.0):
-        self._seconds = seconds
+    def __init__(self, trials: Iterable[Trial] = (), seconds: Seconds = lambda key: 1.0, published: Iterable[str] = ()):
+        self._seconds, self._published = seconds, set(published)
         self._trials: dict[str, Trial] = {}  # by trial key
         self._numbers: dict[str, int] = {}  # trial key -> place in the order of adding
         self._last = 0
@@ -49,7 +51,7 @@ class Queue:
     def add(self, trial: Trial) -> None:
         """One that comes back has its old place among those that are wanted as much and have as much work left."""
         self._enter(trial)
-        wanted_more = {key for digest in self._missing(trial) for key in self._users[digest]}
+        wanted_more = {key for stage in self.missing(trial) for key in self._users[stage.digest]}
         for key in {trial.key} | (wanted_more - self._parked_at.keys()):
             self._push(key)
 
@@ -63,7 +65,7 @@ class Queue:
                 heapq.heappush(self._heap, (now, key))
                 continue
             trial = self._trials[key]
-            if held := next((digest for digest in self._missing(trial) if digest in self._makers), None):
+            if held := next((stage.digest for stage in self.missing(trial) if stage.digest in self._makers), None):
                 self._park(key, held)
                 continue
             self.remove(trial)
@@ -89,6 +91,10 @@ class Queue:
 
     # Stages
 
+    def missing(self, trial: Trial) -> list[StageKey]:
+        """The stages that must be made for a trial, in order, by what is known of the store."""
+        return to_make(trial.keys, lambda key: key.digest in self._ready or key.digest in self._published)
+
     def is_ready(self, digest: str) -> bool:
         return digest in self._ready
 
@@ -96,6 +102,10 @@ class Queue:
         """The stage is in the store."""
         self._ready.add(digest)
         self.release(digest)
+
+    def lacks(self, digest: str) -> None:
+        """The stage is not in the store."""
+        self._published.discard(digest)
 
     def hold(self, digest: str, maker: str) -> None:
         """The stage is being made by `maker`: trials that need it are held back."""
@@ -110,14 +120,15 @@ class Queue:
 
     def waits_for(self, trial: Trial) -> tuple[str, str]:
         """The stage that a queued trial waits for, and who makes it; ("", "") where only a free place is missing."""
-        for name, key in trial.keys.items():
-            if key.digest in self._makers and key.digest not in self._ready:
-                return name, self._makers[key.digest]
+        for key in self.missing(trial):
+            if key.digest in self._makers:
+                return key.stage, self._makers[key.digest]
         return "", ""
 
     def needing(self, digest: str) -> list[Trial]:
-        """The queued trials that need a stage, in the order in which they were added."""
-        return [self._trials[key] for key in sorted(self._users[digest], key=self._numbers.__getitem__)]
+        """The queued trials for which a stage must be made, in the order in which they were added."""
+        users = [self._trials[key] for key in sorted(self._users[digest], key=self._numbers.__getitem__)]
+        return [trial for trial in users if any(key.digest == digest for key in self.missing(trial))]
 
     # Helpers
 
@@ -137,9 +148,6 @@ class Queue:
         heapq.heappush(self._heap, (self._rank(key), key))
 
     def _rank(self, key: str) -> Rank:
-        missing = [stage for stage in self._trials[key].keys.values() if stage.digest not in self._ready]
+        missing = self.missing(self._trials[key])
         others = sum(len(self._users[stage.digest]) - 1 for stage in missing)
         return -others, -sum(map(self._seconds, missing)), self._numbers[key]
-
-    def _missing(self, trial: Trial) -> list[str]:
-        return [key.digest for key in trial.keys.values() if key.digest not in self._ready]

@@ -22,12 +22,14 @@ from optuna.trial import FrozenTrial, TrialState
 from semformer import pipeline
 from semformer.config import Config, flatten, load_config
 from semformer.errors import UserError
+from semformer.keys import to_make
 from semformer.store import Artifact, Store
 from sweeps.plan.table import Table
 from sweeps.plan.trials import Cell, Count, Trial
 from sweeps.plan.weights import Weights
+from sweeps.reports import Found
 from sweeps.search.algorithms import Named, Pruning
-from sweeps.search.space import PROBED, own_value, read_axes, read_objectives
+from sweeps.search.space import GPU_HOURS, PROBED, own_value, read_axes, read_objectives
 from sweeps.search.study import SharedStudy, cause, closed_by_others, quiet
 
 log = logging.getLogger(__name__)
@@ -50,7 +52,7 @@ class Search:
     """`trials` suggestions in all, those of earlier runs of the study included; the first is the preset's own config.
 
     For those who run it, it is a sweep like a plan (`sweeps.plan.trials.Sweep`), whose trials become known as it goes.
-    A trial of the study has the attributes trial_key and stage_keys, missing (the stages that the store did not have
+    A trial of the study has the attributes trial_key and stage_keys, missing (the stages that had to be made
     when it was asked), stage_seconds, metrics, reason, driver and retry_of (the trial of a killed driver
     that it repeats), as far as they are known.
 
@@ -81,7 +83,7 @@ class Search:
         pruning: Pruning | None = None,
         folder: Path | None = None,
         weights: Weights | None = None,
-        found: Callable[[Trial], None] = lambda trial: None,
+        found: Callable[[Trial, Found], None] = lambda trial, report: None,
     ):
         if not re.fullmatch(NAME, study_name):
             raise UserError(f"--study {study_name!r}: a name is letters, digits and any of . _ + - after the first")
@@ -288,11 +290,11 @@ class Search:
             self._tell(asked, {}, None, str(error), TrialState.FAIL)
             return None
         artifacts = self._artifacts(trial)
-        asked.set_user_attr("missing", [stage for stage, artifact in artifacts.items() if artifact is None])
-        scored = artifacts["evaluate"]
-        if scored and all(artifacts.values()):
+        missing = to_make(trial.keys, lambda key: artifacts[key.stage] is not None)
+        asked.set_user_attr("missing", [key.stage for key in missing])
+        if scored := artifacts["evaluate"]:
             self._tell(asked, artifacts, scored.info["metrics"], "", TrialState.COMPLETE)
-            self.found(trial)
+            self.found(trial, Found(tuple(stage for stage, artifact in artifacts.items() if artifact)))
             return None
         same = self._live.setdefault(trial.key, [])
         same.append(asked)
@@ -348,9 +350,11 @@ class Search:
     ) -> None:
         seconds = {stage: artifact.info["seconds"] for stage, artifact in artifacts.items() if artifact}
         attributes = {"stage_seconds": seconds, "metrics": dict(metrics or {}), "reason": reason}
-        values = None
+        values, gone = None, [stage for stage, artifact in artifacts.items() if artifact is None]
+        if state == TrialState.COMPLETE and gone and GPU_HOURS in self.objectives:
+            state, attributes["reason"] = TrialState.FAIL, f"{GPU_HOURS}: {', '.join(gone)} has gone from the store"
         if state == TrialState.COMPLETE:
-            measured = {**(metrics or {}), "gpu_hours": sum(seconds.values()) / 3600}
+            measured = {**(metrics or {}), GPU_HOURS: sum(seconds.values()) / 3600}
             values = [measured[name] for name in self.objectives]
         self._shared.tell(asked, state, values, {name: value for name, value in attributes.items() if value})
 

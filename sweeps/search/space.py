@@ -21,6 +21,8 @@ from semformer.config import Config, FinalMap, LossName, field_names, flatten, l
 from semformer.errors import UserError
 
 STORAGE = "sqlite:///runs/studies.db"
+GPU_HOURS = "gpu_hours"
+"""The objective beside the scores."""
 PROBED = ("miou", "miou_oracle", "miou_fixed", "fp", "fn")
 """Scores that can be measured after each epoch, by which poor trials may be stopped."""
 
@@ -221,7 +223,7 @@ def read_objectives(names: Sequence[str], own: Config) -> dict[str, Literal["max
     """
     prefix = f"cam/{own.data.eval_split}/"
     maximised = [prefix + name for name in ("miou", "miou_oracle", "miou_fixed")]
-    minimised = [prefix + "fp", prefix + "fn", "gpu_hours"]
+    minimised = [prefix + "fp", prefix + "fn", GPU_HOURS]
     for name in names:
         if name not in (*maximised, *minimised):
             raise UserError(f"--objectives: {name!r} is none of {', '.join((*maximised, *minimised))}")

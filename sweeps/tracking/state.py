@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Self
 
+from semformer.keys import StageKey, to_make
 from sweeps.reports import (
     EpochEnded,
     Failed,
@@ -80,7 +81,7 @@ class SweepState:
         self.trials = {trial.key: TrialState(self._name(trial)) for trial in plan.trials}
         self.made: dict[str, list[float]] = defaultdict(list)  # seconds by stage
         self.found: Counter[str] = Counter()
-        self.missing = {t.key: {k.stage: k.digest for k in t.keys.values()} for t in plan.trials}
+        self.keys = {trial.key: trial.keys for trial in plan.trials}
         self.there = set(plan.cached)
         self.statuses = Counter(state.status for state in self.trials.values())
         self.unfit: dict[str, str] = {}
@@ -104,7 +105,7 @@ class SweepState:
         if trial.key not in self.trials:
             self.trials[trial.key] = TrialState(self._name(trial))
             self.statuses["queued"] += 1
-            self.missing[trial.key] = {key.stage: key.digest for key in trial.keys.values()}
+            self.keys[trial.key] = trial.keys
         state = self.trials[trial.key]
         before = state.status
         line = self._tell(trial, state, report, metrics or {})
@@ -134,8 +135,7 @@ class SweepState:
     def left(self) -> float:
         """Seconds that the sweep may still take, once every kind of stage that is missing has been measured."""
         todo = [key for key, state in self.trials.items() if state.status in ("queued", "running")]
-        missing = {(stage, digest) for key in todo for stage, digest in self.missing[key].items()}
-        stages = [stage for stage, digest in missing if digest not in self.there]
+        stages = [stage.stage for stage in {stage for key in todo for stage in self._missing(key)}]
         if any(stage not in self.made for stage in stages):
             return math.nan
         return sum(sum(self.made[stage]) / len(self.made[stage]) for stage in stages) / self.workers
@@ -151,7 +151,7 @@ class SweepState:
     def in_work(self) -> set[str]:
         """Digests of the stages that running trials have still to make."""
         running = (key for key, state in self.trials.items() if state.status == "running")
-        return {digest for key in running for digest in self.missing[key].values()} - self.there
+        return {stage.digest for key in running for stage in self._missing(key)}
 
     def counts(self) -> dict[str, float]:
         """For the parent run: trials by how they ended, stages made, seconds of work and of the clock."""
@@ -183,10 +183,10 @@ class SweepState:
                 state.stage, state.told = report.stage, f"waiting: {report.holder} makes it"
             case StageDone():
                 return self._stage_done(state, report)
-            case Found():
+            case Found(stages):
                 state.status, state.told, state.reason = "found", self._result(trial, metrics), ""
-                state.found = dict.fromkeys(trial.keys, True)
-                self.found.update(list(trial.keys))
+                state.found = dict.fromkeys(stages, True)
+                self.found.update(stages)
             case Finished():
                 self._end(state, "finished", self._result(trial, report.metrics))
                 return f"finished, {state.told}" if state.told else "finished"
@@ -201,12 +201,18 @@ class SweepState:
                 return f"failed: {report.failure.reason}"
         return ""
 
+    def _missing(self, trial: str) -> list[StageKey]:
+        """The stages that must be made for a trial, by its key."""
+        return to_make(self.keys[trial], lambda key: key.digest in self.there)
+
     def _progress(self, state: TrialState, report: Progress) -> str:
         is_epoch = isinstance(report, EpochEnded)
         state.stage, state.left = report.stage, report.seconds_left
         state.epoch = f"{report.epoch}/{report.epochs}" if report.epochs else ""
         losses = [f"{n} {v:.3f}" for n, v in report.values.items() if n not in NO_LOSSES]
-        state.told = " ".join(filter(None, [*losses, f"{report.images_per_second:.0f} img/s", report.note]))
+        rate = report.images_per_second
+        speed = f"{rate:.{0 if rate >= 10 else 1}f} img/s"
+        state.told = " ".join(filter(None, [*losses, speed, report.note]))
         if not is_epoch and self.seconds - state.spoke <= LINE_EVERY:
             return ""
         at = [f"epoch {state.epoch}"] if state.epoch else []

@@ -162,8 +162,8 @@ class Tracker:
         """Record what a trial or the gate reports; `state`: `TrialState.tags` after it."""
         self.add(trial)
         match report:
-            case Found() if not self._is_finished(trial):
-                for stage in trial.keys:
+            case Found(stages) if not self._is_finished(trial):
+                for stage in stages:
                     self._tell_stage(trial, stage)
                 self._finish(trial, state)
             case Started():

@@ -24,7 +24,7 @@ def test_trials_of_a_quarter_share_a_gpu(tmp_path, monkeypatch):
         Trial(
             load_config("micro"), None, "", {s: StageKey(s, {"name": f"{s} {n}"}) for s in STAGES}, (Cell("t", n, 0),)
         )
-        for n in "abcdef"
+        for n in "abcde"
     ]
     specs = {key.digest: key.spec for trial in trials for key in trial.keys.values()}
     trainable = tune.with_parameters(work, seconds=dict.fromkeys(specs, 3.0), specs=specs, share=True)
@@ -39,7 +39,7 @@ def test_trials_of_a_quarter_share_a_gpu(tmp_path, monkeypatch):
             running.discard(trial.key)
 
     quiet = {"include_dashboard": False, "log_to_driver": False, "logging_level": logging.CRITICAL}
-    ray.init(address="local", num_gpus=1, num_cpus=8, **quiet)  # not a cluster that another test started
+    ray.init(address="local", num_gpus=1, num_cpus=5, **quiet)  # not a cluster that another test started
     try:
         share = {"cpu": 1, "gpu": 0.25}
         runner.run_trials(trials, Store(tmp_path / "store"), tell, share=share, trainable=trainable)

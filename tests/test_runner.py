@@ -3,7 +3,7 @@
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -27,16 +27,22 @@ def store(tmp_path) -> Store:
     return Store(tmp_path / "store")
 
 
-@contextmanager
-def heard():
+@pytest.fixture(scope="module")
+def connected() -> Iterator[None]:
+    """One Ray for the tests of this file."""
+    with connect(None):
+        yield
+
+
+@pytest.fixture
+def heard(connected) -> tuple[list[tuple[str, Report]], Callable[[Trial, Report], None]]:
     """What run_trials tells: tell(trial, report) appends to `reports`."""
     reports: list[tuple[str, Report]] = []
 
     def tell(one: Trial, report: Report) -> None:
         reports.append((one.cells[0].row, report))
 
-    with connect(None):
-        yield reports, tell
+    return reports, tell
 
 
 def chatty(config: dict[str, Any]) -> None:
@@ -52,13 +58,14 @@ def chatty(config: dict[str, Any]) -> None:
         reporter.tell(Finished({"took": took}))
 
 
-def test_showing_progress_costs_a_trial_no_waiting_for_a_slow_driver(store):
+def test_showing_progress_costs_a_trial_no_waiting_for_a_slow_driver(store, heard):
+    reports, tell = heard
+
     def slow(gate) -> bool:
         time.sleep(2.0)
         return False
 
-    with heard() as (reports, tell):
-        run_trials([trial("a")], store, tell, share=SHARE, trainable=chatty, every_second=slow)
+    run_trials([trial("a")], store, tell, share=SHARE, trainable=chatty, every_second=slow)
     (finished,) = (report for _, report in reports if isinstance(report, Finished))
     assert finished.metrics["took"] < 8.0  # two thousand waits would take minutes
     assert sum(type(report) is Progress for _, report in reports) < 20
@@ -80,7 +87,8 @@ def mute(config: dict[str, Any]) -> None:
         time.sleep(60)
 
 
-def test_a_driver_that_stalls_kills_no_trial_that_talks_meanwhile(store):
+def test_a_driver_that_stalls_kills_no_trial_that_talks_meanwhile(store, heard):
+    reports, tell = heard
     stalled = []
 
     def stall(gate) -> bool:
@@ -90,16 +98,15 @@ def test_a_driver_that_stalls_kills_no_trial_that_talks_meanwhile(store):
         return False
 
     trials = [trial(name) for name in "abc"]
-    with heard() as (reports, tell):
-        run_trials(trials, store, tell, share=SHARE, trainable=talking, every_second=stall, silence=8.0)
+    run_trials(trials, store, tell, share=SHARE, trainable=talking, every_second=stall, silence=8.0)
     (before,) = stalled
     ends = [type(report) for _, report in reports[before:] if isinstance(report, Finished | Retried | Failed)]
     assert ends == [Finished] * 3
 
 
-def test_a_trial_that_says_nothing_is_killed_and_tried_again(store):
-    with heard() as (reports, tell):
-        run_trials([trial("a")], store, tell, share=SHARE, trainable=mute, silence=2.0)
+def test_a_trial_that_says_nothing_is_killed_and_tried_again(store, heard):
+    reports, tell = heard
+    run_trials([trial("a")], store, tell, share=SHARE, trainable=mute, silence=2.0)
     ends = [report for _, report in reports if isinstance(report, Retried | Failed)]
     assert [type(report) for report in ends] == [Retried, Retried, Failed]
     assert "said nothing for 2 s (--silence), and was killed" in ends[-1].failure.reason
@@ -115,8 +122,9 @@ with Store(root).lease(first, wait=lambda holder: None):
 """
 
 
-def test_while_nothing_runs_the_driver_still_looks_about(store, start):
+def test_while_nothing_runs_the_driver_still_looks_about(store, start, heard):
     """All trials wait for a stage that another process has leased; Tune has nothing to do then."""
+    reports, tell = heard
     assert start(store.root, HOLD).stdout.readline() == "leased\n"
     looked = []
 
@@ -126,16 +134,16 @@ def test_while_nothing_runs_the_driver_still_looks_about(store, start):
             (store.root / "go").touch()
         return False
 
-    with heard() as (reports, tell):
-        run_trials([trial("a")], store, tell, share=SHARE, trainable=talking, every_second=look)
+    run_trials([trial("a")], store, tell, share=SHARE, trainable=talking, every_second=look)
     assert looked[:3] == [0, 0, 0]
     assert isinstance(reports[-1][1], Finished)
 
 
-def test_a_sweep_can_be_stopped_while_nothing_runs(store, start):
+def test_a_sweep_can_be_stopped_while_nothing_runs(store, start, heard):
+    reports, tell = heard
     assert start(store.root, HOLD).stdout.readline() == "leased\n"
     began = time.monotonic()
-    with heard() as (reports, tell), pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt):
         run_trials([trial("a")], store, tell, share=SHARE, trainable=talking, every_second=lambda gate: True)
     assert time.monotonic() - began < 40
     assert reports == []
@@ -147,10 +155,10 @@ def poor_or_bad(config: dict[str, Any]) -> None:
         raise UserError("the loss diverged")
 
 
-def test_an_exception_reaches_the_gate_with_its_scope_and_node(store):
+def test_an_exception_reaches_the_gate_with_its_scope_and_node(store, heard):
+    reports, tell = heard
     trials = [trial("a", caae="shared"), trial("b", caae="shared")]
-    with heard() as (reports, tell):
-        run_trials(trials, store, tell, share=SHARE, trainable=poor_or_bad)
+    run_trials(trials, store, tell, share=SHARE, trainable=poor_or_bad)
     failures = {row: report.failure for row, report in reports if isinstance(report, Failed)}
     assert failures["a"].scope == Scope.STAGE
     assert failures["a"].reason == "caae: UserError: the loss diverged"

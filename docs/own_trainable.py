@@ -16,8 +16,8 @@ import numpy as np
 import sweeps
 from semformer.config import load_config
 from semformer.keys import StageKey
-from semformer.leases import Lease
 from semformer.store import Artifact, Store, open_store
+from semformer.store.leases import Lease
 from sweeps.cluster.trial import reporting
 from sweeps.plan.trials import Cell, Trial
 from sweeps.reports import Finished, Report, StageDone

@@ -55,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     predict = commands.add_parser("predict", help="draw the maps for your own images", allow_abbrev=False)
     predict.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     add_config_arguments(predict)
+    key = "a trained network by its key, or its trial's, as MLflow tells it (default: that of --preset, --set, --data)"
+    predict.add_argument("--network", metavar="KEY", help=key)
     predict.add_argument("--classes", help="names of the classes in the images (default: those the network sees)")
     predict.add_argument(
         "--out", type=Path, default=Path("runs/predictions"), help="for the pictures (default: %(default)s)"
@@ -155,53 +157,19 @@ def _run(options: argparse.Namespace) -> int:
 
 def _predict(options: argparse.Namespace) -> int:
     config = read_config(options)
-    from semformer import draw, pipeline
-    from semformer.data.voc import read_image
-    from semformer.inference import MAP_KINDS, multi_scale_maps, present_classes
-    from semformer.stages import caae, segmentor
+    from semformer import predict
     from semformer.store import open_store
 
-    data = pipeline.open_data(config, options.data)
-    classes = data.devkit.classes
-    named = _class_indices(options.classes, classes)
-    keys = pipeline.stage_keys(config, data, until="segmentor")
-    if named is None and "caae" not in keys:
-        raise UserError("an imported segmentation network knows no class semantics: name the --classes in the images")
     store = open_store(options.store)
-    artifacts = {key.stage: artifact for key, artifact in store.find_many(keys.values(), verify=True).items()}
-    if len(artifacts) < len(keys):
-        raise UserError(
-            f"{options.store} has no segmentation network of this config: train it with `semformer run` and the same "
-            "--preset, --set and --data"
-        )
-    device = _device(options.device)
-    model = segmentor.load(config, artifacts["segmentor"], n_classes=len(classes), device=device)
-    if named is None:
-        S = caae.load(config.caae, artifacts["caae"], n_classes=len(classes), device=device).semantics
-    options.out.mkdir(parents=True, exist_ok=True)
-    for path in options.images:
-        image = read_image(path)
-        present = present_classes(model, S, image, config) if named is None else named
-        maps: dict[str, Any] = {}
-        for kind in MAP_KINDS:
-            view = config.cams.model_copy(update={"final_map": kind})
-            full = multi_scale_maps(model, image, present, view, precision=config.precision).full
-            maps[kind] = full.cpu().numpy()
-        target = options.out / f"{path.stem}.png"
-        draw.figure4(image, maps, present, classes, threshold=config.evaluate.fixed_threshold).save(target)
-        names = ", ".join(classes[c] for c in present) or "no object class"
-        console.print(f"{path}: {names} -> {target}", highlight=False, soft_wrap=True)
+    if options.network:
+        network = predict.network_by_key(options.network, config, store)
+    else:
+        network = predict.network_of(config, options.data, store)
+    drawn = predict.draw_maps(network, options.images, options.classes, options.out, _device(options.device))
+    for path, names, target in drawn:
+        told = f"{path}: {', '.join(names) or 'no object class'} -> {target}"
+        console.print(told, highlight=False, markup=False, soft_wrap=True)
     return 0
-
-
-def _class_indices(names: str | None, classes: tuple[str, ...]) -> list[int] | None:
-    if names is None:
-        return None
-    wanted = [name.strip() for name in names.split(",")]
-    for name in wanted:
-        if name not in classes[1:]:
-            raise UserError(f"--classes: {name!r} is none of {', '.join(classes[1:])}")
-    return sorted(classes.index(name) for name in wanted)
 
 
 def _import_checkpoint(options: argparse.Namespace) -> int:

@@ -17,15 +17,16 @@ import torch
 
 from semformer import memory
 from semformer.config import Config, Settings, file_digest
+from semformer.data.shapes import CLASSES as SHAPES
 from semformer.data.shapes import cached_shapes
-from semformer.data.voc import Devkit, Split, open_devkit
+from semformer.data.voc import BACKGROUND, VOC_CLASSES, Devkit, Split, open_devkit
 from semformer.errors import UserError
 from semformer.keys import StageKey, to_make
-from semformer.leases import Lease, LeaseHolder
 from semformer.models.vit import backbone_shape
 from semformer.stages import caae, cams, evaluate, segmentor
 from semformer.stages.context import Context, Progress
 from semformer.store import Artifact, Store
+from semformer.store.leases import Lease, LeaseHolder
 
 
 @dataclass(frozen=True)
@@ -84,6 +85,13 @@ def open_data(config: Config, folder: str | Path | None, progress: Callable[[int
     if not config.data.shapes:
         raise UserError("this preset needs real images: give the VOC devkit's folder with --data DIR")
     return Data(open_devkit(cached_shapes(**config.data.shapes.model_dump(), progress=progress)))
+
+
+def open_classes(config: Config, folder: str | Path | None) -> Data:
+    """As `open_data` where the names of the classes are all that is read: without a folder, there are no images."""
+    if folder:
+        return open_data(config, folder)
+    return Data(Devkit(Path(), (BACKGROUND, *(SHAPES if config.data.shapes else VOC_CLASSES))))
 
 
 def check(config: Config) -> None:

@@ -8,7 +8,7 @@ import re
 import shlex
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, fields
 from hashlib import sha256
 from importlib.metadata import version
@@ -251,6 +251,7 @@ def _make_plan(options: argparse.Namespace, console: Console) -> "tuple[Plan, St
 
 def _plan(options: argparse.Namespace, console: Console) -> int:
     plan, store = _make_plan(options, console)
+    from semformer.store.reasons import reasons
     from sweeps.plan.price import price
     from sweeps.plan.trials import distinct_stages
 
@@ -262,41 +263,42 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
     for table in plan.tables:
         source = table.source or table.path
         console.print(f"[bold]{table.name}[/], preset {plan.preset}: {escape(f'{table.title} ({source})')}")
-    trials = Grid()
+    missing, trials = plan.missing(), Grid()
     for name in ("row", "seed", *plan.stages):
         trials.add_column(name, no_wrap=name != "row")
     for trial in plan.trials[:SHOWN]:
-        states = [_state(trial.keys.get(name), plan.cached) for name in plan.stages]
+        states = [_state(trial.keys.get(name), plan.cached, missing) for name in plan.stages]
         trials.add_row(escape(", ".join(plan.rows_of(trial))), str(trial.config.seed), *states)
     console.print(trials)
     if len(plan.trials) > SHOWN:
         console.print(f"... and {len(plan.trials) - SHOWN} more trials (--json tells all)", highlight=False)
-    missing, stages = plan.missing(), Grid()
+    stages = Grid()
     to_make = Counter(key.stage for key in missing)
     for name in ("stage", "requested", "distinct", "cached", "to make"):
         stages.add_column(name, justify="left" if name == "stage" else "right")
     for name, count in plan.stages.items():
         stages.add_row(name, *map(str, count), str(to_make[name]))
     console.print(stages)
-    reasons: dict[tuple[str, str], list[str]] = {}
-    whys = store.why_many(distinct_stages(plan.trials))
+    told: dict[tuple[str, str], list[str]] = {}
+    why = reasons(store, distinct_stages(plan.trials))
     for key, wanted in missing.items():
         rows = [row for trial in wanted for row in plan.rows_of(trial)]
-        reasons.setdefault((key.stage, whys[key]), []).extend(rows)
-    for (stage, why), rows in reasons.items():
+        told.setdefault((key.stage, why[key]), []).extend(rows)
+    for (stage, reason), rows in told.items():
         named = list(dict.fromkeys(rows))
         more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
-        told = f"{stage} of {', '.join(named[:NAMED])}{more}: {why}"
-        console.print(told, highlight=False, markup=False, soft_wrap=True)
+        console.print(
+            f"{stage} of {', '.join(named[:NAMED])}{more}: {reason}", highlight=False, markup=False, soft_wrap=True
+        )
     for line in cost.lines():
         console.print(line, highlight=False, soft_wrap=True)
     return 0
 
 
-def _state(key: "StageKey | None", cached: frozenset[str]) -> str:
-    if key is None:
-        return "[dim]not needed[/]"
-    return f"[green]{key.short[:SHORT]} ✓[/]" if key.digest in cached else key.short[:SHORT]
+def _state(key: "StageKey | None", cached: Collection[str], missing: Collection["StageKey"]) -> str:
+    if key and key.digest in cached:
+        return f"[green]{key.short[:SHORT]} ✓[/]"
+    return key.short[:SHORT] if key and key in missing else "[dim]not needed[/]"
 
 
 # Running
@@ -423,13 +425,14 @@ def _sync(options: argparse.Namespace, console: Console) -> int:
 
 def _gc(options: argparse.Namespace, console: Console) -> int:
     from semformer.store import open_store
+    from semformer.store.collection import collect
 
     store = open_store(options.store)
-    roots = store.roots(without=options.drop)
-    found = store.collect(apply=options.apply, grace=options.grace * 3600, without=options.drop)
+    roots = store.roots.all(without=options.drop)
+    found = collect(store, apply=options.apply, grace=options.grace * 3600, without=options.drop)
     if options.apply:
         for name in options.drop:
-            store.drop(name)
+            store.roots.drop(name)
     if options.json:
         print(json.dumps({"store": store.location, "applied": options.apply, "found": [asdict(one) for one in found]}))
         return 0

@@ -240,11 +240,11 @@ class Drive:
         """Tell the store, for `gc`, that this sweep reaches these too: it may have reached others with other seeds."""
         name = f"{self.folder.name}.{self.folder.id}"
         if self._kept is None:
-            known = self.store.kept(name)
+            known = self.store.roots.kept(name)
             self._kept = set(known.digests) if known else set()
         if not digests <= self._kept:
             self._kept |= digests
-            self.store.keep(name, self._kept, {"plan": self.sweep.name, "preset": self.sweep.preset})
+            self.store.roots.keep(name, self._kept, {"plan": self.sweep.name, "preset": self.sweep.preset})
 
     # Before and after
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 from semformer.keys import StageKey
 from semformer.store import Artifact, Store
+from semformer.store.folder import Folder
+from semformer.store.reasons import reasons
 
 SPEC = {
     "stage": "caae",
@@ -54,6 +56,10 @@ def publish(store: Store, key: StageKey, **info) -> Artifact:
     return store.publish(key, workspace, info)
 
 
+def why(store: Store, key: StageKey) -> str:
+    return reasons(store, [key])[key]
+
+
 def outputs(processes: list[subprocess.Popen]) -> list[list[str]]:
     texts = [process.communicate(timeout=30)[0].split() for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes)
@@ -74,8 +80,8 @@ def visible(store: Store) -> list[str]:
 
 def damage(artifact: Artifact, change: Callable[[Path], None], scratch: Path) -> None:
     """Change the files of a published artifact where the store keeps them, by change(folder)."""
-    store = artifact.fetch.__self__ if artifact.fetch else None
-    if store is None:
+    store = artifact.have.__self__
+    if isinstance(store.storage, Folder):
         change(artifact.path)
         return
     place = artifact.path.relative_to(store.root).as_posix()

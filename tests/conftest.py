@@ -126,7 +126,7 @@ import os
 import time
 from pathlib import Path
 from semformer.errors import StoreError, UserError
-from semformer.leases import LeaseLost
+from semformer.store.leases import LeaseLost
 from semformer.data.shapes import make_shapes
 from semformer.store import Store, open_store
 from sweeps.search.search import Search

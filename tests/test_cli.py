@@ -349,8 +349,8 @@ def test_gc_deletes_only_what_no_sweep_reaches(place, tables):
     assert told["applied"]
     gone = Counter(path.parent.name for path in before - paths())
     assert gone["caae"] == gone["segmentor"] == 1  # those of seed 1
-    assert name not in place.store.roots()
-    searched = {digest for root in place.store.roots().values() for digest in root.digests}
+    assert name not in place.store.roots.all()
+    searched = {digest for root in place.store.roots.all().values() for digest in root.digests}
     assert {path.name for path in paths()} >= searched & {path.name for path in before}
     told = place.call("plan", tables.paths[0], "--json").json()
     assert told["stages"]["segmentor"]["cached"] == 1

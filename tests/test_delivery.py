@@ -12,8 +12,8 @@ import pytest
 from mlflow import MlflowClient
 
 from semformer.errors import UserError
-from semformer.storage import StorageUnreachable
 from semformer.store import Store
+from semformer.store.storage import StorageUnreachable
 from sweeps.reports import Sampled
 from sweeps.tracking import delivery as delivery_file
 from sweeps.tracking import journal as journal_file

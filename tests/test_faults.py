@@ -396,7 +396,7 @@ def test_an_unusable_store_is_survived_and_given_up_after_a_while(store):
 
 
 def test_a_store_that_can_be_read_again_needs_no_trial_to_try_it(store, monkeypatch):
-    from semformer.storage import StorageUnreachable
+    from semformer.store.storage import StorageUnreachable
 
     sweep = Sweep([trial("a"), trial("b")], store)
     with monkeypatch.context() as away:

@@ -7,8 +7,8 @@ from dataclasses import replace
 import pytest
 
 from semformer.keys import StageKey
-from semformer.storage import StorageUnreachable
 from semformer.store import Store
+from semformer.store.storage import StorageUnreachable
 from sweeps.plan.trials import Trial
 from sweeps.reports import Failure, Finished, Found, Raised, Scope, StageDone, Started
 from sweeps.schedule import gate as gate_module

@@ -7,7 +7,8 @@ import pytest
 
 from semformer.keys import StageKey
 from semformer.store import Store
-from tests.artifacts import SPEC, build, caae, make_weights, segmentor, visible
+from semformer.store.reasons import reasons
+from tests.artifacts import SPEC, build, caae, make_weights, segmentor, visible, why
 
 
 def test_digest_is_the_sha256_of_canonical_json():
@@ -72,19 +73,19 @@ def test_a_key_does_not_follow_later_changes_of_its_spec():
 
 
 def test_why_names_what_changed_since_the_nearest_artifact(store):
-    assert store.why(caae()) == "nothing published for this stage yet"
+    assert why(store, caae()) == "nothing published for this stage yet"
     build(store, caae(), make_weights)
     build(store, caae(decoder_depth=2, merge="max"), make_weights)
-    assert store.why(caae()) == "already published"
-    assert store.why(caae(decoder_depth=8.0)) == "caae.decoder_depth 8 -> 8.0"
-    assert store.why(caae(decoder_depth=4)) == "caae.decoder_depth 8 -> 4"
-    assert store.why(caae(merge="max", decoder_depth=3)) == "caae.decoder_depth 2 -> 3"
-    assert store.why(caae(lr=0.2, merge="mean")) == "caae.lr 0.1 -> 0.2, caae.merge sum -> mean"
-    assert store.why(caae(extra=[1, 2])) == "caae.extra unset -> [1, 2]"
-    assert store.why(StageKey("caae", {**SPEC, "seed": 1})) == "seed 0 -> 1"
-    assert store.why(StageKey("caae", {**SPEC, "version": 2})) == "caae code version 1 -> 2"
-    assert store.why(StageKey("caae", {**SPEC, "data": {"train": "d1"}})) == "data train changed"
-    assert store.why(caae(a=1, b=1, c=1, d=1, e=1, f=1)).endswith("caae.d unset -> 1, and 2 more")
+    assert why(store, caae()) == "already published"
+    assert why(store, caae(decoder_depth=8.0)) == "caae.decoder_depth 8 -> 8.0"
+    assert why(store, caae(decoder_depth=4)) == "caae.decoder_depth 8 -> 4"
+    assert why(store, caae(merge="max", decoder_depth=3)) == "caae.decoder_depth 2 -> 3"
+    assert why(store, caae(lr=0.2, merge="mean")) == "caae.lr 0.1 -> 0.2, caae.merge sum -> mean"
+    assert why(store, caae(extra=[1, 2])) == "caae.extra unset -> [1, 2]"
+    assert why(store, StageKey("caae", {**SPEC, "seed": 1})) == "seed 0 -> 1"
+    assert why(store, StageKey("caae", {**SPEC, "version": 2})) == "caae code version 1 -> 2"
+    assert why(store, StageKey("caae", {**SPEC, "data": {"train": "d1"}})) == "data train changed"
+    assert why(store, caae(a=1, b=1, c=1, d=1, e=1, f=1)).endswith("caae.d unset -> 1, and 2 more")
     assert visible(Store(store.root)) != []
 
 
@@ -94,8 +95,8 @@ def test_why_looks_into_changed_inputs(store):
     changed = caae(decoder_depth=4)
 
     inside = "input caae changed (decoder_depth 8 -> 4)"
-    assert store.why(segmentor(changed)) == "input caae changed"  # nothing is known of this input
-    told = store.why_many([changed, segmentor(changed), segmentor(changed, sigma=0.2), caae()])
+    assert why(store, segmentor(changed)) == "input caae changed"  # nothing is known of this input
+    told = reasons(store, [changed, segmentor(changed), segmentor(changed, sigma=0.2), caae()])
     assert list(told.values()) == [
         "caae.decoder_depth 8 -> 4",
         inside,
@@ -110,7 +111,7 @@ def test_why_looks_into_changed_inputs(store):
     build(store, changed, make_weights)
     build(store, segmentor(changed), make_weights)
     fresh = Store(store.root)
-    assert fresh.why(cams(segmentor(changed))) == f"input segmentor changed ({inside})"
+    assert why(fresh, cams(segmentor(changed))) == f"input segmentor changed ({inside})"
 
 
 def test_why_compares_with_the_artifact_whose_inputs_are_nearest(store):
@@ -119,7 +120,7 @@ def test_why_compares_with_the_artifact_whose_inputs_are_nearest(store):
         build(store, source, make_weights)
         build(store, segmentor(source), make_weights)
     wanted = caae(decoder_depth=4)
-    told = store.why_many([wanted, segmentor(wanted)])
+    told = reasons(store, [wanted, segmentor(wanted)])
     assert told[segmentor(wanted)] == "input caae changed (decoder_depth 8 -> 4)"
 
 
@@ -127,6 +128,6 @@ def test_why_of_many_asks_the_store_for_none_of_them(either, monkeypatch):
     build(either, caae(), make_weights)
     requests, real = [], either.storage.retry
     monkeypatch.setattr(either.storage, "retry", lambda call: requests.append(call) or real(call))
-    told = either.why_many([caae(lr=n) for n in range(100)])
+    told = reasons(either, [caae(lr=n) for n in range(100)])
     assert {why.partition(" 0.1 -> ")[0] for why in told.values()} == {"caae.lr"}
     assert len(requests) < 10

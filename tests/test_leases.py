@@ -8,9 +8,9 @@ import time
 
 import pytest
 
-from semformer.leases import LeaseHeld, LeaseLost, is_alive
-from semformer.storage import StorageUnreachable
 from semformer.store import Store, open_store
+from semformer.store.leases import LeaseHeld, LeaseLost, is_alive
+from semformer.store.storage import StorageUnreachable
 from tests.artifacts import build, caae, damage, eventually, flip_a_bit, make_weights, outputs, segmentor
 
 HOLD = """

@@ -9,6 +9,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from semformer import pipeline
@@ -16,9 +17,9 @@ from semformer.cli import main
 from semformer.config import load_config
 from semformer.data.shapes import make_shapes
 from semformer.errors import UserError
-from semformer.leases import LeaseLost
 from semformer.stages.training import TrainingDiverged
 from semformer.store import Store
+from semformer.store.leases import LeaseLost
 
 CPU = torch.device("cpu")
 NAMES = [stage.name for stage in pipeline.STAGES]
@@ -330,6 +331,34 @@ def test_predict_draws_a_picture_per_image(finished, shapes, tmp_path):
     assert (tmp_path / "val_000000.png").stat().st_size > 1000
     assert main(["predict", str(image), *common]) == 0
     assert main(["predict", str(image), "--classes", "dragon", *common]) == 2
+
+
+def test_predict_takes_a_network_by_its_key_without_the_data(finished, tmp_path, capsys):
+    """As whoever has a trial's key from MLflow, or from a registered version, and the store."""
+    store, runs = finished
+    image = tmp_path / "photo.png"
+    Image.new("RGB", (70, 50), "red").save(image)
+    arguments = ["predict", str(image), "--store", str(store.root), "--network"]
+    for stage in ("segmentor", "evaluate"):
+        assert main([*arguments, runs[stage].key[:16], "--out", str(tmp_path / stage)]) == 0
+        assert (tmp_path / stage / "photo.png").stat().st_size > 1000
+    assert main([*arguments, "0123"]) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "--network 0123: in " in told
+    assert "no segmentation network, maps or scores have a key that begins so" in told
+
+
+def test_predict_with_an_imported_network_needs_no_images(finished, shapes, tmp_path, capsys, monkeypatch):
+    file = tmp_path / "segmentor.pth"
+    torch.save(to_published("segmentor", weights(finished[1]["segmentor"])), file)
+    store = ["--preset", "micro", "--store", str(tmp_path / "store")]
+    assert main(["import-checkpoint", str(file), "--kind", "segmentor", "--data", str(shapes), *store]) == 0
+    monkeypatch.setattr(pipeline, "open_data", lambda *_: pytest.fail("images were looked for"))
+    arguments = ["predict", str(shapes / "VOC2012/JPEGImages/val_000000.jpg"), *store, "--out", str(tmp_path / "maps")]
+    arguments += ["--set", f"segmentor.checkpoint={file}"]
+    assert main([*arguments, "--classes", "disc"]) == 0
+    assert main(arguments) == 2
+    assert "name the --classes in the images" in " ".join(capsys.readouterr().err.split())
 
 
 def test_predict_without_a_trained_network_says_how_to_get_one(shapes, tmp_path, capsys):

@@ -55,9 +55,8 @@ def test_mlflow_loads_the_network_and_gets_our_logits(registered, n_images):
     )
     uri, size = f"models:/{DEFAULT_NAME}/{version.version}", trial.config.segmentor.image_size
     images = np.random.default_rng(1).standard_normal((n_images, 3, size, size), dtype=np.float32)
-    n_classes = len(mlflow.models.get_model_info(uri).metadata["classes"])
     artifact = registered.store.find(trial.keys["segmentor"])
-    ours = segmentor.load(trial.config, artifact, n_classes=n_classes, device=torch.device("cpu"))
+    ours = segmentor.load(trial.config.segmentor, artifact, device=torch.device("cpu"))
     expected = ours(torch.from_numpy(images))[0].numpy()
 
     np.testing.assert_allclose(mlflow.pyfunc.load_model(uri).predict(images), expected, atol=1e-5)

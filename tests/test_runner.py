@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from semformer.errors import MachineError, StoreError, UserError
-from semformer.storage import StorageUnreachable
 from semformer.store import Store
+from semformer.store.storage import StorageUnreachable
 from sweeps.cluster.connect import connect
 from sweeps.cluster.runner import run_trials
 from sweeps.cluster.trial import reporting, scope_of

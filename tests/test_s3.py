@@ -17,9 +17,8 @@ from semformer import cli, pipeline
 from semformer.config import load_config
 from semformer.data.shapes import make_shapes
 from semformer.errors import MachineError, StoreError, UserError
-from semformer.s3 import IN_USE
-from semformer.storage import Folder, StorageUnreachable
-from semformer.store import open_store
+from semformer.store import StorageUnreachable, open_store
+from semformer.store.cache import IN_USE, Cache
 from tests.artifacts import build, caae, eventually, fill, make_weights, visible
 
 
@@ -76,13 +75,13 @@ def test_the_least_recently_used_files_leave_a_full_cache_and_come_back_when_rea
 def test_a_cache_with_room_is_not_looked_through_for_each_file(node, monkeypatch):
     store, other = node("a"), node("b")
     artifacts = [build(store, caae(decoder_depth=n), make_weights) for n in range(3)]
-    looks, real = [], Folder.entries
-    monkeypatch.setattr(Folder, "entries", lambda self, prefix: looks.append(prefix) or real(self, prefix))
+    looks, real = [], Cache._files
+    monkeypatch.setattr(Cache, "_files", lambda self: looks.append(self.root) or real(self))
     for artifact in artifacts:
         found = other.find(artifact.key, verify=False)
         for name in artifact.files:
             found.file(name)
-    assert looks == ["caae/"]
+    assert looks == [other.root]
 
 
 def test_checkpoints_saved_on_one_node_are_resumed_from_on_another(node):

@@ -13,9 +13,21 @@ import pytest
 
 from semformer.errors import StoreError
 from semformer.keys import StageKey
-from semformer.leases import machine
 from semformer.store import DamagedArtifact, Store, open_store
-from tests.artifacts import build, caae, damage, fill, flip_a_bit, make_weights, outputs, publish, segmentor, visible
+from semformer.store.processes import machine
+from tests.artifacts import (
+    build,
+    caae,
+    damage,
+    fill,
+    flip_a_bit,
+    make_weights,
+    outputs,
+    publish,
+    segmentor,
+    visible,
+    why,
+)
 
 # Publish and find
 
@@ -127,16 +139,16 @@ def test_a_damaged_artifact_is_reported_kept_aside_and_rebuilt(either, tmp_path,
     assert reason in caplog.text
     (aside,) = {name.split("/")[1] for name in either.storage.entries("damaged/")}
     assert aside.startswith(f"caae-{key.short}-")
-    assert either.why(key) == f"the published artifact was damaged (moved to {either.location}/damaged/{aside})"
+    assert why(either, key) == f"the published artifact was damaged (moved to {either.location}/damaged/{aside})"
 
     rebuilt = build(either, key, make_weights)
     assert rebuilt.files == good.files
     assert either.find(key) == rebuilt
-    assert either.why(key) == "already published"
+    assert why(either, key) == "already published"
 
 
 def test_a_slow_reader_of_damage_leaves_the_rebuilt_artifact_alone(either, tmp_path, monkeypatch):
-    key, other, module = caae(), open_store(either.location), sys.modules[type(either).__module__]
+    key, other, module = caae(), open_store(either.location), sys.modules[Store.__module__]
     real = module.check_size
     damage(build(either, key, make_weights), flip_a_bit, tmp_path / "scratch")
 

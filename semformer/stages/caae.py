@@ -79,9 +79,10 @@ def build(options: CaaeConfig, *, n_classes: int) -> CAAE:
     )
 
 
-def load(options: CaaeConfig, artifact: Artifact, *, n_classes: int, device: torch.device) -> CAAE:
+def load(options: CaaeConfig, artifact: Artifact, *, device: torch.device) -> CAAE:
     """The trained network, in evaluation mode and frozen."""
+    state = load_file(artifact.file(WEIGHTS))
     untrained = options.model_copy(update={"pretrained": False, "weights": ""})
-    model = build(untrained, n_classes=n_classes)
-    load_state(model, load_file(artifact.file(WEIGHTS)), str(artifact.path))
+    model = build(untrained, n_classes=len(state["semantics_weight"]))
+    load_state(model, state, str(artifact.path))
     return model.to(device).eval().requires_grad_(False)

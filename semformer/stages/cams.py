@@ -25,7 +25,7 @@ PICTURES = "pictures.safetensors"
 
 def run(config: Config, data: Split, segmentor: Artifact, ctx: Context) -> dict[str, Any]:
     """Makes `maps-*.safetensors` (float16), and all kinds of maps of the first images, to be drawn."""
-    model = segmentor_stage.load(config, segmentor, n_classes=len(data.classes), device=ctx.device)
+    model = segmentor_stage.load(config.segmentor, segmentor, device=ctx.device)
     started = time.monotonic()
     shard: dict[str, Tensor] = {}
     for i, image_id in enumerate(data.ids):

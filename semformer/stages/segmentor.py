@@ -36,7 +36,7 @@ log = logging.getLogger(__name__)
 
 
 def run(config: Config, data: Split, caae: Artifact, ctx: Context) -> dict[str, Any]:
-    """Makes `segmentor.safetensors`. Returns the loss terms per epoch."""
+    """Makes `segmentor.safetensors`. Returns the loss terms per epoch, and the names of the classes."""
     options = config.segmentor
     n_classes = len(data.classes)
     torch.manual_seed(config.seed)
@@ -45,7 +45,7 @@ def run(config: Config, data: Split, caae: Artifact, ctx: Context) -> dict[str, 
     if options.checkpoint:
         load_published(model, "segmentor", options.checkpoint)
     else:
-        guide = caae_stage.load(config.caae, caae, n_classes=n_classes, device=ctx.device)
+        guide = caae_stage.load(config.caae, caae, device=ctx.device)
 
         def sample(i, rng):
             crop, region = segmentor_crop(data.image(i), options, rng)
@@ -76,7 +76,7 @@ def run(config: Config, data: Split, caae: Artifact, ctx: Context) -> dict[str, 
         if best:
             best.restore()
     save_file(model.state_dict(), ctx.out / WEIGHTS)
-    return {"history": history}
+    return {"history": history, "classes": list(data.classes)}
 
 
 def reads_masks(config: Config) -> bool:
@@ -218,9 +218,11 @@ def build(options: SegmentorConfig, *, n_classes: int, class_dim: int) -> Segmen
     return Segmentor(backbone, n_classes=n_classes, class_dim=class_dim, token_dropout=options.token_dropout)
 
 
-def load(config: Config, artifact: Artifact, *, n_classes: int, device: torch.device) -> Segmentor:
+def load(options: SegmentorConfig, artifact: Artifact, *, device: torch.device) -> Segmentor:
     """The trained network, in evaluation mode and frozen."""
-    options = config.segmentor.model_copy(update={"pretrained": False, "weights": ""})
-    model = build(options, n_classes=n_classes, class_dim=config.caae.class_dim)
-    load_state(model, load_file(artifact.file(WEIGHTS)), str(artifact.path))
+    state = load_file(artifact.file(WEIGHTS))
+    untrained = options.model_copy(update={"pretrained": False, "weights": ""})
+    n_classes, _, class_dim = state["class_head_weight"].shape
+    model = build(untrained, n_classes=n_classes, class_dim=class_dim)
+    load_state(model, state, str(artifact.path))
     return model.to(device).eval().requires_grad_(False)

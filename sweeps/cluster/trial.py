@@ -18,7 +18,7 @@ import ray
 from ray import tune
 
 from semformer.errors import MachineError, StoreError, UserError
-from semformer.leases import LeaseLost
+from semformer.store.leases import LeaseLost
 from sweeps.cluster.board import Pin
 from sweeps.cluster.system import sample
 from sweeps.cluster.versions import difference

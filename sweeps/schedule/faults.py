@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from semformer.keys import StageKey
-from semformer.storage import StorageUnreachable
+from semformer.store.storage import StorageUnreachable
 from sweeps.plan.trials import Trial
 from sweeps.reports import Failure, Scope
 

@@ -21,9 +21,9 @@ from optuna.trial import FrozenTrial, TrialState
 
 from semformer.errors import UserError, first_line
 from semformer.keys import StageKey, differences
-from semformer.leases import Lease, LeaseHeld, LeaseHolder
 from semformer.secrets import without_password
 from semformer.store import Store
+from semformer.store.leases import Lease, LeaseHeld, LeaseHolder
 from sweeps.search.algorithms import Named, make_sampler
 
 log = logging.getLogger(__name__)

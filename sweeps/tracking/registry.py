@@ -17,7 +17,6 @@ from mlflow.entities import LoggedModelOutput, Run
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.types import Schema, TensorSpec
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from semformer.stages import segmentor
@@ -94,7 +93,5 @@ def register(uri: str, name: str, run: Run, trial: Trial, trained: Artifact, eva
 
 def activation_logits(trial: Trial, trained: Artifact) -> ActivationLogits:
     """The trained network of a trial as it is registered."""
-    with safe_open(trained.file(segmentor.WEIGHTS), framework="pt") as file:
-        n_classes = file.get_slice("patch_head.weight").get_shape()[0]
-    network = segmentor.load(trial.config, trained, n_classes=n_classes, device=torch.device("cpu"))
+    network = segmentor.load(trial.config.segmentor, trained, device=torch.device("cpu"))
     return ActivationLogits(network).eval()

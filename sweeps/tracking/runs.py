@@ -20,9 +20,9 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from semformer.errors import UserError
 from semformer.keys import StageKey
-from semformer.leases import Lease
 from semformer.secrets import without_password
 from semformer.store import Store
+from semformer.store.leases import Lease
 from sweeps.tracking.connection import TAG, connecting, open_experiment, search_runs
 
 METRICS_A_CALL, PARAMS_A_CALL, TAGS_A_CALL = 800, 100, 100  # MLflow takes 1000 items in all

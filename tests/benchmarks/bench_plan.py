@@ -15,10 +15,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
-from semformer.artifact import MANIFEST, make_manifest
 from semformer.keys import StageKey
-from semformer.s3 import S3Store
-from semformer.store import Store
+from semformer.store import Store, open_store
+from semformer.store.artifact import MANIFEST, make_manifest
+from semformer.store.folder import Folder
+from semformer.store.reasons import reasons
 from sweeps.plan.price import price
 from sweeps.plan.table import load_table
 from sweeps.plan.trials import distinct_stages, make_plan
@@ -54,12 +55,12 @@ def fill(store: Store, keys: Iterable[StageKey], empty: Path) -> None:
 
     def put(key: StageKey) -> None:
         manifest = make_manifest(key, empty, {"seconds": 60.0})
-        if isinstance(store, S3Store):
-            store.storage.write(f"manifests/{key.stage}/{key.digest}.json", manifest)
-        else:
+        if isinstance(store.storage, Folder):
             folder = store.root / key.stage / key.digest
             folder.mkdir(parents=True)
             (folder / MANIFEST).write_bytes(manifest)
+        else:
+            store.storage.write(f"manifests/{key.stage}/{key.digest}.json", manifest)
 
     with ThreadPoolExecutor(16) as pool:
         list(pool.map(put, keys))
@@ -93,7 +94,7 @@ def plan_with(store: Store, folder: Path) -> dict[str, float]:
     assert len(keys) == 3 * TRIALS + 1
     seconds["price it"], _ = timed(lambda: price(empty.trials, empty.cached, store, gpus=4))
     fill(store, keys, folder / "empty")
-    if isinstance(store, S3Store):
+    if not isinstance(store.storage, Folder):
         store.storage._client.meta.events.register("before-send.s3", lambda **request: time.sleep(LATENCY))
     seconds["plan a full store"], full = timed(plan)
     assert len(full.cached) == len(keys)
@@ -101,7 +102,7 @@ def plan_with(store: Store, folder: Path) -> dict[str, float]:
     other = make_plan([table], "micro", {"caae.merge": "max"}, (0,), None, store)
     assert not other.cached
     seconds["price what is not there"], _ = timed(lambda: price(other.trials, other.cached, store, gpus=4))
-    seconds["why all is to be made"], why = timed(lambda: store.why_many(distinct_stages(other.trials)))
+    seconds["why all is to be made"], why = timed(lambda: reasons(store, distinct_stages(other.trials)))
     assert why[other.trials[0].keys["caae"]] == "caae.merge sum -> max"
     return seconds
 
@@ -141,7 +142,7 @@ def run(folder: Path) -> dict[str, float]:
     server = S3Server()
     os.environ |= {"AWS_ENDPOINT_URL": server.url, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test"}
     try:
-        parts["bucket"] = plan_with(S3Store("s3://tests/many", folder / "cache"), folder)
+        parts["bucket"] = plan_with(open_store("s3://tests/many", cache=folder / "cache"), folder)
     finally:
         server.stop()
     return {f"{name}: {what}": value for name, part in parts.items() for what, value in part.items()}

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from semformer.keys import StageKey
-from semformer.leases import Lease
 from semformer.store import Store
+from semformer.store.leases import Lease
 from sweeps.cluster.trial import reporting
 from sweeps.reports import Finished, StageDone
 

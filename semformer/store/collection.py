@@ -1,29 +1,20 @@
-"""What a store still needs, and the removal of the rest.
+"""The removal of what no root needs any more.
 
-A root records what a sweep or study needs: the digests of its stages. Each of its drivers has one of its own, named
-"SWEEP.ID". What a root reaches, directly or as the input of something reached, is never removed. Leases stay: by their
-numbers, a holder that was away for long learns that another came after it.
+What a root reaches, directly or as the input of something reached, is never removed. Leases stay: by their numbers, a
+holder that was away for long learns that another came after it.
 """
 
-import json
-import logging
 import re
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
-from urllib.parse import quote, unquote
 
-from semformer.artifact import Artifact
 from semformer.errors import UserError
 from semformer.keys import DIGEST
-from semformer.leases import is_alive, machine
-from semformer.storage import Entry, Storage, at_once
-
-if TYPE_CHECKING:
-    from semformer.store import Store
-
+from semformer.store.artifact import Artifact
+from semformer.store.processes import is_alive, machine
+from semformer.store.storage import Entry, Storage, at_once
+from semformer.store.store import Store
 
 STAGE, WHOLE, SHORT = "(?P<stage>[a-z][a-z0-9_]*)", f"(?P<digest>{DIGEST})", "(?P<digest>[0-9a-f]{12})"
 NAMES = {
@@ -36,17 +27,6 @@ NAMES = {
     "artifacts": rf"{STAGE}/{WHOLE}",
 }
 """What the names begin with that belong to a kind of thing; the first that fits."""
-UNREADABLE = (ValueError, KeyError, TypeError)
-log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Root:
-    """What was recorded: the digests, when (ISO 8601), and what for."""
-
-    digests: frozenset[str]
-    kept: str
-    about: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -60,78 +40,18 @@ class Collected:
     names: tuple[str, ...]
 
 
-def keep(storage: Storage, name: str, digests: Iterable[str], about: Mapping[str, Any]) -> None:
-    """See `Store.keep`."""
-    digests = sorted(set(digests))
-    if bad := [digest for digest in digests if not re.fullmatch(DIGEST, digest)]:
-        raise ValueError(f"{bad[0]!r} is no digest of a stage")
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    content = json.dumps({"kept": now, "about": about, "digests": digests}, indent=1, allow_nan=False)
-    storage.write(_file(name), content.encode())
+def collect(
+    store: Store, *, apply: bool = False, grace: float = 24 * 3600.0, without: Collection[str] = ()
+) -> list[Collected]:
+    """What no root reaches and nobody has touched for `grace` seconds; removed only with `apply`.
 
-
-def kept(storage: Storage, name: str) -> Root | None:
-    """See `Store.kept`."""
-    try:
-        return _parse(storage.read(_file(name))[0])
-    except FileNotFoundError:
-        return None
-    except UNREADABLE as error:
-        log.warning("%s in the store %s cannot be read (%r), and does not count", _file(name), storage.location, error)
-        return None
-
-
-def roots(storage: Storage, without: Iterable[str] = ()) -> dict[str, Root]:
-    """See `Store.roots`."""
-    found = {}
-    for name in sorted(set(_names(storage)).difference(*(_names_of(storage, sweep) for sweep in without))):
-        try:
-            found[name] = _parse(storage.read(_file(name))[0])
-        except FileNotFoundError:  # dropped meanwhile
-            continue
-        except UNREADABLE as error:
-            raise UserError(
-                f"{_file(name)} in the store {storage.location} cannot be read ({error!r}): resume its sweep, which "
-                "writes it anew, or remove it if nothing needs what it named"
-            ) from error
-    return found
-
-
-def drop(storage: Storage, sweep: str) -> None:
-    """See `Store.drop`."""
-    for name in _names_of(storage, sweep):
-        storage.remove(_file(name))
-
-
-def _names(storage: Storage) -> list[str]:
-    return [unquote(file.removeprefix("roots/").removesuffix(".json")) for file in storage.entries("roots/")]
-
-
-def _names_of(storage: Storage, sweep: str) -> list[str]:
-    """Of a sweep's roots; raises UserError if there is none."""
-    names = _names(storage)
-    found = [name for name in names if name == sweep or name.rpartition(".")[:2] == (sweep, ".")]
-    if not found:
-        known = ", ".join(sorted(names)) or "nobody"
-        raise UserError(f"the store {storage.location} keeps nothing for {sweep!r}, only for {known}")
-    return found
-
-
-def _parse(content: bytes) -> Root:
-    """Raises one of UNREADABLE."""
-    told = json.loads(content)
-    return Root(frozenset(told["digests"]), told["kept"], told["about"])
-
-
-def _file(name: str) -> str:
-    return f"roots/{quote(name, safe='')}.json"
-
-
-def collect(store: "Store", *, apply: bool, grace: float, without: Collection[str] = ()) -> list[Collected]:
-    """See `Store.collect`. A root that is written meanwhile counts, unless that happens during the removal itself."""
+    The roots of the sweeps named in `without` do not count. One that is written meanwhile does, unless that happens
+    during the removal itself. Raises UserError as `Roots.all` does, and if nothing was ever recorded, for then nothing
+    says what is needed.
+    """
     groups = _groups(store)
     live = store.leases.live()
-    known = roots(store.storage, without)
+    known = store.roots.all(without=without)
     if not known and not without:
         raise UserError(
             f"the store {store.location} has no roots, so nothing says what is needed and nothing is removed: "
@@ -151,7 +71,7 @@ def collect(store: "Store", *, apply: bool, grace: float, without: Collection[st
         for (stage, digest, why), things in reasons.items()
     ]
     if apply:
-        late = set().union(*(root.digests for root in roots(store.storage, without).values())) - wanted
+        late = set().union(*(root.digests for root in store.roots.all(without=without).values())) - wanted
         reached, _ = _reach(store, groups, late)
         collected = [item for item in collected if item.digest not in reached]
         names = [name for item in collected for name in item.names]
@@ -166,13 +86,13 @@ def _remove(storage: Storage, name: str) -> None:
     storage.remove_folder(name)
 
 
-def _groups(store: "Store") -> dict[tuple[str, str, str], dict[str, Entry]]:
+def _groups(store: Store) -> dict[tuple[str, str, str], dict[str, Entry]]:
     """(kind, stage, digest or its start) -> name, size and age of the files and folders kept or removed as a whole.
 
     What is not named as the store names its files is left alone.
     """
     groups: dict[tuple[str, str, str], dict[str, Entry]] = defaultdict(dict)
-    patterns = {**NAMES, "artifacts": f"{NAMES['artifacts']}{store.BELOW_DIGEST}"}
+    patterns = {**NAMES, "artifacts": f"{NAMES['artifacts']}{store.storage.BELOW_DIGEST}"}
     for file, entry in store.storage.entries("").items():
         for kind, pattern in patterns.items():
             if match := re.match(f"({pattern})(/|$)", file):
@@ -184,7 +104,7 @@ def _groups(store: "Store") -> dict[tuple[str, str, str], dict[str, Entry]]:
 
 
 def _reach(
-    store: "Store", groups: Mapping[tuple[str, str, str], object], wanted: set[str]
+    store: Store, groups: Mapping[tuple[str, str, str], object], wanted: set[str]
 ) -> tuple[set[str], dict[str, str | None]]:
     """`wanted` with all inputs; and of what of it is published, the name of its files' folder (None: unreadable)."""
     stages = {digest: stage for kind, stage, digest in groups if kind == "artifacts"}

@@ -23,21 +23,20 @@ class DamagedArtifact(Exception):
 class Artifact:
     """A published result; `info` is what its maker noted (seconds, metrics...), with `created` and `host`.
 
-    Where the store is a bucket, `path` is in its local cache, and `file` fetches what is not there.
+    `path` is in the store's folder on this machine: where the store is a bucket, `file` fetches what is not there.
     """
 
     key: StageKey
     path: Path
     info: Mapping[str, Any]
     files: Mapping[str, Mapping[str, Any]]  # name -> {"size": bytes, "sha256": hex}
-    fetch: Callable[["Artifact", str], None] | None = field(default=None, compare=False, repr=False)
+    have: Callable[["Artifact", str], None] = field(default=lambda artifact, name: None, compare=False, repr=False)
 
     def file(self, name: str) -> Path:
         """Path of one file; raises DamagedArtifact if the manifest does not list it, or it cannot be fetched intact."""
         if name not in self.files:
             raise DamagedArtifact(f"{self.key} in {self.path} has no file {name}, only {sorted(self.files)}")
-        if self.fetch:
-            self.fetch(self, name)
+        self.have(self, name)
         return self.path / name
 
 
@@ -101,6 +100,11 @@ def check_contents(name: str, path: Path, told: Mapping[str, Any]) -> None:
     """Raises DamagedArtifact unless the file at `path` has the sha256 that the manifest tells."""
     if sha256(path) != told["sha256"]:
         raise DamagedArtifact(f"{name} was altered: its sha256 is not the published one")
+
+
+def aside(key: StageKey) -> str:
+    """A name for the artifact of `key` where damaged ones are kept."""
+    return f"damaged/{key.stage}-{key.short}-{datetime.now(UTC):%Y%m%dT%H%M%S.%f}"
 
 
 def sha256(path: Path) -> str:

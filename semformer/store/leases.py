@@ -7,7 +7,6 @@ Numbers count up. The newest file of a key alone counts, and it is not removed: 
 stale holder can only ever touch its own file. Names and ages, which one listing tells, say what is being built.
 """
 
-import hashlib
 import json
 import logging
 import os
@@ -19,13 +18,12 @@ from collections import defaultdict
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import NamedTuple, Self
 
 from semformer.errors import UserError
 from semformer.keys import DIGEST, StageKey
-from semformer.storage import Storage
+from semformer.store.processes import is_alive, machine
+from semformer.store.storage import Storage
 
 NAME = re.compile(rf"leases/(?P<digest>{DIGEST})/(?P<number>\d+)(?P<released>\.released)?")
 log = logging.getLogger(__name__)
@@ -216,23 +214,3 @@ def _by_key(names: Iterable[str]) -> dict[str, list[LeaseFile]]:
         if match := NAME.fullmatch(name):
             found[match["digest"]].append(LeaseFile(int(match["number"]), bool(match["released"]), name))
     return found
-
-
-@cache
-def machine() -> str:
-    """Names the set of processes among which a pid is unique: the host, its boot and the pid namespace."""
-    parts = [socket.gethostname()]
-    with suppress(OSError):  # not Linux
-        parts += [Path("/proc/sys/kernel/random/boot_id").read_text(), os.readlink("/proc/self/ns/pid")]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
-
-
-def is_alive(pid: int) -> bool:
-    """Whether a process of this `machine` still runs."""
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except PermissionError:
-        pass
-    return True

@@ -3,21 +3,23 @@
 import json
 from collections.abc import Callable, Iterable, Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from semformer.artifact import Artifact
 from semformer.keys import StageKey, differences, flat
-
-if TYPE_CHECKING:
-    from semformer.store import Store
+from semformer.store.artifact import Artifact
+from semformer.store.store import Store
 
 NEAREST = 50
 """So many of a stage's newest artifacts are compared with."""
 Spec = Mapping[str, Any]
 
 
-def reasons(store: "Store", keys: Iterable[StageKey]) -> dict[StageKey, str]:
-    """See `Store.why_many`."""
+def reasons(store: Store, keys: Iterable[StageKey]) -> dict[StageKey, str]:
+    """Why each of the keys must be made, beside the published artifact of the same stage that differs least.
+
+    "caae.decoder_depth 8 -> 4", "input caae changed (decoder_depth 8 -> 4)" (published -> wanted). What changed inside
+    an input is told if its key is one of them, or is published.
+    """
     keys = list(keys)
     published = {stage: store.newest_first(stage) for stage in {key.stage for key in keys}}
     there = {digest for digests in published.values() for digest in digests}
@@ -44,7 +46,7 @@ def reasons(store: "Store", keys: Iterable[StageKey]) -> dict[StageKey, str]:
     return {key: reason(key) for key in keys}
 
 
-def _specs(store: "Store", keys: Iterable[StageKey], newest: Mapping[str, Iterable[str]]) -> dict[str, Spec]:
+def _specs(store: Store, keys: Iterable[StageKey], newest: Mapping[str, Iterable[str]]) -> dict[str, Spec]:
     """Of the keys, of the newest artifacts of their stages, and of all that these were made from, by digest."""
     known = {key.digest: key.spec for key in keys}
     names = {(stage, digest) for stage, digests in newest.items() for digest in digests}

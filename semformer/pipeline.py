@@ -8,6 +8,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -184,7 +185,8 @@ def run(
 
     missing = {key.stage for key in to_make(keys, is_there)}
     unread = [key for name, key in keys.items() if name not in missing | done.keys()]
-    done |= {key.stage: artifact for key, artifact in store.find_many(unread).items()}
+    with suppress(UserError):  # nothing needs them
+        done |= {key.stage: artifact for key, artifact in store.find_many(unread).items()}
 
     def make(stage: Stage, workspace: Path, check: Callable[[], None]) -> dict[str, Any]:
         ctx = Context(device, progress, workspace, store.checkpoints(keys[stage.name]), workers, check, probe)

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pydantic import ValidationError
 
 from semformer import draw, pipeline
 from semformer.config import Config
@@ -15,6 +16,9 @@ from semformer.errors import UserError
 from semformer.inference import MAP_KINDS, multi_scale_maps, present_classes
 from semformer.stages import caae, segmentor
 from semformer.store import Artifact, Store
+
+CHAIN = ("evaluate", "cams", "segmentor")
+"""From a trial's last stage to its network."""
 
 
 @dataclass(frozen=True)
@@ -45,20 +49,35 @@ def network_by_key(start: str, config: Config, store: Store) -> Network:
 
     Its options are those that it was made with; `config` has the rest. Raises UserError if that is none, or several.
     """
-    stages = ("segmentor", "cams", "evaluate")
-    names = [(stage, digest) for stage in stages for digest in store.published([stage]) if digest.startswith(start)]
+    begins = start.lower()
+    names = [(stage, digest) for stage in CHAIN for digest in store.published([stage]) if digest.startswith(begins)]
     if len(names) != 1:
         told = "several stages have" if names else "no segmentation network, maps or scores have"
         raise UserError(f"--network {start}: in {store.location}, {told} a key that begins so")
-    read = {one.key.stage: one for one in store.read_with_inputs(names).values() if isinstance(one, Artifact)}
-    found = {stage: store.find(read[stage].key) for stage in ("segmentor", "caae") if stage in read}
-    trained = found.get("segmentor")
-    if trained is None:
-        raise UserError(f"--network {start}: the segmentation network has gone from {store.location}")
-    params: dict[str, Any] = {stage: artifact.key.spec["params"] for stage, artifact in read.items()}
+    ((first, digest),) = names
+    read: dict[str, Artifact] = {}
+    for stage in CHAIN[CHAIN.index(first) :]:
+        one = store.read_many([(stage, digest)]).get(digest)
+        artifact = store.find(one.key) if isinstance(one, Artifact) else None
+        if artifact is None:
+            raise UserError(
+                f"--network {start}: its {stage} has gone from {store.location}, or is damaged. Name the key of the "
+                "segmentation network, or give --preset, --set and --data"
+            )
+        read[stage], digest = artifact, next(iter(artifact.key.inputs.values()), "")
+    trained = read["segmentor"]
+    source = store.read_many(trained.key.inputs.items()).get(digest)
+    guide = store.find(source.key) if isinstance(source, Artifact) else None
+    made = [*read.values(), *filter(None, [guide])]
+    params: dict[str, Any] = {artifact.key.stage: artifact.key.spec["params"] for artifact in made}
     precision = trained.key.spec.get("precision", config.precision)
-    made_with = Config.model_validate({**config.model_dump(), **params, "precision": precision})
-    return Network(made_with, tuple(trained.info["classes"]), trained, found.get("caae"))
+    try:
+        made_with = Config.model_validate({**config.model_dump(), **params, "precision": precision})
+        return Network(made_with, tuple(trained.info["classes"]), trained, guide)
+    except (KeyError, ValidationError) as error:
+        raise UserError(
+            f"--network {start} was made by another version, with other options: give --preset, --set and --data"
+        ) from error
 
 
 def draw_maps(
@@ -76,7 +95,10 @@ def draw_maps(
         if network.caae is None:
             raise UserError("this network knows no class semantics: name the --classes in the images")
         S = caae.load(config.caae, network.caae, device=device).semantics
-    out.mkdir(parents=True, exist_ok=True)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be a folder: {error.strerror}") from error
     for path in images:
         image = read_image(path)
         present = present_classes(model, S, image, config) if indices is None else np.array(indices)

@@ -131,6 +131,15 @@ def test_who_was_away_for_long_learns_that_another_came_after_it(tmp_path):
         assert not third.lost
 
 
+def test_a_half_written_artifact_goes_though_a_root_reaches_it(tmp_path):
+    store = Store(tmp_path / "store")
+    place = store.root / "caae" / KEPT.digest
+    place.mkdir(parents=True)
+    (place / "weights.bin").write_bytes(b"half")
+    store.roots.keep("search", [KEPT.digest])
+    assert told(collect(store, grace=0)) == {("caae", KEPT.digest, "left by a publisher that did not finish")}
+
+
 def test_files_that_are_not_the_stores_stay(store):
     foreign = ["notes.txt", "results/run1/table.csv", "tmp/mine/notes.txt", "caae/notes.txt", "leases/README"]
     for name in foreign:

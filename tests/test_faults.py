@@ -118,10 +118,10 @@ def test_a_node_that_lacks_something_is_kept_from_all_work_and_fails_no_row(stor
     sweep = Sweep([trial("a", caae="x"), trial("b", caae="x"), trial("c")], store)
     assert [sweep.start(), sweep.start()] == ["a", "c"]
     sweep.fails("1", "", Scope.NODE, "n1")
-    assert sweep.faults.avoided_by(trial("c")) == {}  # once may be chance
+    assert sweep.gate.avoided_by(trial("c")) == {}  # once may be chance
     sweep.fails("2", "", Scope.NODE, "n1")
     assert [(row, event) for row, event, _ in sweep.heard] == [("a", "Retried"), ("c", "Retried")]
-    assert sweep.faults.avoided_by(trial("c")) == {"n1": "node n1: Oops: it broke on n1"}
+    assert sweep.gate.avoided_by(trial("c")) == {"n1": "node n1: Oops: it broke on n1"}
     assert {sweep.start(), sweep.start()} == {"a", "c"}
     for n in ("3", "4"):
         sweep.works(n, "n2")
@@ -133,8 +133,8 @@ def test_a_stage_that_does_not_fit_a_node_is_tried_on_another_which_takes_other_
     sweep = Sweep([trial("a"), trial("b")], store)
     assert sweep.start() == "a"
     sweep.fails("1", "caae", Scope.NODE, "n1")
-    assert list(sweep.faults.avoided_by(trial("a"))) == ["n1"]
-    assert sweep.faults.avoided_by(trial("b")) == {}
+    assert list(sweep.gate.avoided_by(trial("a"))) == ["n1"]
+    assert sweep.gate.avoided_by(trial("b")) == {}
     sweep.start()
     sweep.fails("2", "caae", Scope.NODE, "n2")
     row, event, reason = sweep.heard[-1]
@@ -155,11 +155,11 @@ def test_a_stage_that_was_made_elsewhere_keeps_nobody_from_the_node_where_it_fai
     sweep = Sweep([trial("a", caae="x"), trial("b", caae="x")], store)
     assert sweep.start() == "a"
     sweep.fails("1", "caae", Scope.NODE, "n1")
-    assert list(sweep.faults.avoided_by(trial("b", caae="x"))) == ["n1"]
+    assert list(sweep.gate.avoided_by(trial("b", caae="x"))) == ["n1"]
     assert sweep.start() == "a"
     sweep.works("2", "n2")
     sweep.makes("2", "caae")
-    assert sweep.faults.avoided_by(trial("b", caae="x")) == {}
+    assert sweep.gate.avoided_by(trial("b", caae="x")) == {}
 
 
 def test_on_a_single_machine_a_stage_that_does_not_fit_fails_at_once(store):

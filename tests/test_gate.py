@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from semformer.errors import StoreError
 from semformer.keys import StageKey
 from semformer.store import Store
 from semformer.store.storage import StorageUnreachable
@@ -146,6 +147,35 @@ def test_a_broken_stage_fails_only_those_for_which_it_must_be_made(store):
     sweep.fails("1", "caae", Scope.STAGE)
     assert [(row, event) for row, event, _ in sweep.heard] == [("a", "Failed")]
     assert sweep.start() == "b"
+
+
+def test_nodes_that_failed_on_a_stage_are_avoided_only_where_that_must_be_made(store):
+    a, b = chain("a", "shared"), chain("b", "shared")
+    publish(store, a.keys["segmentor"])
+    sweep = Sweep([b, a], store, published={a.keys["segmentor"].digest}, room=lambda: 1)
+    for n, node in enumerate(sweep.nodes, 1):
+        assert sweep.start() == "b"
+        sweep.works(str(n), node)
+        sweep.fails(str(n), "caae", Scope.NODE, node=node)
+    assert sweep.start() == "a"
+    assert ("a", "Failed") not in [(row, event) for row, event, _ in sweep.heard]
+
+
+def test_a_stage_that_cannot_be_read_and_that_nothing_needs_disturbs_nothing(store, monkeypatch):
+    a, told = chain("a", "shared"), []
+    for key in a.keys.values():
+        publish(store, key)
+    real = store.find
+
+    def forbidden(key, **options):
+        if key.stage == "caae":
+            raise StoreError("Permission denied")
+        return real(key, **options)
+
+    monkeypatch.setattr(store, "find", forbidden)
+    sweep = Sweep([a], store, tell=lambda trial, report: told.append(report))
+    assert sweep.start() == FINISHED
+    assert told == [Found(("segmentor", "cams", "evaluate"))]
 
 
 def test_what_was_published_and_has_gone_is_made(store):

@@ -348,6 +348,27 @@ def test_predict_takes_a_network_by_its_key_without_the_data(finished, tmp_path,
     assert "no segmentation network, maps or scores have a key that begins so" in told
 
 
+def test_predict_by_a_key_that_leads_nowhere_says_where_it_ends(finished, tmp_path, capsys):
+    store = Store(shutil.copytree(finished[0].root, tmp_path / "store"))
+    runs = finished[1]
+
+    def told(stage, *options) -> str:
+        key = runs[stage].key[:20].upper()
+        image = tmp_path / "photo.png"
+        Image.new("RGB", (70, 50)).save(image)
+        assert main(["predict", str(image), "--network", key, "--store", str(store.root), *options]) == 2
+        return " ".join(capsys.readouterr().err.split())
+
+    (tmp_path / "file").touch()
+    assert "cannot be a folder" in told("segmentor", "--out", str(tmp_path / "file"))
+    shutil.rmtree(store.root / "caae")
+    assert "name the --classes in the images" in told("segmentor", "--out", str(tmp_path / "out"))
+    shutil.rmtree(store.root / "cams")
+    assert "its cams has gone from" in told("evaluate")
+    damage(store, runs["segmentor"], "segmentor.safetensors")
+    assert "its segmentor has gone from" in told("segmentor")
+
+
 def test_predict_with_an_imported_network_needs_no_images(finished, shapes, tmp_path, capsys, monkeypatch):
     file = tmp_path / "segmentor.pth"
     torch.save(to_published("segmentor", weights(finished[1]["segmentor"])), file)

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -54,6 +55,18 @@ def test_a_damaged_file_in_the_cache_is_fetched_again(node, caplog):
     path.write_bytes(b"WEIGHTS" * 1000)
     assert store.find(caae()).file("weights.bin").read_bytes() == b"weights" * 1000
     assert "damaged" not in caplog.text
+
+
+@pytest.mark.parametrize("gone", ["all", "files and workspaces"])
+def test_a_cache_that_was_removed_is_made_again_and_nothing_counts_as_damaged(node, caplog, gone):
+    store = node("a")
+    build(store, caae(), make_weights)
+    shutil.rmtree(store.root if gone == "all" else store.root / "tmp")
+    shutil.rmtree(store.root / "caae", ignore_errors=True)
+    assert store.find(caae()).file("weights.bin").read_bytes() == b"weights" * 1000
+    assert "damaged" not in caplog.text
+    shutil.rmtree(store.root)
+    assert build(store, caae(decoder_depth=4), make_weights)
 
 
 def test_the_least_recently_used_files_leave_a_full_cache_and_come_back_when_read(node):

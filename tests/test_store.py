@@ -5,8 +5,10 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -161,6 +163,76 @@ def test_a_slow_reader_of_damage_leaves_the_rebuilt_artifact_alone(either, tmp_p
     assert either.find(key) is None
     assert either.find(key) is not None
     assert len({name.split("/")[1] for name in either.storage.entries("damaged/")}) == 1
+
+
+def test_all_readers_of_damage_are_told_that_it_must_be_built(either, tmp_path, monkeypatch):
+    """One moves the artifact away while another still reads its files."""
+    key, other = caae(), open_store(either.location)
+    damage(build(either, key, make_weights), flip_a_bit, tmp_path / "scratch")
+    real = either.storage.have
+
+    def moved_away_meanwhile(artifact, name, *, verify=False):
+        monkeypatch.setattr(either.storage, "have", real)
+        assert other.find(key) is None
+        real(artifact, name, verify=verify)
+
+    monkeypatch.setattr(either.storage, "have", moved_away_meanwhile)
+    assert either.find(key) is None
+    assert len({name.split("/")[1] for name in either.storage.entries("damaged/")}) == 1
+
+
+@pytest.mark.parametrize("name", ["a file", "a link to nowhere", "a folder as the manifest", "an empty folder"])
+def test_what_is_no_artifact_makes_way_for_one(store, name):
+    """Also where the folder for damaged artifacts has been removed."""
+    place = store.root / "caae" / caae().digest
+    place.parent.mkdir()
+    {
+        "a file": lambda: place.write_text("mine"),
+        "a link to nowhere": lambda: place.symlink_to("/nowhere/x"),
+        "a folder as the manifest": lambda: (place / "manifest.json").mkdir(parents=True),
+        "an empty folder": place.mkdir,
+    }[name]()
+    shutil.rmtree(store.root / "damaged")
+    assert list(store.artifacts()) == []
+    assert build(store, caae(), make_weights)
+    assert len(list((store.root / "damaged").iterdir())) == 1
+
+
+def test_what_cannot_make_way_is_named(store, monkeypatch):
+    monkeypatch.setattr(store.storage, "publish", lambda *_: False)
+    with pytest.raises(StoreError, match=rf"caae .* cannot be published: remove what is in its place, {store.root}/"):
+        build(store, caae(), make_weights)
+
+
+def test_a_clock_of_another_user_is_replaced(store, monkeypatch):
+    real = Path.touch
+
+    def forbidden_once(path, *arguments):
+        if path.name == "clock":
+            raise PermissionError(errno.EPERM, "Operation not permitted", str(path))
+        real(path, *arguments)
+
+    before = (store.root / "clock").stat().st_ino
+    monkeypatch.setattr(Path, "touch", forbidden_once)
+    assert store.holder(caae()) is None
+    store.lease(caae()).release()
+    assert (store.root / "clock").stat().st_ino != before
+
+
+def test_a_store_that_is_away_while_it_is_published_into_is_waited_for(tmp_path):
+    store = Store(tmp_path / "store", patience=20)
+    workspace = store.workspace(caae())
+    info = make_weights(workspace, None, None)
+    real = store.storage.publish
+
+    def away_for_a_moment(*arguments):
+        os.rename(store.root, tmp_path / "away")
+        threading.Timer(0.5, lambda: os.rename(tmp_path / "away", store.root)).start()
+        return real(*arguments)
+
+    store.storage.publish = away_for_a_moment
+    store.publish(caae(), workspace, info)
+    assert store.find(caae())
 
 
 def test_planning_checks_sizes_but_reads_no_contents(either, tmp_path):

@@ -4,7 +4,6 @@ Legend: B images, K classes (0 is background), P pairs of (image, present class)
 """
 
 import logging
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -27,7 +26,7 @@ from semformer.models.segmentor import Segmentor
 from semformer.models.vit import build_backbone
 from semformer.stages import caae as caae_stage
 from semformer.stages.context import Context, Progress
-from semformer.stages.training import Checkpoint, train
+from semformer.stages.training import Checkpoint, train, write_whole
 from semformer.store import Artifact
 from semformer.weights import load_published, load_state
 
@@ -92,8 +91,7 @@ class BestEpoch:
 
     def __init__(self, model: Segmentor, data: Split, config: Config, ctx: Context):
         self.model, self.data, self.precision = model, data, config.precision
-        self.path, self.partial = ctx.checkpoints / "best.safetensors", ctx.out / "best.partial"
-        checkpoint = Checkpoint(ctx.checkpoints, ctx.out).path
+        self.path, checkpoint = ctx.checkpoints / "best.safetensors", Checkpoint(ctx.checkpoints).path
         if checkpoint.exists():
             try:
                 load_file(self.path)
@@ -105,8 +103,7 @@ class BestEpoch:
         self.model.eval()
         miou = map_miou(self.model, self.data, range(len(self.data)), self.precision)
         if epoch == 0 or miou > self._best():
-            save_file(self.model.state_dict(), self.partial, metadata={"miou": repr(miou)})
-            os.replace(self.partial, self.path)
+            write_whole(self.model.state_dict(), self.path, miou=repr(miou))
         return {"train_miou": miou}
 
     def _best(self) -> float:

@@ -7,6 +7,7 @@ number is drawn from (seed, epoch, index of the image) or (seed, epoch), so no g
 import json
 import logging
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -97,7 +98,7 @@ def train(
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
     optimizer = build_optimizer(model, config.optimizer, pretrained)
-    checkpoint = Checkpoint(ctx.checkpoints, ctx.out)
+    checkpoint = Checkpoint(ctx.checkpoints)
     history = checkpoint.load(model, optimizer)
     first_epoch = len(history.get("total", []))
     steps = config.epochs * len(loader)
@@ -214,22 +215,28 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, pretrained: nn.Mo
     return torch.optim.AdamW(groups)
 
 
+def write_whole(tensors: dict[str, Tensor], path: Path, **metadata: str) -> None:
+    """Write a safetensors file so that nobody sees a part of it, not even of one that two processes write at once."""
+    partial = path.with_suffix(f".{secrets.token_hex(4)}.partial")
+    try:
+        save_file(tensors, partial, metadata=metadata)
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 class Checkpoint:
-    """Model, optimiser and history after the last finished epoch, in one safetensors file.
+    """Model, optimiser and history after the last finished epoch, in one safetensors file."""
 
-    It is written in `scratch`, a folder of this process alone on the same file system.
-    """
-
-    def __init__(self, folder: Path, scratch: Path):
-        self.path, self.partial = folder / "checkpoint.safetensors", scratch / "checkpoint.partial"
+    def __init__(self, folder: Path):
+        self.path = folder / "checkpoint.safetensors"
 
     def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, history: dict[str, list[float]]) -> None:
         tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
         for index, slots in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in slots.items() if value is not None}
         tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        save_file(tensors, self.partial, metadata={"history": json.dumps(history)})
-        os.replace(self.partial, self.path)
+        write_whole(tensors, self.path, history=json.dumps(history))
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[float]]:
         """Restores both in place and returns the history: empty where there is no usable checkpoint."""

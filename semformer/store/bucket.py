@@ -201,22 +201,31 @@ class Bucket(Storage):
                 return f"{self.location}/{name}"
         return None
 
+    def sizes(self, artifact: Artifact) -> dict[str, int]:
+        place = f"{self._name(artifact)}/"
+        return {name.removeprefix(place): entry.size for name, entry in self.entries(place).items()}
+
     def have(self, artifact: Artifact, name: str, *, verify: bool = False) -> None:
         path, told = artifact.path / name, artifact.files[name]
-        if self._cache.has(path, told, verify=verify):
-            return
-        try:
+        if not self._cache.has(path, told, verify=verify):
             self._fetch(artifact.key, self._name(artifact, name), path, told)
-        except FileNotFoundError as error:
-            raise DamagedArtifact(f"{name} is missing") from error
-        self._cache.added([path])
+            self._cache.added([path])
+
+    def workspace(self, key: StageKey) -> Path:
+        """Also in a cache that somebody has removed."""
+        try:
+            return self.local.workspace(key)
+        except FileNotFoundError:
+            self.local.open()
+            return self.local.workspace(key)
 
     def checkpoints(self, key: StageKey) -> Path:
         name = f"checkpoints/{key.stage}/{key.digest}"
         folder = self.local.root / name
         folder.mkdir(parents=True, exist_ok=True)
         for saved in self.entries(f"{name}/"):
-            self._fetch(key, saved, self.local.root / saved)
+            with suppress(DamagedArtifact):  # removed meanwhile: what it led to is published
+                self._fetch(key, saved, self.local.root / saved)
         return folder
 
     def save_checkpoints(self, key: StageKey) -> None:
@@ -234,11 +243,14 @@ class Bucket(Storage):
             log.warning("the checkpoints of %s stay in the store: %s", key, error)
 
     def _fetch(self, key: StageKey, name: str, path: Path, told: Mapping[str, Any] | None = None) -> None:
-        """Whole or not at all; raises FileNotFoundError, or DamagedArtifact if it is not as `told`."""
-        workspace = self.local.workspace(key)
+        """Whole or not at all; raises DamagedArtifact if it is not there, or not as `told`."""
+        workspace = self.workspace(key)
         partial = workspace / path.name
         try:
-            self.download(name, partial)
+            try:
+                self.download(name, partial)
+            except FileNotFoundError as error:
+                raise DamagedArtifact(f"{path.name} is missing") from error
             if told:
                 check_size(path.name, partial.stat().st_size, told)
                 check_contents(path.name, partial, told)

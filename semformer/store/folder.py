@@ -34,6 +34,7 @@ class Folder(Storage):
         super().__init__(str(local.root), patience, local)
         self.root = local.root
         local.open("leases", "damaged", "checkpoints", "roots")
+        self._now()
 
     def is_away(self, error: Exception) -> bool:
         if not isinstance(error, OSError):
@@ -128,21 +129,22 @@ class Folder(Storage):
 
     @patiently
     def manifest(self, stage: str, digest: str) -> bytes:
-        folder = self.root / stage / digest
         try:
-            return (folder / MANIFEST).read_bytes()
-        except (FileNotFoundError, NotADirectoryError) as error:
-            if folder.exists():
-                raise DamagedArtifact(f"no {MANIFEST}: it is half-written") from error
-            raise
+            return (self.root / stage / digest / MANIFEST).read_bytes()
+        except (NotADirectoryError, IsADirectoryError) as error:
+            raise FileNotFoundError(f"{stage} {digest} has no file {MANIFEST}") from error
 
     def publish(self, workspace: Path, artifact: Artifact, manifest: bytes) -> bool:
         stage = artifact.path.parent
-        if not stage.exists():
-            stage.mkdir(exist_ok=True)
-            sync(self.root)
+
+        def move() -> None:
+            if not stage.exists():
+                stage.mkdir(exist_ok=True)
+                sync(self.root)
+            os.rename(workspace, artifact.path)
+
         try:
-            self.retry(lambda: os.rename(workspace, artifact.path))
+            self.retry(move)
         except OSError as error:
             if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR):
                 raise
@@ -154,21 +156,42 @@ class Folder(Storage):
         """Nothing is left."""
 
     def set_aside(self, key: StageKey, manifest: bytes | None) -> str | None:
-        folder, name = self.root / key.stage / key.digest, aside(key)
+        folder, target = self.root / key.stage / key.digest, self.root / aside(key)
+        if not os.path.lexists(folder):
+            return None
         try:
-            now = (folder / MANIFEST).read_bytes()
-        except (FileNotFoundError, NotADirectoryError):
+            now = self.manifest(key.stage, key.digest)
+        except FileNotFoundError:
             now = None
         if now != manifest:  # moved away and rebuilt by another process
             return None
+        target.parent.mkdir(exist_ok=True)
         with suppress(FileNotFoundError):
-            os.rename(folder, self.root / name)
-            return str(self.root / name)
+            os.rename(folder, target)
+            return str(target)
         return None
 
+    def sizes(self, artifact: Artifact) -> dict[str, int]:
+        found = {}
+        for name in artifact.files:
+            path = artifact.path / name
+            with suppress(FileNotFoundError):  # moved away meanwhile
+                if path.is_file():
+                    found[name] = path.stat().st_size
+        return found
+
     def have(self, artifact: Artifact, name: str, *, verify: bool = False) -> None:
-        if verify:
+        if not verify:
+            return
+        try:
             check_contents(name, artifact.path / name, artifact.files[name])
+        except FileNotFoundError as error:
+            if not self.root.exists():
+                raise
+            raise DamagedArtifact(f"{name} is missing") from error
+
+    def workspace(self, key: StageKey) -> Path:
+        return self.retry(lambda: self.local.workspace(key))
 
     @patiently
     def checkpoints(self, key: StageKey) -> Path:
@@ -185,7 +208,12 @@ class Folder(Storage):
     def _now(self) -> float:
         """By the file system's clock, which also stamps the files: hosts' clocks may differ."""
         clock = self.root / "clock"
-        clock.touch()
+        try:
+            clock.touch()
+        except PermissionError:  # it is another user's
+            mine = self.root / "tmp" / f"write-{secrets.token_hex(8)}"
+            mine.touch()
+            os.replace(mine, clock)
         return clock.stat().st_mtime
 
 

@@ -47,7 +47,8 @@ class Roots:
             raise ValueError(f"{bad[0]!r} is no digest of a stage")
         now = datetime.now(UTC).isoformat(timespec="seconds")
         content = json.dumps({"kept": now, "about": about or {}, "digests": digests}, indent=1, allow_nan=False)
-        self.storage.write(_file(name), content.encode())
+        with self.storage.local.errors(f"recording what {name} needs"):
+            self.storage.write(_file(name), content.encode())
 
     def kept(self, name: str) -> Root | None:
         """What `keep` recorded under this very name; None if that is nothing, or, with a warning, not readable."""

@@ -135,7 +135,7 @@ class Storage(ABC):
 
     @abstractmethod
     def manifest(self, stage: str, digest: str) -> bytes:
-        """Of a published artifact. Raises FileNotFoundError, and DamagedArtifact where only other files are there."""
+        """Of a published artifact. Raises FileNotFoundError."""
 
     @abstractmethod
     def publish(self, workspace: Path, artifact: Artifact, manifest: bytes) -> bool:
@@ -147,7 +147,11 @@ class Storage(ABC):
 
     @abstractmethod
     def set_aside(self, key: StageKey, manifest: bytes | None) -> str | None:
-        """Move an artifact that is damaged away, unless its manifest is another by now; returns where to."""
+        """Move what is damaged away, unless its manifest (None: it has none) is another by now; returns where to."""
+
+    @abstractmethod
+    def sizes(self, artifact: Artifact) -> dict[str, int]:
+        """Of its files that are there, in bytes."""
 
     @abstractmethod
     def have(self, artifact: Artifact, name: str, *, verify: bool = False) -> None:
@@ -155,6 +159,10 @@ class Storage(ABC):
 
         Raises DamagedArtifact where that is impossible.
         """
+
+    @abstractmethod
+    def workspace(self, key: StageKey) -> Path:
+        """A fresh local folder to build an artifact in."""
 
     # Checkpoints, under a name of their own
 

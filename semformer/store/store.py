@@ -15,14 +15,24 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
-from semformer.errors import UserError
+from semformer.errors import StoreError, UserError
 from semformer.keys import StageKey
-from semformer.store.artifact import Artifact, DamagedArtifact, check_size, make_manifest, read_manifest, write_manifest
+from semformer.store.artifact import (
+    MANIFEST,
+    Artifact,
+    DamagedArtifact,
+    check_size,
+    make_manifest,
+    read_manifest,
+    write_manifest,
+)
 from semformer.store.folder import Folder
 from semformer.store.leases import Lease, LeaseHeld, LeaseHolder, Leases
 from semformer.store.roots import Roots
 from semformer.store.storage import Storage, at_once
 
+TRIES = 20
+"""To publish where something damaged is found again and again."""
 log = logging.getLogger(__name__)
 
 
@@ -163,7 +173,7 @@ class Store:
     def workspace(self, key: StageKey) -> Path:
         """A fresh folder in `root` to build `key` in; `publish` makes it the artifact."""
         with self._errors(f"writing {key}"):
-            return self.storage.retry(lambda: self.storage.local.workspace(key))
+            return self.storage.workspace(key)
 
     def checkpoints(self, key: StageKey) -> Path:
         """The folder for resumable state of an unfinished `key`: survives failure, removed by `publish`.
@@ -242,26 +252,27 @@ class Store:
     # Helpers
 
     def _find(self, key: StageKey, verify: bool) -> Artifact | None:
-        manifest = None
         try:
-            try:
-                manifest = self.storage.manifest(key.stage, key.digest)
-            except FileNotFoundError:
-                return None
+            manifest = self.storage.manifest(key.stage, key.digest)
+        except FileNotFoundError:
+            self._set_aside(key, None, f"no {MANIFEST}: it is half-written")
+            return None
+        try:
             artifact = self._parse(manifest, key.stage, key.digest)
-            place = artifact.path.relative_to(self.root).as_posix()
-            there = self.storage.entries(f"{place}/")
+            sizes = self.storage.sizes(artifact)
             for name, told in artifact.files.items():
-                entry = there.get(f"{place}/{name}")
-                check_size(name, entry.size if entry else None, told)
+                check_size(name, sizes.get(name), told)
             for name in artifact.files if verify else ():
                 self._have(artifact, name, verify=True)
             return artifact
         except DamagedArtifact as error:
-            with self._errors(f"reading {key}"):
-                if moved := self.storage.set_aside(key, manifest):
-                    log.warning("artifact %s is damaged (%s): moved to %s, to be rebuilt", key, error, moved)
+            self._set_aside(key, manifest, str(error))
             return None
+
+    def _set_aside(self, key: StageKey, manifest: bytes | None, reason: str) -> None:
+        with self._errors(f"reading {key}"):
+            if moved := self.storage.set_aside(key, manifest):
+                log.warning("artifact %s is damaged (%s): moved to %s, to be rebuilt", key, reason, moved)
 
     def _parse(self, manifest: bytes, stage: str, digest: str) -> Artifact:
         artifact, sha256 = read_manifest(manifest, digest)
@@ -273,13 +284,15 @@ class Store:
 
     def _install(self, key: StageKey, folder: Path, manifest: bytes) -> Artifact:
         artifact = self._parse(manifest, key.stage, key.digest)
-        while not self.storage.publish(folder, artifact, manifest):
+        for _ in range(TRIES):
+            if self.storage.publish(folder, artifact, manifest):
+                return artifact
             if theirs := self.find(key):
                 log.info("another process has published %s first; keeping theirs", key)
                 self.storage.withdraw(artifact)
                 shutil.rmtree(folder, ignore_errors=True)
                 return theirs
-        return artifact
+        raise StoreError(f"{key} cannot be published: remove what is in its place, {artifact.path}, then run again")
 
     def _errors(self, doing: str) -> AbstractContextManager[None]:
         """See `local.Local.errors`."""

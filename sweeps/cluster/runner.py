@@ -86,7 +86,7 @@ def run_trials(
         here = versions() if watch.ask else {}  # on one machine, there is nothing to compare
         probe = scheduler is not None
         config = payload(trial, store=store, share=share, board=board.name, versions=here, probe=probe)
-        return config | {"avoid": sorted(faults.avoided_by(trial))}
+        return config | {"avoid": sorted(gate.avoided_by(trial))}
 
     relay = _Relay(gate, board, watch, tell, every_second, silence)
     choice = _Choice(gate, config_of, relay.look)

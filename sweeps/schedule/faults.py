@@ -111,9 +111,9 @@ class Faults:
         """Why stages need not be tried: one of them will not be tried again."""
         return next((self.broken[key.digest] for key in missing if key.digest in self.broken), None)
 
-    def avoided_by(self, trial: Trial) -> dict[str, str]:
-        """The living nodes that a trial must not run on, with the reasons."""
-        stages = (self._failed_on.get(key.digest, {}) for key in trial.keys.values())
+    def avoided_by(self, missing: Iterable[StageKey]) -> dict[str, str]:
+        """The living nodes on which stages must not be made, with the reasons."""
+        stages = (self._failed_on.get(key.digest, {}) for key in missing)
         why = {node: told for nodes in stages for node, told in nodes.items()} | self.unfit
         return {node: why[node] for node in self.places().names if node in why}
 

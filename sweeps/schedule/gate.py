@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 
-from semformer.errors import StoreError, first_line
+from semformer.errors import StoreError, UserError, first_line
 from semformer.keys import StageKey, to_make
-from semformer.store import Store
+from semformer.store import StorageUnreachable, Store
 from sweeps.plan.trials import Trial
 from sweeps.reports import (
     EpochEnded,
@@ -112,7 +112,7 @@ class Gate:
             claims = {key.digest for key in self.queue.missing(trial)}
             for digest in claims:
                 self.queue.hold(digest, trial.key)
-            self.live[runner_id] = Live(trial, claims, bool(self.faults.avoided_by(trial)), self.clock())
+            self.live[runner_id] = Live(trial, claims, bool(self.avoided_by(trial)), self.clock())
         return trial
 
     @property
@@ -152,6 +152,10 @@ class Gate:
             return
         self._failed(live.trial, live.raised or self._death(live, died()))
 
+    def avoided_by(self, trial: Trial) -> dict[str, str]:
+        """The living nodes that a trial must not run on, with the reasons."""
+        return self.faults.avoided_by(self.queue.missing(trial))
+
     # What the driver calls
 
     def stop(self) -> None:
@@ -183,7 +187,7 @@ class Gate:
             try:
                 missing = to_make(trial.keys, self._is_in_store)
                 if not missing:
-                    self._tell(trial, Found(tuple(name for name, key in trial.keys.items() if self._is_in_store(key))))
+                    self._tell(trial, Found(tuple(name for name, key in trial.keys.items() if self._is_readable(key))))
                 elif failure := self.faults.broken_in(missing):
                     self._tell(trial, Failed(failure))
                 elif self.queue.waits_for(trial)[0]:  # for a stage that was believed to be in the store
@@ -227,6 +231,15 @@ class Gate:
         (self.queue.ready if there else self.queue.lacks)(key.digest)
         return there
 
+    def _is_readable(self, key: StageKey) -> bool:
+        """As `_is_in_store`, of a stage that nothing needs."""
+        try:
+            return self._is_in_store(key)
+        except StorageUnreachable:
+            raise
+        except UserError:
+            return False
+
     def _look_elsewhere(self) -> None:
         """Is what other sweeps were making done, or given up? Should one have died, its lease expires."""
         until = time.monotonic() + LOOKING
@@ -247,7 +260,7 @@ class Gate:
     # Nodes
 
     def _lacks_place(self, trial: Trial) -> bool:
-        avoided = self.faults.avoided_by(trial)
+        avoided = self.avoided_by(trial)
         return bool(avoided) and len(avoided) == len(self.faults.places().names)
 
     def _look_for_nodes(self) -> None:
@@ -263,7 +276,7 @@ class Gate:
         self.queue.remove(trial)
         if self.faults.places().may_grow:
             return trial
-        why = "; ".join(dict.fromkeys(self.faults.avoided_by(trial).values()))
+        why = "; ".join(dict.fromkeys(self.avoided_by(trial).values()))
         self._tell(trial, Failed(Failure(Scope.NODE, "", "NoFitNode", f"no node is left for it: {why}")))
         return None
 
@@ -306,7 +319,7 @@ class Gate:
             return Failure(Scope.TRIAL, "", "Stuck", f"{self.trouble} (tried for {patience:g} s)")
         for live in self.live.values():
             if live.avoids and now - live.since > patience and self._lacks_place(live.trial):
-                why = "; ".join(dict.fromkeys(self.faults.avoided_by(live.trial).values()))
+                why = "; ".join(dict.fromkeys(self.avoided_by(live.trial).values()))
                 return Failure(Scope.NODE, "", "NoFitNode", f"no other node came in {patience:g} s: {why}")
         return None
 

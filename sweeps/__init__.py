@@ -38,8 +38,10 @@ def run(
     `trainable(config)` is run in a process of its own for every trial that has something to make; by default it is the
     pipeline, `cluster.trial.run_trial`. Another one does its work inside `cluster.trial.reporting(config)`: it finds or
     makes the stages in config["keys"] (stage -> digest) in the store at config["store"], tells `reports.StageDone` of
-    each, `EpochEnded` if it likes, and at last `Finished`. Nothing else need be said: who waits for whom, retries,
-    nodes that are unfit and what is only to be seen are taken care of. docs/own_trainable.py is an example.
+    each, `EpochEnded` if it likes, and at last `Finished`. A key's spec["inputs"] (stage -> digest) tells what a stage
+    reads, so that what is there needs nothing before it; without it, a stage is taken to read all before it. Nothing
+    else need be said: who waits for whom, retries, nodes that are unfit and what is only to be seen are taken care of.
+    docs/own_trainable.py is an example.
 
     tell(trial, report) hears every report. `address` and the rest are as in `semformer-sweep run`. Raises UserError
     where the cluster cannot be used, and KeyboardInterrupt when the sweep is ended by a signal.

@@ -79,6 +79,7 @@ def environment(home: Path, token: str | None = None) -> dict[str, str]:
         (home / ".ray" / "auth_token").write_text(token)
     ours = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "PYTHONPATH"))}
     ours |= {"HOME": str(home), "PYTHONPATH": str(ROOT), "RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}
+    ours |= {"RAY_worker_niceness": "0"}
     return ours | ({"RAY_AUTH_MODE": "token"} if token else {"RAY_AUTH_MODE": "disabled"})
 
 
@@ -103,7 +104,7 @@ def cluster(env: dict[str, str], nodes: list[dict]) -> Iterator[str]:
 
 def drive(env: dict[str, str], address: str, folder: Path, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", DRIVER, address, json.dumps(options)]
-    return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=100)
+    return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=250)
 
 
 def raylets(folder: Path) -> list[psutil.Process]:
@@ -246,7 +247,7 @@ def site(tmp_path_factory):
 @pytest.fixture(scope="module")
 def three(site, tmp_path_factory):
     """Three sound nodes; ask(**options) runs `preflight` on them."""
-    env = environment(tmp_path_factory.mktemp("home"))
+    env = environment(tmp_path_factory.mktemp("home")) | {"RAY_health_check_failure_threshold": "100"}
     nodes = [site.node("head"), site.node("second", "127.0.0.2"), site.node("third", "127.0.0.3", num_gpus=99)]
     with cluster(env, nodes) as address:
         yield SimpleNamespace(
@@ -344,17 +345,16 @@ def test_each_node_at_fault_is_named_with_its_fault(site, tmp_path):
 
 
 def test_a_node_that_does_not_answer_is_named(three, site):
-    """The last of `three`'s tests, as its third node may be given up by the head."""
     frozen = raylets(site.folder / "third")
     for process in frozen:
         process.suspend()
     try:
-        found = faults(three.ask(timeout=40))  # the others take ten seconds, on a busy machine more
+        found = faults(three.ask(timeout=90))  # the others take ten seconds, on a busy machine many more
     finally:
         for process in frozen:
             process.resume()
     assert list(found) == ["127.0.0.3"]
-    assert "did not answer within 40 s" in found["127.0.0.3"]
+    assert "did not answer within 90 s" in found["127.0.0.3"]
 
 
 # cluster.yaml

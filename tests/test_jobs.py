@@ -57,7 +57,7 @@ class Head:
         """`ray ...` to its end, in the folder of the sweeps; `changes` are of the environment."""
         env = {**self.env, **changes}
         command = [str(PROGRAMS / "ray"), *arguments]
-        return subprocess.run(command, env=env, cwd=self.place.folder, capture_output=True, text=True, timeout=200)
+        return subprocess.run(command, env=env, cwd=self.place.folder, capture_output=True, text=True, timeout=400)
 
     def job(self, verb: str, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
         return self.ray("job", verb, f"--address={self.address}", *arguments, **changes)
@@ -80,14 +80,14 @@ def head(tmp_path_factory) -> Iterator[Head]:
         head.close()
 
 
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(900)
 def test_a_sweep_as_a_job_can_be_stopped_and_the_same_job_again_goes_on(head):
     place = head.place
     table = place.table("mine", a="", b="cams.last_blocks: 1")
     run = place.arguments("run", table, "--address", "auto", "--set", "segmentor.epochs=60")
     told = head.submit("first", run, "--no-wait", f"--runtime-env-json={PATIENT}")
     assert told.returncode == 0, told.stdout + told.stderr
-    eventually(lambda: "a: segmentor epoch 3/60" in head.job("logs", "first").stdout, 120)
+    eventually(lambda: "a: segmentor epoch 3/60" in head.job("logs", "first").stdout, 300)
     assert "Job 'first' was stopped" in head.job("stop", "first").stdout
     first = head.job("logs", "first").stdout
     assert "stopped; the same command, or resume, goes on from the last epochs" in first

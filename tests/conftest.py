@@ -22,7 +22,7 @@ from tests.servers import S3Server
 
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)
-os.environ["RAY_worker_niceness"] = "0"  # else the trials of one test starve beside the other tests
+os.environ |= {"RAY_worker_niceness": "0"}  # else the trials of one test starve beside the other tests
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,8 @@ A process that is killed while it uploads a large file leaves parts of it that n
 of the bucket abort unfinished uploads after a day.
 
 Endpoint, region and credentials are taken from the usual places of AWS's own tools (AWS_ENDPOINT_URL, AWS_PROFILE,
-an instance's role ...). One client, boto3, does everything, because only it has the conditional put.
+an instance's role ...). One client, boto3, does everything: it knows all of those places, puts on condition, and tells
+the server's clock.
 """
 
 import hashlib

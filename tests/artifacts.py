@@ -61,12 +61,12 @@ def why(store: Store, key: StageKey) -> str:
 
 
 def outputs(processes: list[subprocess.Popen]) -> list[list[str]]:
-    texts = [process.communicate(timeout=30)[0].split() for process in processes]
+    texts = [process.communicate(timeout=120)[0].split() for process in processes]
     assert [process.returncode for process in processes] == [0] * len(processes)
     return texts
 
 
-def eventually(condition, seconds: float = 10.0):
+def eventually(condition, seconds: float = 60.0):
     end = time.monotonic() + seconds
     while not (result := condition()):
         assert time.monotonic() < end, "it did not happen in time"

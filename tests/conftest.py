@@ -127,14 +127,8 @@ import os
 import time
 from pathlib import Path
 from semformer.errors import StoreError, UserError
-from semformer.store.leases import LeaseLost
-from semformer.data.shapes import make_shapes
 from semformer.store import Store, open_store
-from sweeps.search.search import Search
-from tests.devkits import paper_splits
-from tests.records import Recorded, make_folder
-from tests.searches import open_search
-from tests.servers import S3Server
+from semformer.store.leases import LeaseLost
 from tests.artifacts import build, caae, eventually, make_weights
 key = caae()
 """

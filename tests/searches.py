@@ -8,6 +8,7 @@ import optuna
 from semformer import pipeline
 from semformer.config import load_config
 from semformer.store import Store
+from semformer.store.leases import LeaseHeld
 from sweeps.search.search import Search
 from sweeps.search.space import DEFAULT_AXES
 
@@ -39,12 +40,17 @@ def finish(one: Search, trial) -> None:
 
 
 def run_all(one: Search) -> list:
-    """Runs every trial that has to be run, one after the other."""
+    """Runs every trial that has to be run, one after the other, and asks again while another driver asks."""
     ran = []
-    while (trial := one.ask()) is not None:
+    while True:
+        try:
+            trial = one.ask()
+        except LeaseHeld:
+            continue
+        if trial is None:
+            return ran
         finish(one, trial)
         ran.append(trial)
-    return ran
 
 
 def states(study: optuna.Study) -> Counter:

@@ -43,7 +43,7 @@ class MlflowServer:
             stderr=(self.folder / "server.log").open("ab"),
             start_new_session=True,
         )
-        end = time.monotonic() + 60
+        end = time.monotonic() + 120
         while not self.answers():
             assert self.process.poll() is None, (self.folder / "server.log").read_text()
             assert time.monotonic() < end, "the MLflow server did not start"

@@ -98,13 +98,13 @@ def cluster(env: dict[str, str], nodes: list[dict]) -> Iterator[str]:
         assert address, (Path(folder) / "log").read_text()
         yield address
     finally:
-        process.communicate(timeout=60)
+        process.communicate(timeout=120)
         shutil.rmtree(folder, ignore_errors=True)
 
 
 def drive(env: dict[str, str], address: str, folder: Path, **options) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", DRIVER, address, json.dumps(options)]
-    return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=250)
+    return subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=400)
 
 
 def raylets(folder: Path) -> list[psutil.Process]:

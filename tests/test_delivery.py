@@ -55,7 +55,7 @@ def test_a_server_that_is_away_for_a_while_loses_nothing_and_delays_nothing(swee
     tracker.begin()
     tracker.hear(a, STARTED)
     tracker.hear(a, epoch(a, tracker.store, "caae", 1))
-    eventually(lambda: tracker.undelivered == 0, 30)
+    eventually(lambda: tracker.undelivered == 0)
     server.stop()
     told = time.time()
     slowest = 0.0
@@ -82,7 +82,7 @@ def test_a_server_that_is_away_for_a_while_loses_nothing_and_delays_nothing(swee
 def test_what_a_server_that_stays_away_did_not_get_is_delivered_later(sweep, server):
     tracker = sweep.tracker()
     tracker.begin()
-    eventually(lambda: tracker.undelivered == 0, 30)
+    eventually(lambda: tracker.undelivered == 0)
     server.stop()
     for trial in tracker.sweep.trials:
         run_through(tracker, trial)
@@ -146,13 +146,13 @@ def test_a_call_that_fails_in_the_middle_loses_and_doubles_nothing(recorded, nth
 def test_an_end_that_comes_late_does_not_stop_the_sweep_that_goes_on(sweep, server):
     first = sweep.tracker()
     first.begin()
-    eventually(lambda: first.undelivered == 0, 30)
+    eventually(lambda: first.undelivered == 0)
     server.stop()
     first.end("KILLED", patience=1)
     server.start()
     second = sweep.tracker()
     second.begin()
-    eventually(lambda: second.undelivered == 0, 60)
+    eventually(lambda: second.undelivered == 0)
     states = [(run.info.status, run.data.tags["semformer.reason"]) for run in sweep.runs("trial").values()]
     assert states == [("SCHEDULED", "")] * 2
     second.end("KILLED")
@@ -231,7 +231,7 @@ def test_a_store_that_is_away_for_longer_than_the_patience_loses_nothing(sweep, 
     monkeypatch.setattr(delivery_file, "PATIENCE", 0.3)
     tracker = sweep.tracker()
     tracker.begin()
-    eventually(lambda: tracker.undelivered == 0, 30)
+    eventually(lambda: tracker.undelivered == 0)
 
     def away(*arguments, **options):
         raise StorageUnreachable("the store is away")
@@ -361,7 +361,7 @@ def test_a_sweep_whose_disk_is_full_is_recorded_once_there_is_room(sweep, small_
     monkeypatch.setattr(delivery_file, "LONGEST_WAIT", 0.1)
     tracker = Tracker(sweep.uri, plan_of(sweep.folder), sweep.store, sweep.name, folder=small_disk)
     tracker.begin()
-    eventually(lambda: tracker.undelivered == 0, 30)
+    eventually(lambda: tracker.undelivered == 0)
     fill(small_disk / "stuff", 0)
     for n in range(200):
         tracker.tell(tracker.sweep.trials[0], Sampled({f"gpu/{n}": n}), {})
@@ -370,7 +370,7 @@ def test_a_sweep_whose_disk_is_full_is_recorded_once_there_is_room(sweep, small_
     assert 0 < left <= 200
     if there_is_room_again:
         (small_disk / "stuff").unlink()
-        eventually(lambda: tracker.undelivered == 0, 30)  # though nothing more is told
+        eventually(lambda: tracker.undelivered == 0)  # though nothing more is told
         tracker.end("FINISHED")
         assert tracker.errors == []
         assert {f"gpu/{n}" for n in range(200)} <= sweep.runs("trial")["a"].data.metrics.keys()

@@ -24,7 +24,7 @@ def test_a_sweep_that_was_cut_short_is_continued_without_gaps_or_doubles(recorde
 
     second = recorded.tracker()
     second.begin()
-    eventually(lambda: second.undelivered == 0, 30)
+    eventually(lambda: second.undelivered == 0)
     waiting = recorded.runs("trial")["b"]
     assert (waiting.info.status, waiting.data.tags["semformer.reason"]) == ("SCHEDULED", "")
     second.hear(trial, STARTED)
@@ -64,7 +64,7 @@ def test_the_end_of_a_driver_sets_back_its_own_trials_and_not_those_that_another
     ours.begin()
     (trial, _) = ours.sweep.trials
     ours.hear(trial, STARTED)
-    eventually(lambda: ours.undelivered == 0, 30)
+    eventually(lambda: ours.undelivered == 0)
     with recorded.store.lease(trial.keys["segmentor"]):
         other.begin()
         other.end("KILLED")
@@ -89,7 +89,7 @@ def test_of_two_runs_of_a_trial_the_finished_one_counts(recorded):
 def test_what_another_driver_recorded_meanwhile_is_not_recorded_again(recorded):
     one, two = recorded.tracker(), recorded.tracker(driver="-2")
     one.begin()
-    eventually(lambda: one.undelivered == 0, 30)  # it has made the runs, and knows that they are empty
+    eventually(lambda: one.undelivered == 0)  # it has made the runs, and knows that they are empty
     two.begin()
     for trial in two.sweep.trials:
         run_through(two, trial)
@@ -116,7 +116,7 @@ def test_a_stage_that_two_drivers_made_in_turns_has_one_series(recorded):
     one.hear(b, STARTED)
     one.hear(b, done(b, "caae", found=True))
     one.hear(b, epoch(b, one.store, "segmentor", 1))
-    eventually(lambda: one.undelivered == 0, 30)
+    eventually(lambda: one.undelivered == 0)
     two.begin()
     two.hear(b, STARTED)
     two.hear(b, epoch(b, two.store, "segmentor", 2))
@@ -138,7 +138,7 @@ def test_epochs_that_arrive_late_are_not_doubled(recorded):
     one.hear(a, done(a, "caae"))
     for n in (1, 2):
         one.hear(a, epoch(a, one.store, "segmentor", n))
-    eventually(lambda: one.undelivered == 0, 30)
+    eventually(lambda: one.undelivered == 0)
     two.begin()
     two.hear(a, FOUND)
     two.hear(b, FOUND)

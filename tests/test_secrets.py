@@ -57,7 +57,7 @@ class Sweeper:
 
     def run(self, *arguments: str) -> Answer:
         line = [sys.executable, "-c", COMMAND, *arguments]
-        done = subprocess.run(line, env=self.env, cwd=self.place.folder, capture_output=True, text=True, timeout=250)
+        done = subprocess.run(line, env=self.env, cwd=self.place.folder, capture_output=True, text=True, timeout=400)
         return Answer(done.returncode, done.stdout, done.stderr)
 
     def readable_by_others(self) -> Iterator[Path]:

@@ -124,7 +124,7 @@ def raise_away(*arguments, **options):
 def test_drivers_that_share_a_study_run_each_trial_once_and_none_too_many(driver, tmp_path):
     code = "print(*(trial.cells[0].row for trial in run_all(one))); one.close()"
     drivers = [driver(code) for _ in range(2)]
-    rows = [row for process in drivers for row in process.communicate(timeout=60)[0].split()]
+    rows = [row for process in drivers for row in process.communicate(timeout=120)[0].split()]
     assert sorted(rows) == [f"trial-{number}" for number in range(6)]
     study = optuna.load_study(study_name="study", storage=f"sqlite:///{tmp_path}/studies.db")
     assert states(study) == {"COMPLETE": 6}

@@ -277,7 +277,7 @@ def test_rows_that_are_too_many_for_a_tag_go_on_in_others():
 def test_a_trial_that_waits_has_a_run_with_no_more_than_its_tags(recorded):
     tracker = recorded.tracker()
     tracker.begin()
-    eventually(lambda: tracker.undelivered == 0, 30)
+    eventually(lambda: tracker.undelivered == 0)
     for run in recorded.runs("trial").values():
         assert (run.info.status, run.data.tags["semformer.status"]) == ("SCHEDULED", "queued")
         assert (run.data.params, recorded.files(run)) == ({}, {})
@@ -331,7 +331,7 @@ def test_scores_are_there_though_the_artifacts_cannot_be_kept(recorded, tmp_path
     monkeypatch.setattr(delivery, "PATIENCE", 1.0)
     tracker = recorded.tracker()
     tracker.begin()
-    eventually(lambda: tracker.undelivered == 0, 30)
+    eventually(lambda: tracker.undelivered == 0)
     folder = Path(recorded.runs("trial")["a"].info.artifact_uri.removeprefix("file://")).parents[1]
     shutil.rmtree(folder, ignore_errors=True)
     folder.write_text("no folder")  # root may write into one without permission
@@ -354,7 +354,7 @@ def test_the_events_of_a_run_that_was_deleted_hold_up_no_others(recorded):
     tracker = recorded.tracker()
     a, b = tracker.sweep.trials
     tracker.begin()
-    eventually(lambda: tracker.undelivered == 0, 30)
+    eventually(lambda: tracker.undelivered == 0)
     MlflowClient(recorded.uri).delete_run(recorded.runs("trial")["a"].info.run_id)
     tracker._recorder.forget()
     for trial in (a, b):

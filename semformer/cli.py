@@ -42,7 +42,6 @@ def _parser() -> argparse.ArgumentParser:
     add_config_arguments(run)
     run.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
-    run.add_argument("--workers", type=_count(0), default=0, help="processes that load images (default: 0)")
     run.add_argument(
         "--threads",
         type=_count(1),
@@ -85,6 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     check = data.add_parser("check", help="count a VOC devkit's images and read every file", allow_abbrev=False)
     check.add_argument("folder", type=Path, metavar="DIR")
     check.set_defaults(command=_check_data)
+    pack = data.add_parser("pack", help="decode a devkit's images and masks beforehand, once", allow_abbrev=False)
+    pack.add_argument("folder", type=Path, metavar="DIR")
+    of = "whose splits: trainaug and train of paper (default), train and val of the others"
+    pack.add_argument("--preset", default="paper", choices=tuple(PRESETS), help=of)
+    add_store_argument(pack)
+    pack.set_defaults(command=_pack_data)
     return parser
 
 
@@ -106,6 +111,10 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", metavar="FILE", help="backbone weights of the segmentation network (timm's names)")
     parser.add_argument("--caae-weights", metavar="FILE", help="backbone weights of the CAAE's encoder")
     parser.add_argument("--data", type=Path, metavar="DIR", help="a VOC devkit (default: the embedded shapes)")
+    add_store_argument(parser)
+
+
+def add_store_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--store", default=STORE, metavar="DIR", help="of artifacts: a folder, or s3://BUCKET/PREFIX (%(default)s)"
     )
@@ -138,7 +147,6 @@ def _run(options: argparse.Namespace) -> int:
             device=device,
             progress=display.stage,
             waiting=display.waiting,
-            workers=options.workers,
         ):
             runs.append(run)
             display.done(run)
@@ -220,6 +228,21 @@ def _check_data(options: argparse.Namespace) -> int:
     for problem in findings.problems:
         console.print(f"[red]problem:[/] {escape(problem)}", highlight=False, soft_wrap=True)
     return 1 if findings.problems else 0
+
+
+def _pack_data(options: argparse.Namespace) -> int:
+    from semformer import pipeline
+    from semformer.store import open_store
+
+    config = load_config(options.preset)
+    data, store = pipeline.open_data(config, options.folder), open_store(options.store)
+    with _Display() as display:
+        for name, kind, artifact, found in pipeline.find_or_pack(config, data, store, display.stage, display.waiting):
+            size = sum(file["size"] for file in artifact.files.values()) / 2**20
+            done = "were there" if found else "packed"
+            told = f"{name}: {len(data[name])} {kind} {done}, {size:.1f} MiB in {artifact.path}"
+            console.print(told, highlight=False, soft_wrap=True)
+    return 0
 
 
 def _device(name: str):

@@ -14,7 +14,7 @@ TITLES = {"activation": "Act. Map", "attention": "CRA", "both": "Act. Map ⊗ CR
 
 
 def figure4(
-    image: Image.Image,
+    image: np.ndarray,
     maps: Mapping[str, np.ndarray],
     classes: Sequence[int] | np.ndarray,
     class_names: Sequence[str],
@@ -24,11 +24,13 @@ def figure4(
 ) -> Image.Image:
     """Per present class a row: image, activation map, CRA, final map, and ground truth where there is one.
 
+    image: (H, W, 3) uint8.
     maps: kind ("activation", "attention", "both") -> (C, H, W) in 0..1, one channel per class in `classes`.
     With `threshold` its contour is drawn on every map.
     """
     rows, columns = max(1, len(classes)), len(maps) + 1 + (truth is not None)
-    aspect = image.height / image.width
+    aspect = image.shape[0] / image.shape[1]
+    grey = Image.fromarray(image).convert("L")
     figure = Figure(figsize=(2.2 * columns, 2.2 * aspect * rows + 0.35), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False)
     for row, axis in enumerate(axes):
@@ -36,7 +38,7 @@ def figure4(
         axis[0].imshow(image)
         axis[0].set_ylabel(name)
         for column, kind in enumerate(maps, start=1):
-            axis[column].imshow(image.convert("L"), cmap="gray", vmin=0, vmax=255)
+            axis[column].imshow(grey, cmap="gray", vmin=0, vmax=255)
             if len(classes):
                 heat = maps[kind][row]
                 axis[column].imshow(colormaps["jet"](heat), alpha=0.55)

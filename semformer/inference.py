@@ -12,11 +12,10 @@ from typing import get_args
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageOps
 from torch import Tensor
 
 from semformer.config import CamsConfig, Config, FinalMap
-from semformer.data.transforms import to_tensor
+from semformer.data.pixels import as_batch, normalized, resize_exactly
 from semformer.losses import similarity
 from semformer.models.segmentor import Segmentor
 from semformer.precision import autocast
@@ -40,45 +39,53 @@ class Maps:
 @torch.inference_mode()
 def multi_scale_maps(
     model: Segmentor,
-    image: Image.Image,
-    classes: Sequence[int] | np.ndarray,
+    images: Sequence[np.ndarray],
+    classes: Sequence[Sequence[int] | np.ndarray],
     options: CamsConfig,
     *,
     precision: str = "float32",
-) -> Maps:
-    """Maps of the present object `classes` (1..K-1), summed over scales and flips, each divided by its maximum.
+) -> list[Maps]:
+    """Maps of the present object `classes` (1..K-1) of each image, summed over scales and flips, each divided by its
+    maximum.
 
-    Every scaled size is rounded up to a multiple of the patch size.
+    images: (H, W, 3) uint8, RGB, all of one size. Every scaled size is rounded to whole pixels, then up to a multiple
+    of the patch size.
     """
-    classes = np.asarray(classes, dtype=np.int64)
-    P = model.backbone.patch_size
-    device = model.patch_head.weight.device
-    W, H = image.size
-    strided = torch.zeros(len(classes), math.ceil(H / STRIDE), math.ceil(W / STRIDE), device=device)
-    full = torch.zeros(len(classes), _round_up(H, FULL_MULTIPLE), _round_up(W, FULL_MULTIPLE), device=device)
-    if not len(classes):
-        return Maps(classes, strided, full[:, :H, :W])
-    for scale in options.scales:
-        size = (_round_up(W * scale, P), _round_up(H * scale, P))
-        view = image.resize(size, Image.Resampling.BICUBIC)
-        views = [view, ImageOps.mirror(view)] if options.flip else [view]
-        batch = torch.stack([to_tensor(view) for view in views]).to(device)
-        with autocast(device, precision):
-            maps = final_map(model, batch, options.final_map, options.last_blocks)[:, classes]
+    B, (H, W), device = len(images), images[0].shape[:2], model.patch_head.weight.device
+    present = [np.asarray(one, dtype=np.int64) for one in classes]
+    counts = [len(one) for one in present]
+    strided = torch.zeros(sum(counts), 1, math.ceil(H / STRIDE), math.ceil(W / STRIDE), device=device)
+    full = torch.zeros(sum(counts), 1, _round_up(H, FULL_MULTIPLE), _round_up(W, FULL_MULTIPLE), device=device)
+    pixels = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2)
+    of_image = torch.arange(B).repeat_interleave(torch.tensor(counts)).to(device)
+    of_class = torch.from_numpy(np.concatenate(present)).to(device)
+    for scale in options.scales if sum(counts) else ():
+        size = [_round_up(round(side * scale), model.backbone.patch_size) for side in (H, W)]
+        views = normalized(resize_exactly(pixels, size))
         if options.flip:
-            maps[1] = maps[1].flip(-1)
+            views = torch.cat([views, views.flip(-1)])
+        with autocast(device, precision):
+            maps = final_map(model, views, options.final_map, options.last_blocks)
+        seen = [maps[of_image, of_class]]
+        if options.flip:
+            seen.append(maps[B + of_image, of_class].flip(-1))
         for total in (strided, full):
-            total += F.interpolate(maps, total.shape[-2:], mode="bilinear", align_corners=False).sum(dim=0)
-    return Maps(classes, _divide_by_maximum(strided), _divide_by_maximum(full[:, :H, :W]))
+            for one in seen:
+                total += F.interpolate(one[:, None], total.shape[-2:], mode="bilinear", align_corners=False)
+    parts = [_divide_by_maximum(total[:, 0]).split(counts) for total in (strided, full[..., :H, :W])]
+    return [Maps(*of_one) for of_one in zip(present, *parts, strict=True)]
 
 
 @torch.inference_mode()
-def present_classes(model: Segmentor, S: Tensor, image: Image.Image, config: Config) -> np.ndarray:
-    """Object classes (1..K-1, ascending) whose class token is more like its semantic than not; S: (K, D)."""
-    side = (config.segmentor.image_size,) * 2
-    batch = to_tensor(image.resize(side, Image.Resampling.BICUBIC))[None].to(S.device)
+def present_classes(model: Segmentor, S: Tensor, image: np.ndarray, config: Config) -> np.ndarray:
+    """Object classes (1..K-1, ascending) whose class token is more like its semantic than not.
+
+    image: (H, W, 3) uint8; S: (K, D).
+    """
+    batch = as_batch(torch.from_numpy(image).to(S.device))
+    view = normalized(resize_exactly(batch, (config.segmentor.image_size,) * 2))
     with autocast(S.device, config.precision):
-        _, E, _ = model(batch)
+        _, E, _ = model(view)
     return 1 + np.flatnonzero((similarity(E.float(), S)[0, 1:] > 0.5).cpu().numpy())
 
 

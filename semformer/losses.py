@@ -9,7 +9,7 @@ differs from the paper, the default is the code and the paper's reading is an ar
 
 import functools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -45,48 +45,46 @@ def reconstruction(images: Tensor, images_recon: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Pairs:
-    """The P pairs of (image, present class) of a batch, or of a part of its images.
+    """The P pairs of (image, present class) of a batch.
 
     image, own: (P,) indices; others: (P, K), true where a class is present in the pair's image and is not its own.
-    batch: all pairs of the batch where these are only a part: the losses' means run over all of them.
     """
 
     image: Tensor
     own: Tensor
     others: Tensor
-    batch: "Pairs | None" = None
 
     @classmethod
-    def of(cls, Y: Tensor, part: slice = slice(None)) -> "Pairs":
-        """Y: (B, K) image-level labels, 1 where present (background always is). `part`: the images that count."""
-        if len(Y[part]) < len(Y):
-            return replace(cls.of(Y[part]), batch=cls.of(Y))
+    def of(cls, Y: Tensor) -> "Pairs":
+        """Y: (B, K) image-level labels, 1 where present (background always is)."""
         image, own = torch.nonzero(Y, as_tuple=True)
         others = Y[image].bool()
         others[torch.arange(len(own), device=own.device), own] = False
         return cls(image, own, others)
+
+    def to(self, device: torch.device) -> "Pairs":
+        return Pairs(*(part.to(device, non_blocking=True) for part in (self.image, self.own, self.others)))
 
 
 def class_foreground(sim: Tensor, pairs: Pairs, reduction: Literal["batch", "image"] = "batch") -> Tensor:
     """L_CF of Eq. 7: the foreground image of a class shows that class and none of the image's others.
 
     sim: (P, K), similarities of the class-foreground images. "batch" is ((1 - mean own) + (1 + mean others)) / 2,
-    means over all pairs of the batch; "image" is the paper's normalisation per image, averaged over images. Of a part
-    of a batch it is the part's share: the shares of all parts add up to the batch's loss.
+    means over all pairs of the batch; "image" is the paper's normalisation per image, averaged over images.
     """
     own, others = _weights(pairs, reduction)
     loss = (own * (1 - sim) + others * sim).sum()
-    return (loss + _share(pairs)) / 2 if reduction == "batch" else loss
+    return (loss + 1) / 2 if reduction == "batch" else loss
 
 
 def class_background(sim: Tensor, pairs: Pairs, reduction: Literal["batch", "image"] = "batch") -> Tensor:
     """L_CB of Eq. 8: the background image of a class shows nothing of it and all the image's others.
 
-    sim: (P, K), similarities of the class-background images. Reductions and parts as in `class_foreground`.
+    sim: (P, K), similarities of the class-background images. Reductions as in `class_foreground`.
     """
     own, others = _weights(pairs, reduction)
     loss = (own * sim + others * (1 - sim)).sum()
-    return (loss + _share(pairs)) / 2 if reduction == "batch" else loss
+    return (loss + 1) / 2 if reduction == "batch" else loss
 
 
 def activation_suppression(M: Tensor, sigma: float, channels: Literal["objects", "all"] = "objects") -> Tensor:
@@ -120,19 +118,12 @@ def activation_complementation(
 
 def _weights(pairs: Pairs, reduction: str) -> tuple[Tensor, Tensor]:
     """Weights (P, K) of each pair's own and other similarities: means over the batch, or per image, then images."""
-    batch = pairs.batch or pairs
-    own = F.one_hot(pairs.own, pairs.others.shape[1]).float()
-    others = pairs.others.float()
+    own, others = F.one_hot(pairs.own, pairs.others.shape[1]).float(), pairs.others.float()
     if reduction == "batch":
-        return own / len(batch.own), others / batch.others.float().sum().clamp(min=1)
-    n_images = (torch.bincount(batch.image) > 0).sum()
-    C = torch.bincount(pairs.image)[pairs.image][:, None]
+        return own / len(own), others / others.sum().clamp(min=1)
+    C = 1 + others.sum(dim=1, keepdim=True)  # classes of the pair's image
+    n_images = (1 / C).sum()
     return own / (C * n_images), others / (C * (C - 1) * n_images).clamp(min=1)
-
-
-def _share(pairs: Pairs) -> float:
-    """How much of the batch's pairs these are, 1 where they are all."""
-    return len(pairs.own) / len((pairs.batch or pairs).own)
 
 
 def total(terms: Mapping[str, Tensor]) -> Tensor:

@@ -111,6 +111,16 @@ class ThresholdCurve:
         Raises UserError, with `name`, for shapes that do not fit, NaN, and classes or labels out of range;
         the counts are then as before.
         """
+        self.include(*self.count(maps, classes, truth, name=name))
+
+    def include(self, channels: np.ndarray, counts: np.ndarray) -> None:
+        """Adds what `count` has counted."""
+        self._counts[:, channels] += counts
+
+    def count(
+        self, maps: np.ndarray, classes: Sequence[int] | np.ndarray, truth: np.ndarray, *, name: str = "image"
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `add`, but adds nothing: threads may count images at once."""
         maps, channels = np.asarray(maps), np.asarray(classes, dtype=np.intp)
         self._check_maps(maps, channels, name)
         _check_truth(truth, maps.shape[1:], name)
@@ -132,7 +142,7 @@ class ThresholdCurve:
             raise UserError(
                 f"{name}: the mask has labels outside 0..{self.n_classes - 1} that are not {IGNORE} (ignored)"
             )
-        self._counts[:, channels] += counts[: self.n_classes]
+        return channels, counts[: self.n_classes]
 
     def confusion(self) -> np.ndarray:
         """Pixel counts (T, K, K) int64, indexed [threshold, true, predicted]."""

@@ -5,10 +5,11 @@ images, labels ──> caae ──> segmentor ──> cams ──> evaluate <─
 
 import importlib.metadata
 import json
+import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -18,13 +19,14 @@ import torch
 
 from semformer import memory
 from semformer.config import Config, Settings, file_digest
+from semformer.data.pack import Packed
 from semformer.data.shapes import CLASSES as SHAPES
 from semformer.data.shapes import cached_shapes
 from semformer.data.voc import BACKGROUND, VOC_CLASSES, Devkit, Split, open_devkit
 from semformer.errors import UserError
 from semformer.keys import StageKey, to_make
 from semformer.models.vit import backbone_shape
-from semformer.stages import caae, cams, evaluate, segmentor
+from semformer.stages import caae, cams, evaluate, pack, segmentor
 from semformer.stages.context import Context, Progress
 from semformer.store import Artifact, Store
 from semformer.store.leases import Lease, LeaseHolder
@@ -39,14 +41,26 @@ class Stage:
     inputs: tuple[str, ...]
     split: Literal["train_split", "eval_split"]
     version: int = 1
-    reads_masks: Callable[[Config], bool] = lambda config: False
+    reads_images: bool = True
+    split_of_masks: Callable[[Config], str | None] = lambda config: None
+    """The split whose pixel masks it reads, if it does."""
+
+    def reads_masks(self, config: Config) -> bool:
+        return self.split_of_masks(config) is not None
 
 
 STAGES = (
-    Stage("caae", caae.run, inputs=(), split="train_split", version=2),
-    Stage("segmentor", segmentor.run, ("caae",), "train_split", version=2, reads_masks=segmentor.reads_masks),
-    Stage("cams", cams.run, inputs=("segmentor",), split="eval_split"),
-    Stage("evaluate", evaluate.run, inputs=("cams",), split="eval_split", reads_masks=lambda config: True),
+    Stage("caae", caae.run, inputs=(), split="train_split", version=3),
+    Stage("segmentor", segmentor.run, ("caae",), "train_split", version=3, split_of_masks=segmentor.split_of_masks),
+    Stage("cams", cams.run, inputs=("segmentor",), split="eval_split", version=2),
+    Stage(
+        "evaluate",
+        evaluate.run,
+        inputs=("cams",),
+        split="eval_split",
+        reads_images=False,
+        split_of_masks=lambda config: config.data.eval_split,
+    ),
 )
 
 
@@ -138,8 +152,10 @@ def stage_keys(config: Config, data: Data, until: str = "evaluate") -> dict[str,
         else:
             split = data[getattr(config.data, stage.split)]
             rest = {"data": {"images": split.digest}}
-            if stage.reads_masks(config):
-                rest["data"]["masks"] = split.mask_digest
+            if masked := stage.split_of_masks(config):
+                rest["data"]["masks"] = data[masked].mask_digest
+                if data[masked] is not split:
+                    rest["data"]["masked_images"] = data[masked].digest
             rest["inputs"] = {name: keys[name].digest for name in stage.inputs}
             rest |= {"seed": config.seed, "precision": config.precision}
         files = tuple(map(file_digest, options.files))
@@ -162,7 +178,6 @@ def run(
     device: torch.device,
     progress: Callable[[Progress], None],
     waiting: Callable[[StageKey, LeaseHolder], None] = lambda key, holder: None,
-    workers: int = 0,
     until: str = "evaluate",
     probe: Callable[[Any], Mapping[str, float]] | None = None,
 ) -> Iterator[StageRun]:
@@ -188,12 +203,33 @@ def run(
     with suppress(UserError):  # nothing needs them
         done |= {key.stage: artifact for key, artifact in store.find_many(unread).items()}
 
-    def make(stage: Stage, workspace: Path, check: Callable[[], None]) -> dict[str, Any]:
-        ctx = Context(device, progress, workspace, store.checkpoints(keys[stage.name]), workers, check, probe)
-        inputs = [done.get(name) for name in stage.inputs]
-        with memory.explained(stage.name, device):
+    def packed(name: str, *kinds: pack.Kind) -> Packed:
+        return pack.packed(data[name], kinds, store, progress=progress, waiting=waiting)
+
+    def make(stage: Stage, workspace: Path, lease: Lease) -> dict[str, Any]:
+        key, split, masked = keys[stage.name], getattr(config.data, stage.split), stage.split_of_masks(config)
+
+        def saved() -> None:
+            lease.check()
+            store.save_checkpoints(key)
+
+        of_stage: list[pack.Kind] = ["images"] if stage.reads_images and not _is_imported(stage, config) else []
+        if masked == split:
+            of_stage.append("masks")
+        ctx = Context(
+            device,
+            progress,
+            workspace,
+            store.checkpoints(key),
+            check=lease.check,
+            saved=saved,
+            probe=probe,
+            masked=(lambda name: packed(name, "images", "masks")) if masked else None,
+        )
+        images, inputs = packed(split, *of_stage), [done.get(name) for name in stage.inputs]
+        with memory.explained(stage.name, device), determinism(device):
             memory.reset_peak(device)
-            made = stage.run(config, data[getattr(config.data, stage.split)], *inputs, ctx)
+            made = stage.run(config, images, *inputs, ctx)
         return {**made, "memory": memory.peak(device)}
 
     for stage in needed_stages(config, until):
@@ -205,24 +241,61 @@ def run(
             yield StageRun(stage.name, artifact.key.digest, True, 0.0, artifact)
 
 
+def packs(config: Config) -> list[tuple[str, pack.Kind]]:
+    """The packs (split, of what) that making all stages takes."""
+    wanted: dict[tuple[str, pack.Kind], None] = {}
+    for stage in STAGES:
+        if stage.reads_images and not _is_imported(stage, config):
+            wanted[getattr(config.data, stage.split), "images"] = None
+        if masked := stage.split_of_masks(config):
+            wanted |= {(masked, kind): None for kind in (("images", "masks") if stage.reads_images else ("masks",))}
+    return list(wanted)
+
+
+def find_or_pack(
+    config: Config,
+    data: Data,
+    store: Store,
+    progress: Callable[[Progress], None],
+    waiting: Callable[[StageKey, LeaseHolder], None],
+) -> Iterator[tuple[str, pack.Kind, Artifact, bool]]:
+    """Makes the packs that are missing; yields each with its split, of what it is, and whether it was there."""
+    for name, kind in packs(config):
+        yield name, kind, *pack.find_or_pack(data[name], kind, store, progress, waiting)
+
+
 def _find_or_make(
     stage: Stage,
     key: StageKey,
     store: Store,
-    make: Callable[[Stage, Path, Callable[[], None]], dict[str, Any]],
+    make: Callable[[Stage, Path, Lease], dict[str, Any]],
     waiting: Callable[[StageKey, LeaseHolder], None],
 ) -> StageRun:
     def make_here(workspace: Path, lease: Lease) -> dict[str, Any]:
-        def check() -> None:
-            lease.check()
-            store.save_checkpoints(key)
-
         started = time.monotonic()
-        made = make(stage, workspace, check)
+        made = make(stage, workspace, lease)
         return {**made, "seconds": time.monotonic() - started, "versions": versions()}
 
     artifact, found = store.find_or_make(key, make_here, wait=lambda holder: waiting(key, holder))
     return StageRun(stage.name, key.digest, found, 0.0 if found else artifact.info["seconds"], artifact)
+
+
+@contextmanager
+def determinism(device: torch.device) -> Iterator[None]:
+    """Makes torch choose what gives the same digits again, on a GPU where there is such a choice (it warns otherwise).
+
+    Nothing of it is left behind: a stage gives the same whether another was made before it in the process or not.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _is_imported(stage: Stage, config: Config) -> bool:

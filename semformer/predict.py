@@ -100,13 +100,13 @@ def draw_maps(
     except OSError as error:
         raise UserError(f"--out {out} cannot be a folder: {error.strerror}") from error
     for path in images:
-        image = read_image(path)
+        image = np.array(read_image(path))
         present = present_classes(model, S, image, config) if indices is None else np.array(indices)
         maps: dict[str, np.ndarray] = {}
         for kind in MAP_KINDS:
             view = config.cams.model_copy(update={"final_map": kind})
-            full = multi_scale_maps(model, image, present, view, precision=config.precision).full
-            maps[kind] = full.cpu().numpy()
+            (found,) = multi_scale_maps(model, [image], [present], view, precision=config.precision)
+            maps[kind] = found.full.cpu().numpy()
         target = out / f"{path.stem}.png"
         draw.figure4(image, maps, present, classes, threshold=config.evaluate.fixed_threshold).save(target)
         yield path, [classes[c] for c in present], target

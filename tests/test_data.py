@@ -1,5 +1,6 @@
 """The VOC reader (voc.py) and the embedded data set (shapes.py)."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -9,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from semformer.data import shapes
+from semformer.data import voc as voc_file
 from semformer.data.check import check_devkit
 from semformer.data.shapes import CLASSES, cached_shapes, make_shapes, render
-from semformer.data.voc import VOC_CLASSES, open_devkit, voc_palette
+from semformer.data.voc import VOC_CLASSES, image_size, open_devkit, read_image, read_mask, voc_palette
 from semformer.errors import UserError
 
 VOC_SAMPLE = Path(__file__).parents[2] / "shared" / "voc_sample"
@@ -59,8 +61,8 @@ def test_split_gives_images_masks_and_labels(voc):
     assert split.labels.shape == (6, 9)
     assert split.labels.dtype == np.float32
     assert (split.labels[:, 0] == 1).all()
-    assert split.image(0).mode == "RGB"
-    assert split.image(0).size == (48, 48)
+    assert split.pixels(0).shape == (48, 48, 3)
+    assert split.pixels(0).dtype == np.uint8
     assert split.mask(0).shape == (48, 48)
     assert split.mask(0).dtype == np.uint8
 
@@ -120,6 +122,47 @@ def test_digests_tell_what_changed(voc):
     annotation.write_text("<annotation><object><name>bar</name></object></annotation>")
     with_bar, _ = digests()
     assert len({image, with_cross, with_bar}) == 3
+
+
+def test_a_digest_is_read_again_only_when_a_file_has_changed(voc, tmp_path, monkeypatch):
+    monkeypatch.setenv("SEMFORMER_CACHE", str(tmp_path / "cache"))
+    read = []
+    monkeypatch.setattr(voc_file, "read_bytes", lambda path: read.append(path) or path.read_bytes())
+
+    def digest() -> tuple[str, int]:
+        read.clear()
+        return open_devkit(voc).split("train").digest, len(read)
+
+    first = digest()
+    assert first == (digest()[0], 6), "files that have just been written are read again"
+    image = voc / "JPEGImages" / "train_000001.jpg"
+    for path in image.parent.iterdir():
+        os.utime(path, (1e9, 1e9))
+    assert digest() == first
+    assert digest() == (first[0], 0)
+    assert digest()[0] == open_devkit(voc).split("train").digest_of(
+        hashlib.sha256((image.parent / f"train_{i:06d}.jpg").read_bytes()).digest() for i in range(6)
+    )
+    os.utime(image, (1e9 + 1, 1e9 + 1))
+    assert digest() == first
+    content = bytearray(image.read_bytes())
+    content[-1] ^= 1
+    image.write_bytes(content)
+    os.utime(image, (1e9 + 2, 1e9 + 2))
+    assert digest()[0] != first[0]
+
+
+def test_images_are_upright(tmp_path):
+    """A photograph that a camera has turned is seen, and measured, as a person sees it."""
+    upright = np.zeros((20, 40, 3), dtype=np.uint8)
+    upright[:, :20] = 255
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6  # to be turned clockwise
+    Image.fromarray(np.rot90(upright)).save(tmp_path / "turned.jpg", exif=exif)
+    assert np.abs(np.asarray(read_image(tmp_path / "turned.jpg")).astype(int) - upright).mean() < 2
+    assert image_size(tmp_path / "turned.jpg") == (40, 20)
+    Image.fromarray(np.zeros((20, 40), dtype=np.uint8)).save(tmp_path / "mask.png")
+    assert read_mask(tmp_path / "mask.png", tmp_path / "turned.jpg", 2).shape == (20, 40)
 
 
 # --- bad input ---
@@ -235,14 +278,14 @@ def test_mask_in_colours_instead_of_indices(voc):
 @pytest.mark.parametrize("keep", [0, 20, 0.6])
 def test_corrupt_or_truncated_image_and_mask(voc, keep):
     split = open_devkit(voc).split("train")
-    for path, read in ((split.image_path(2), split.image), (split.mask_path(2), split.mask)):
+    for path, read in ((split.image_path(2), split.pixels), (split.mask_path(2), split.mask)):
         data = path.read_bytes()
         path.write_bytes(data[: keep if isinstance(keep, int) else int(keep * len(data))])
         refused(lambda read=read: read(2), path, "damaged")
         path.write_bytes(data)
     path = split.image_path(2)
     path.write_text("<html>404 not found</html>")
-    refused(lambda: split.image(2), path, "no image")
+    refused(lambda: split.pixels(2), path, "no image")
 
 
 # --- check_devkit ---
@@ -487,7 +530,7 @@ def test_voc_sample_has_all_classes_and_labels_that_agree_with_its_masks():
             with Image.open(split.mask_path(i)) as mask:
                 in_mask = set(np.unique(np.array(mask))) - {0, 255}
             assert in_mask == set(np.flatnonzero(split.labels[i])) - {0}
-        assert split.image(0).mode == "RGB"
+        assert split.pixels(0).shape[2] == 3
 
 
 @needs_voc_sample

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from timm.models import VisionTransformer
 
 from semformer import losses
 from semformer.config import CaaeConfig, CamsConfig, SegmentorConfig
-from semformer.data.transforms import valid_mask
+from semformer.data.augment import valid_mask
 from semformer.inference import multi_scale_maps
 from semformer.losses import Pairs, similarity
 from semformer.metrics import ThresholdCurve
@@ -213,7 +212,7 @@ def test_logits_and_class_to_patch_attention_of_another_image_size(numbers, segm
 )
 def test_multi_scale_maps(golden, segmentor, name, options):
     numbers = golden("cam_inference")
-    maps = multi_scale_maps(segmentor, Image.fromarray(numbers["image"]), numbers["object_classes"] + 1, options)
+    (maps,) = multi_scale_maps(segmentor, [numbers["image"]], [numbers["object_classes"] + 1], options)
     close(maps.strided, numbers[f"{name}.strided_cam"])
     close(maps.full, numbers[f"{name}.cam"])
 

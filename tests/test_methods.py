@@ -9,6 +9,7 @@ from timm.models import VisionTransformer
 
 from semformer import losses
 from semformer.config import CaaeConfig, SegmentorConfig, load_config
+from semformer.data.loading import Batch
 from semformer.errors import UserError
 from semformer.inference import final_map
 from semformer.losses import similarity
@@ -60,56 +61,64 @@ def test_segmentor_losses_and_gradients_equal_the_plain_ones(batch, pair_reducti
     torch.testing.assert_close(our_gradients, plain_gradients, atol=1e-5, rtol=1e-3)
 
 
-def in_parts(compute, model, n_images: int, size: int):
-    """Terms and gradients of a batch whose images are passed `size` at a time: compute(part) -> terms."""
+def gradients_of(compute, model) -> tuple[dict[str, float], list[torch.Tensor]]:
+    """The terms that compute() returns, and the gradients that it leaves."""
     model.zero_grad()
-    total: dict[str, float] = {}
-    for first in range(0, n_images, size):
-        terms = compute(slice(first, first + size))
-        terms["total"].backward()
-        total = {name: total.get(name, 0.0) + term.item() for name, term in terms.items()}
-    return total, [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    terms = {name: term.item() for name, term in compute().items()}
+    return terms, [p.grad.clone() for p in model.parameters() if p.grad is not None]
 
 
-@pytest.mark.parametrize("size", [1, 2, 3])
-@pytest.mark.parametrize("pair_reduction", ["batch", "image"])
-@pytest.mark.parametrize("losses", ["CF", "CB", "AS", "AC", "SS", "CF,CB,AS,AC,SS"])
-@pytest.mark.parametrize(("suppress", "complement", "dropout"), [("objects", "present", 0.5), ("all", "all", 0.0)])
-def test_parts_of_a_batch_add_up_to_it(batch, size, pair_reduction, losses, suppress, complement, dropout):
-    """Images of 3, 2, 1, 2 and 1 classes, of which one has no valid pixel at the CAAE's size."""
+@pytest.mark.parametrize("pieces", [2, 4, 16])
+@pytest.mark.parametrize("dropout", [0.5, 0.0])
+def test_a_batch_in_pieces_has_the_same_losses_and_gradients(batch, pieces, dropout):
     torch.manual_seed(0)
-    images, regions, Y = batch
-    nothing = torch.tensor([[0, 0, 1, 64]])
-    images = torch.cat([images, images[:2].flip(-1)])
-    regions, Y = torch.cat([regions, regions[:1], nothing]), torch.cat([Y, Y[1:]])
     guide = small_caae().eval().requires_grad_(False)
     model = Segmentor(small_backbone(64), n_classes=K, class_dim=D, token_dropout=dropout).train()
-    choice = {"pair_reduction": pair_reduction, "suppress": suppress, "complement": complement}
-    options = SegmentorConfig(losses=losses, **choice)
 
-    def compute(part):
+    def compute(pieces: int) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(5)
-        arguments = {"caae_size": 32, "generator": generator, "part": part}
-        return segmentor_stage.loss_terms(model, guide, options, images, regions, Y, **arguments)
+        one = Batch(*batch)
+        return segmentor_stage.gradients(model, guide, SegmentorConfig(), one, generator, pieces, caae_size=32)
 
-    whole, whole_gradients = in_parts(compute, model, 5, 5)
-    parts, gradients = in_parts(compute, model, 5, size)
-    assert parts == pytest.approx(whole, abs=1e-5)
+    whole, whole_gradients = gradients_of(lambda: compute(1), model)
+    parts, gradients = gradients_of(lambda: compute(pieces), model)
+    assert parts == pytest.approx(whole, abs=1e-6)
     torch.testing.assert_close(gradients, whole_gradients, atol=1e-6, rtol=1e-4)
 
 
+def test_pieces_save_memory_where_it_counts(batch, monkeypatch):
+    """No more pairs at once than a piece has, and of a block only its input is kept for the way back."""
+    guide = small_caae().eval().requires_grad_(False)
+    model = Segmentor(small_backbone(64), n_classes=K, class_dim=D).train()
+    seen, embed = [], guide.embed
+    monkeypatch.setattr(guide, "embed", lambda images: seen.append(len(images)) or embed(images))
+
+    def kept(pieces: int) -> int:
+        """Bytes that the graph holds."""
+        sizes: dict[int, int] = {}
+
+        def note(tensor: torch.Tensor) -> torch.Tensor:
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            segmentor_stage.loss_terms(model, guide, SegmentorConfig(), *batch, caae_size=32, pieces=pieces)
+        return sum(sizes.values())
+
+    whole, parts = kept(1), kept(4)
+    assert max(seen[1:]) * 4 <= seen[0] + 3
+    assert parts < 0.6 * whole
+
+
 @pytest.mark.parametrize("reconstruction", [True, False])
-@pytest.mark.parametrize("size", [1, 2])
-def test_parts_of_a_batch_add_up_to_it_for_the_caae(batch, reconstruction, size):
+@pytest.mark.parametrize("pieces", [2, 3])
+def test_a_batch_in_pieces_has_the_same_losses_and_gradients_for_the_caae(batch, reconstruction, pieces):
     torch.manual_seed(0)
     model = small_caae(reconstruction=reconstruction)
-    images, _, Y = batch
-
-    def compute(part):
-        return caae_stage.loss_terms(model, images[..., :32, :32], Y, part=part)
-
-    whole, whole_gradients = in_parts(compute, model, 3, 3)
-    parts, gradients = in_parts(compute, model, 3, size)
+    images, regions, Y = batch
+    one = Batch(images[..., :32, :32], regions, Y)
+    whole, whole_gradients = gradients_of(lambda: caae_stage.gradients(model, one), model)
+    parts, gradients = gradients_of(lambda: caae_stage.gradients(model, one, pieces), model)
     assert parts == pytest.approx(whole, abs=1e-5)
     torch.testing.assert_close(gradients, whole_gradients, atol=1e-6, rtol=1e-4)
 

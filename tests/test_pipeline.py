@@ -39,7 +39,9 @@ def run(config, folder, store, progress=lambda report: None, **options):
 
 
 def weights(stage_run):
-    return load_file(stage_run.artifact.file(f"{stage_run.stage}.safetensors"))
+    """Of all files: the CAAE's decoder is apart from what later stages need."""
+    names = [name for name in stage_run.artifact.files if name.endswith(".safetensors")]
+    return {key: value for name in names for key, value in load_file(stage_run.artifact.file(name)).items()}
 
 
 def damage(store, stage_run, name):
@@ -118,9 +120,9 @@ def test_a_change_remakes_only_what_depends_on_it(finished, shapes, change, made
     assert [name for name, stage_run in runs.items() if not stage_run.found] == made
 
 
-def test_same_seed_gives_the_same_numbers_whatever_the_number_of_workers(finished, shapes, tmp_path):
+def test_same_seed_gives_the_same_numbers(finished, shapes, tmp_path):
     _, first = finished
-    second = run(load_config("micro"), shapes, Store(tmp_path / "store"), workers=2)
+    second = run(load_config("micro"), shapes, Store(tmp_path / "store"))
     for name in ("caae", "segmentor"):
         assert all(
             torch.equal(a, b) for a, b in zip(*(weights(r[name]).values() for r in (first, second)), strict=True)
@@ -191,24 +193,24 @@ def test_a_stage_that_another_process_has_taken_over_and_made_says_so(shapes, tm
     assert run(load_config("micro"), shapes, other)["evaluate"].artifact.info["metrics"]
 
 
-def test_corrupt_image_is_named_and_training_goes_on_where_it_was(tmp_path):
+def test_corrupt_image_is_named_and_nothing_is_made_of_it(tmp_path):
     folder = make_shapes(tmp_path / "shapes", train=16, val=6, size=48)
     victim = folder / "VOC2012" / "JPEGImages" / "train_000003.jpg"
     intact, store = victim.read_bytes(), Store(tmp_path / "store")
     config = load_config("micro")
     data = pipeline.open_data(config, folder)
     pipeline.stage_keys(config, data)  # the digests of the intact files
-
-    def damage(report):
-        if report.stage == "caae" and report.end_of_epoch:
-            victim.write_bytes(intact[: len(intact) // 2])
-
-    with pytest.raises(UserError, match=r"train_000003\.jpg"):
-        list(pipeline.run(config, data, store, device=CPU, progress=damage))
+    for content, told in ((intact[: len(intact) // 2], r"train_000003\.jpg"), (intact + b"0", "have changed")):
+        victim.write_bytes(content)
+        with pytest.raises(UserError, match=told):
+            list(pipeline.run(config, data, store, device=CPU, progress=lambda report: None))
+        assert not (store.root / "caae").exists()
+        assert not (store.root / "pack").exists()
     victim.write_bytes(intact)
-    epochs = []
-    run(config, folder, store, lambda r: r.stage == "caae" and epochs.append(r.epoch))
-    assert set(epochs) == {2}
+    runs = run(config, folder, store)
+    victim.unlink()
+    assert list(pipeline.run(config, data, store, device=CPU, progress=lambda report: None))[-1].found
+    assert set(runs) == set(NAMES)
 
 
 def test_diverging_loss_stops_the_stage_and_says_what_to_do(shapes, tmp_path):

@@ -35,6 +35,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "segmentor.batch_size": 8,
         "segmentor.sigma": 0.2,
         "segmentor.token_dropout": 0.0,
+        "segmentor.color_jitter": (0.0, 0.0, 0.0, 0.0),
         "segmentor.long_side": (54, 80),
         "segmentor.optimizer": {"name": "adamw", "lr": 2e-3, "weight_decay": 0.05, "warmup_steps": 50},
         "cams.scales": (1.0, 1.5, 2.0),

@@ -69,6 +69,8 @@ class DataConfig(Settings):
 
     train_split: str = "trainaug"
     eval_split: str = "train"
+    selection_split: str = "train"
+    """By whose pixel masks the epoch is chosen, with segmentor.selection=best_miou (published code)."""
     shapes: ShapesConfig | None = None
 
     @property
@@ -112,6 +114,8 @@ class NetworkConfig(Settings):
     epochs: Count
     batch_size: Count
     optimizer: OptimizerConfig
+    color_jitter: Annotated[tuple[float, float, float, float], BeforeValidator(_split_commas)] = (0.3, 0.3, 0.3, 0.1)
+    """Largest change of brightness, contrast and saturation (factors 1 -+ x) and of the hue (a shift, in circles)."""
 
     @property
     def files(self) -> tuple[str, ...]:
@@ -149,12 +153,6 @@ class CaaeConfig(NetworkConfig):
     decoder_width: Count = 768
     reconstruction: bool = True
     """The decoder and the reconstruction loss of Eq. 4 (Tables 11, 14)."""
-    color_jitter: Annotated[tuple[float, float, float, float], BeforeValidator(_split_commas)] = (
-        0.3,
-        0.3,
-        0.3,
-        0.1,
-    )
     enlarge: Range = (1.0, 3.0)
     crop_area: Range = (0.08, 1.0)
     """Area of the random resized crop, as a fraction of the image."""
@@ -186,7 +184,7 @@ class SegmentorConfig(NetworkConfig):
     long_side: Annotated[tuple[int, int], BeforeValidator(_split_commas)] = (224, 896)
     """Range of the random resize, in pixels of the longer side."""
     selection: Literal["last", "best_miou"] = "last"
-    """`best_miou` keeps the epoch with the best map on the *pixel masks* of the training split (published code)."""
+    """`best_miou` keeps the epoch with the best map on the *pixel masks* of data.selection_split (published code)."""
 
     @model_validator(mode="after")
     def _some_map_loss(self) -> "SegmentorConfig":

@@ -11,7 +11,6 @@ texture periods are in pixels of a 96-pixel image. Change VERSION with anything 
 """
 
 import json
-import os
 import shutil
 import uuid
 from collections.abc import Callable
@@ -25,6 +24,7 @@ from PIL import Image
 
 from semformer.data.voc import IGNORE, voc_palette
 from semformer.errors import UserError
+from semformer.folders import cache_folder
 
 VERSION = 4
 
@@ -362,9 +362,8 @@ def cached_shapes(
     train: int, val: int, size: int = 96, seed: int = 0, progress: Callable[[int, int], None] | None = None
 ) -> Path:
     """`make_shapes` into $SEMFORMER_CACHE, or ~/.cache/semformer. Several processes may call it at once."""
-    cache_folder = Path(os.environ.get("SEMFORMER_CACHE") or "~/.cache/semformer").expanduser()
     name = f"shapes-v{VERSION}-train{train}-val{val}-size{size}-seed{seed}"
-    return make_shapes(cache_folder / name, train=train, val=val, size=size, seed=seed, progress=progress)
+    return make_shapes(cache_folder() / name, train=train, val=val, size=size, seed=seed, progress=progress)
 
 
 def _is_made(root: Path, parameters: dict[str, int]) -> bool:

@@ -14,16 +14,22 @@ K counts the classes with the background, which is class 0 and present in every 
 
 import difflib
 import hashlib
+import os
+import secrets
+import time
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from semformer.errors import UserError
+from semformer.folders import cache_folder
 
 BACKGROUND = "background"
 IGNORE = 255
@@ -143,7 +149,7 @@ class Devkit:
 
 @dataclass(frozen=True, eq=False)
 class Split:
-    """A split in memory: ids and labels; images and masks are read when asked for.
+    """A split in memory: ids and labels; images and masks are read when asked for (`pack.Packed` has them decoded).
 
     labels: (n, K) float32, 1 where the image has an object of the class; labels[:, 0] == 1. Objects that
     VOC marks as "difficult" count as present.
@@ -168,9 +174,9 @@ class Split:
     def mask_path(self, i: int) -> Path:
         return Devkit(self.folder, self.classes).mask_path(self.ids[i], self.name)
 
-    def image(self, i: int) -> Image.Image:
-        """Image i, decoded, RGB. Raises UserError if the file is missing, damaged or cut short."""
-        return read_image(self.image_path(i))
+    def pixels(self, i: int) -> np.ndarray:
+        """Image i, decoded: (H, W, 3) uint8, RGB. Raises UserError if the file is missing, damaged or cut short."""
+        return np.array(read_image(self.image_path(i)))
 
     def mask(self, i: int) -> np.ndarray:
         """Pixel mask i: (H, W) uint8, class indices, 255 = ignore.
@@ -182,23 +188,58 @@ class Split:
 
     @cached_property
     def digest(self) -> str:
-        """sha256 over class names, ids, labels and the image files' bytes: what a result may depend on."""
-        return self._digest(self.image_path(i) for i in range(len(self)))
+        """sha256 over class names, ids, labels and the image files' bytes: what a result may depend on.
+
+        The files are read once per machine, and again when the time, the size or the inode of one has changed.
+        """
+        return self._digest([self.image_path(i) for i in range(len(self))])
 
     @cached_property
     def mask_digest(self) -> str:
         """The same over the mask files' bytes. Only stages that read pixel masks depend on it."""
-        return self._digest(self.mask_path(i) for i in range(len(self)))
+        return self._digest([self.mask_path(i) for i in range(len(self))])
 
-    def _digest(self, paths: Iterable[Path]) -> str:
+    def digest_of(self, hashes: Iterable[bytes]) -> str:
+        """What `digest` and `mask_digest` are of the sha256 of each file."""
         digest = hashlib.sha256("\n".join((*self.classes, "", *self.ids, "")).encode())
         digest.update(self.labels.astype(np.uint8).tobytes())
-        for path in paths:
-            try:
-                digest.update(hashlib.sha256(path.read_bytes()).digest())
-            except OSError as error:
-                raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+        for one in hashes:
+            digest.update(one)
         return digest.hexdigest()
+
+    def _digest(self, paths: Sequence[Path]) -> str:
+        try:
+            seen = [os.stat(path) for path in paths]
+        except OSError as error:
+            raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from error
+        stamps = (f"{p.absolute()} {s.st_ino} {s.st_size} {s.st_mtime_ns}" for p, s in zip(paths, seen, strict=True))
+        note = cache_folder() / "digests" / self.digest_of(_sha256(stamp.encode()) for stamp in stamps)
+        with suppress(OSError):
+            return note.read_text()
+        digest = self.digest_of(_sha256(read_bytes(path)) for path in paths)
+        if max(s.st_mtime for s in seen) < time.time() - STILL:
+            with suppress(OSError):
+                note.parent.mkdir(parents=True, exist_ok=True)
+                partial = note.with_suffix(f".{secrets.token_hex(4)}")
+                partial.write_text(digest)
+                partial.replace(note)
+        return digest
+
+
+STILL = 2.0
+"""Seconds for which a file must be unchanged: within them, some file systems do not tell a second change."""
+
+
+def read_bytes(path: Path) -> bytes:
+    """Raises UserError where that is impossible."""
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
+
+
+def _sha256(content: bytes) -> bytes:
+    return hashlib.sha256(content).digest()
 
 
 def read_labels(path: Path, classes: tuple[str, ...]) -> np.ndarray:
@@ -228,11 +269,14 @@ def read_labels(path: Path, classes: tuple[str, ...]) -> np.ndarray:
     return labels
 
 
-def read_image(path: str | Path) -> Image.Image:
-    """Any image file, decoded, RGB. Raises UserError if it is missing, damaged or cut short."""
+def read_image(path: str | Path, content: bytes | None = None) -> Image.Image:
+    """Any image file, decoded, upright (EXIF), RGB. Raises UserError if it is missing, damaged or cut short.
+
+    `content`: the file's bytes, where they have been read already.
+    """
     try:
-        with Image.open(path) as image:
-            return image.convert("RGB")
+        with Image.open(path if content is None else BytesIO(content)) as image:
+            return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise UserError(f"The image {path} is missing.") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
@@ -254,11 +298,10 @@ def read_mask(path: Path, image_path: Path, num_classes: int) -> np.ndarray:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"The mask {path} is damaged or no image: {error}.") from error
     height, width = mask.shape
-    image_size = _image_size(image_path)
-    if (width, height) != image_size:
+    size = image_size(image_path)
+    if (width, height) != size:
         raise UserError(
-            f"The mask {path} is {width}x{height} pixels, "
-            f"its image {image_path.name} is {image_size[0]}x{image_size[1]}."
+            f"The mask {path} is {width}x{height} pixels, its image {image_path.name} is {size[0]}x{size[1]}."
         )
     counts = np.bincount(mask.ravel(), minlength=256)
     wrong = np.flatnonzero(counts[num_classes:IGNORE])
@@ -286,10 +329,12 @@ def _read_class_names(path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _image_size(path: Path) -> tuple[int, int]:
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image, upright, from its header. Raises UserError as `read_image` does."""
     try:
         with Image.open(path) as image:
-            return image.size
+            width, height = image.size
+            return (height, width) if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5 else (width, height)
     except FileNotFoundError:
         raise UserError(f"The image {path} is missing.") from None
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:

@@ -5,6 +5,7 @@ Legend: B images, K classes (0 is background), D class dimension, N patches, d t
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from semformer.models.vit import Backbone, class_to_patch_attention
 
@@ -24,7 +25,7 @@ class Segmentor(nn.Module):
         nn.init.uniform_(self.class_head_bias, -(d**-0.5), d**-0.5)
 
     def forward(
-        self, images: Tensor, *, last_blocks: int = 0, kept: Tensor | None = None
+        self, images: Tensor, *, last_blocks: int = 0, kept: Tensor | None = None, recompute: bool = False
     ) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Activation logits, class embeddings and, on request, what the class tokens look at.
 
@@ -33,7 +34,8 @@ class Segmentor(nn.Module):
         - embeddings E' (B, K, D) of the class tokens, after ReLU (section 3.3.4);
         - A^l (B, K, h*w) of the last `last_blocks` blocks, first to last (Eq. 6); computed nowhere else.
 
-        `kept` (B, N, 1), from `draw_kept`, tells the patch tokens that are not dropped; None drops none.
+        `kept` (B, N, 1), from `draw_kept`, tells the patch tokens that are not dropped; None drops none. `recompute`
+        saves memory: what happens inside a block is computed again when its gradient is.
         """
         patches, grid = self.backbone.tokens(images)
         classes = (self.class_tokens + self.class_positions).expand(images.shape[0], -1, -1)
@@ -42,7 +44,7 @@ class Segmentor(nn.Module):
         for index, block in enumerate(self.backbone.blocks):
             if index >= len(self.backbone.blocks) - last_blocks:
                 attention.append(class_to_patch_attention(block, tokens, self.n_classes))
-            tokens = block(tokens)
+            tokens = checkpoint(block, tokens, use_reentrant=False) if recompute else block(tokens)
         tokens = self.backbone.norm(tokens)
         classes, patches = tokens.split([self.n_classes, patches.shape[1]], dim=1)
         logits = self.patch_head(patches if kept is None else patches * kept / (1 - self.token_dropout))

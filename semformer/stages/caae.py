@@ -8,8 +8,9 @@ from torch import Tensor
 
 from semformer import losses
 from semformer.config import CaaeConfig, Config
-from semformer.data.transforms import caae_crop
-from semformer.data.voc import Split
+from semformer.data.augment import caae_crops
+from semformer.data.loading import Batch, Loader
+from semformer.data.pack import Packed
 from semformer.models.caae import CAAE
 from semformer.models.vit import build_backbone
 from semformer.stages.context import Context
@@ -18,10 +19,12 @@ from semformer.store import Artifact
 from semformer.weights import load_published, load_state
 
 WEIGHTS = "caae.safetensors"
+DECODER = "decoder.safetensors"
+"""Apart from the rest: nothing after this stage needs it, and it is the larger half."""
 
 
-def run(config: Config, data: Split, ctx: Context) -> dict[str, Any]:
-    """Makes `caae.safetensors`: encoder, class semantics and decoder. Returns the loss terms per epoch."""
+def run(config: Config, data: Packed, ctx: Context) -> dict[str, Any]:
+    """Makes `caae.safetensors` (encoder and class semantics) and the decoder. Returns the loss terms per epoch."""
     options = config.caae
     torch.manual_seed(config.seed)
     model = build(options, n_classes=len(data.classes)).to(ctx.device)
@@ -33,30 +36,46 @@ def run(config: Config, data: Split, ctx: Context) -> dict[str, Any]:
             model,
             stage="caae",
             config=options,
-            n_images=len(data),
-            sample=lambda i, rng: (caae_crop(data.image(i), options, rng), torch.from_numpy(data.labels[i])),
-            loss=lambda batch, generator, part: loss_terms(model, *batch, part=part),
+            loader=Loader(
+                data,
+                lambda epoch: caae_crops(data.sizes, options, seed=config.seed, epoch=epoch),
+                batch_size=options.batch_size,
+                seed=config.seed,
+                device=ctx.device,
+            ),
+            gradients=lambda batch, _, pieces: gradients(model, batch, pieces),
             pretrained=model.encoder if options.pretrained or options.weights else None,
             precision=config.precision,
             seed=config.seed,
             ctx=ctx,
         )
-    save_file(model.state_dict(), ctx.out / WEIGHTS)
+    parts: dict[str, dict[str, Tensor]] = {WEIGHTS: {}, DECODER: {}}
+    for name, value in model.state_dict().items():
+        parts[DECODER if name.startswith("decoder.") else WEIGHTS][name] = value
+    for file, tensors in parts.items():
+        save_file(tensors, ctx.out / file)
     return {"history": history}
 
 
-def loss_terms(model: CAAE, images: Tensor, Y: Tensor, *, part: slice = slice(None)) -> dict[str, Tensor]:
-    """L_CAAE of Eq. 4 and its terms. images: (B, 3, S, S), Y: (B, K). Only present classes train their semantics.
+def gradients(model: CAAE, batch: Batch, pieces: int = 1) -> dict[str, Tensor]:
+    """Adds the gradients of a batch's loss; returns its terms. Each is a mean over images: pieces count by theirs."""
+    totals: dict[str, Tensor] = {}
+    Y = batch.Y.to(batch.images.device, non_blocking=True)
+    for images, labels in zip(batch.images.chunk(pieces), Y.chunk(pieces), strict=True):
+        share = len(labels) / len(Y)
+        terms = {name: share * term for name, term in loss_terms(model, images, labels).items()}
+        terms["total"].backward()
+        totals = {name: totals.get(name, 0.0) + term.detach() for name, term in terms.items()}
+    return totals
 
-    Of the images in `part`, it is their share of the batch's loss: the shares of all parts add up to it.
-    """
-    share = len(Y[part]) / len(Y)
-    images, Y = images[part], Y[part]
+
+def loss_terms(model: CAAE, images: Tensor, Y: Tensor) -> dict[str, Tensor]:
+    """L_CAAE of Eq. 4 and its terms. images: (B, 3, S, S), Y: (B, K). Only present classes train their semantics."""
     E, images_recon = model(images)
     S = torch.where(Y[..., None].bool(), model.semantics, model.semantics.detach())
-    terms = {"SS": share * losses.semantic_similarity(losses.similarity(E.float(), S), Y)}
+    terms = {"SS": losses.semantic_similarity(losses.similarity(E.float(), S), Y)}
     if images_recon is not None:
-        terms["recon"] = share * losses.reconstruction(images, images_recon.float())
+        terms["recon"] = losses.reconstruction(images, images_recon.float())
     return {"total": losses.total(terms), **terms}
 
 
@@ -80,9 +99,9 @@ def build(options: CaaeConfig, *, n_classes: int) -> CAAE:
 
 
 def load(options: CaaeConfig, artifact: Artifact, *, device: torch.device) -> CAAE:
-    """The trained network, in evaluation mode and frozen."""
+    """The trained network without its decoder, in evaluation mode and frozen."""
     state = load_file(artifact.file(WEIGHTS))
-    untrained = options.model_copy(update={"pretrained": False, "weights": ""})
+    untrained = options.model_copy(update={"pretrained": False, "weights": "", "reconstruction": False})
     model = build(untrained, n_classes=len(state["semantics_weight"]))
     load_state(model, state, str(artifact.path))
     return model.to(device).eval().requires_grad_(False)

@@ -2,7 +2,9 @@
 
 import json
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -10,8 +12,8 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from semformer.config import DRAWABLE, Config
-from semformer.data.voc import Split
+from semformer.config import DRAWABLE, Config, FinalMap
+from semformer.data.pack import Packed
 from semformer.inference import MAP_KINDS, Maps, multi_scale_maps
 from semformer.models.segmentor import Segmentor
 from semformer.stages import segmentor as segmentor_stage
@@ -20,37 +22,67 @@ from semformer.store import Artifact
 
 SHARD = 256
 """Images per file."""
+TOGETHER = 8
+"""Images of one size that go through the network together, at most."""
 PICTURES = "pictures.safetensors"
 
 
-def run(config: Config, data: Split, segmentor: Artifact, ctx: Context) -> dict[str, Any]:
+def run(config: Config, data: Packed, segmentor: Artifact, ctx: Context) -> dict[str, Any]:
     """Makes `maps-*.safetensors` (float16), and all kinds of maps of the first images, to be drawn."""
     model = segmentor_stage.load(config.segmentor, segmentor, device=ctx.device)
-    started = time.monotonic()
-    shard: dict[str, Tensor] = {}
-    for i, image_id in enumerate(data.ids):
-        maps = multi_scale_maps(model, data.image(i), data.objects(i), config.cams, precision=config.precision)
-        shard[f"{image_id}/classes"] = torch.from_numpy(maps.classes)
-        shard[f"{image_id}/strided"] = maps.strided.half().cpu()
-        shard[f"{image_id}/full"] = maps.full.half().cpu().contiguous()
-        done = i + 1
-        if done % SHARD == 0 or done == len(data):
-            ids = data.ids[i // SHARD * SHARD : done]
-            save_file(shard, ctx.out / f"maps-{i // SHARD:05d}.safetensors", metadata={"ids": json.dumps(ids)})
-            shard = {}
+    started, done = time.monotonic(), 0
+    with ThreadPoolExecutor(1) as writer:  # which waits for the device, so that this thread need not
+        pending: deque[Future] = deque()
+        for number, first in enumerate(range(0, len(data), SHARD)):
+            rows = range(first, min(first + SHARD, len(data)))
+            shard: dict[str, Tensor] = {}
+            for together in of_one_size(data, rows):
+                found = _maps(model, data, together, config, config.cams.final_map)
+                pending.append(writer.submit(_keep, shard, [data.ids[i] for i in together], found))
+                if len(pending) > 2:
+                    pending.popleft().result()
+                done += len(together)
+                rate = done / (time.monotonic() - started)
+                left = (len(data) - done) / rate
+                ctx.progress(Progress("cams", done, len(data), images_per_second=rate, seconds_left=left))
+            names = {"ids": json.dumps([data.ids[i] for i in rows])}
+            pending.append(writer.submit(save_file, shard, ctx.out / f"maps-{number:05d}.safetensors", names))
             ctx.check()
-        rate = done / (time.monotonic() - started)
-        ctx.progress(Progress("cams", done, len(data), images_per_second=rate, seconds_left=(len(data) - done) / rate))
+        for one in pending:
+            one.result()
     save_file(_maps_to_draw(model, data, config), ctx.out / PICTURES)
     return {"images": len(data)}
 
 
-def _maps_to_draw(model: Segmentor, data: Split, config: Config) -> dict[str, Tensor]:
+def of_one_size(data: Packed, rows: Sequence[int]) -> Iterator[list[int]]:
+    """The rows of a split in groups of images of one size, of at most `TOGETHER`."""
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    for i in rows:
+        group = by_size.setdefault(tuple(data.sizes[i]), [])
+        group.append(i)
+        if len(group) == TOGETHER:
+            yield by_size.pop(tuple(data.sizes[i]))
+    yield from by_size.values()
+
+
+def _maps(model: Segmentor, data: Packed, rows: Sequence[int], config: Config, kind: FinalMap) -> list[Maps]:
+    options = config.cams.model_copy(update={"final_map": kind})
+    images, classes = [data.pixels(i) for i in rows], [data.objects(i) for i in rows]
+    return multi_scale_maps(model, images, classes, options, precision=config.precision)
+
+
+def _keep(shard: dict[str, Tensor], ids: list[str], found: list[Maps]) -> None:
+    for image_id, maps in zip(ids, found, strict=True):
+        shard[f"{image_id}/classes"] = torch.from_numpy(maps.classes)
+        shard[f"{image_id}/strided"] = maps.strided.half().cpu()
+        shard[f"{image_id}/full"] = maps.full.half().cpu().contiguous()
+
+
+def _maps_to_draw(model: Segmentor, data: Packed, config: Config) -> dict[str, Tensor]:
     tensors = {}
     for i in range(min(DRAWABLE, len(data))):
         for kind in MAP_KINDS:
-            options = config.cams.model_copy(update={"final_map": kind})
-            maps = multi_scale_maps(model, data.image(i), data.objects(i), options, precision=config.precision)
+            (maps,) = _maps(model, data, [i], config, kind)
             tensors[f"{i}/{kind}"] = maps.full.half().cpu().contiguous()
     return tensors
 

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from semformer.data.voc import Split
+
 
 @dataclass(frozen=True)
 class Progress:
@@ -32,13 +34,16 @@ class Context:
     """device, progress callback, and folders: `out` for what the stage makes, `checkpoints` to resume from.
 
     `probe` measures a segmentation network after each of its epochs; its scores are reported, and kept nowhere.
-    `check` raises when the stage must stop (its lease was taken over); it is called once an epoch.
+    `check` raises when the stage must stop (its lease was taken over); it is called once an epoch. `saved` is called,
+    in any thread, when there is something new in `checkpoints`. `masked` opens a split with its pixel masks, for a
+    stage that declares that it reads them.
     """
 
     device: torch.device
     progress: Callable[[Progress], None]
     out: Path
     checkpoints: Path
-    workers: int = 0
     check: Callable[[], None] = lambda: None
+    saved: Callable[[], None] = lambda: None
     probe: Callable[[Any], Mapping[str, float]] | None = None
+    masked: Callable[[str], Split] | None = None

@@ -2,29 +2,32 @@
 
 import json
 import time
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from safetensors.torch import load_file
 
 from semformer import draw
 from semformer.config import Config
-from semformer.data.voc import Split
+from semformer.data.pack import Packed
 from semformer.errors import UserError
-from semformer.inference import MAP_KINDS
+from semformer.inference import MAP_KINDS, Maps
 from semformer.metrics import ThresholdCurve, reported
 from semformer.stages.cams import PICTURES, read_maps
 from semformer.stages.context import Context, Progress
 from semformer.store import Artifact
+from semformer.threads import in_order
 
 CURVE = "threshold_curve.parquet"
 CLASS_IOU = "class_iou.parquet"
 METRICS = "metrics.json"
 
 
-def run(config: Config, data: Split, cams: Artifact, ctx: Context) -> dict[str, Any]:
+def run(config: Config, data: Packed, cams: Artifact, ctx: Context) -> dict[str, Any]:
     """Makes `metrics.json`, the threshold curve, the per-class IoU at the reported threshold, and pictures.
 
     Reads pixel masks. Returns {"metrics": {...}}, see `metrics.reported`.
@@ -32,14 +35,21 @@ def run(config: Config, data: Split, cams: Artifact, ctx: Context) -> dict[str, 
     options = config.evaluate
     curve = ThresholdCurve(len(data.classes), options.scored_thresholds(), erosion=options.erosion)
     started = time.monotonic()
-    for i, (image_id, maps) in enumerate(read_maps(cams)):
+
+    def count(item: tuple[int, tuple[str, Maps]]) -> tuple[np.ndarray, np.ndarray]:
+        i, (image_id, maps) = item
         if image_id != data.ids[i]:
             raise UserError(f"{cams.path} holds maps of {image_id} where split {data.name} has {data.ids[i]}")
-        curve.add(maps.full.numpy(), maps.classes, data.mask(i), name=image_id)
-        seconds = time.monotonic() - started
-        rate = (i + 1) / seconds
-        left = (len(data) - i - 1) / rate
-        ctx.progress(Progress("evaluate", i + 1, len(data), images_per_second=rate, seconds_left=left))
+        return curve.count(maps.full.numpy(), maps.classes, data.mask(i), name=image_id)
+
+    n_cores = torch.get_num_threads()
+    with ThreadPoolExecutor(n_cores) as cores:
+        counted = in_order(cores, count, enumerate(read_maps(cams)), ahead=2 * n_cores)
+        for done, counts in enumerate(counted, start=1):
+            curve.include(*counts)
+            rate = done / (time.monotonic() - started)
+            left = (len(data) - done) / rate
+            ctx.progress(Progress("evaluate", done, len(data), images_per_second=rate, seconds_left=left))
 
     scores, (metrics, chosen) = curve.scores(), reported(curve, options, data.name)
     (ctx.out / METRICS).write_text(json.dumps(metrics, indent=1) + "\n")
@@ -50,13 +60,13 @@ def run(config: Config, data: Split, cams: Artifact, ctx: Context) -> dict[str, 
     return {"metrics": metrics}
 
 
-def _draw(config: Config, data: Split, cams: Artifact, threshold: float, ctx: Context) -> None:
+def _draw(config: Config, data: Packed, cams: Artifact, threshold: float, ctx: Context) -> None:
     tensors = load_file(cams.file(PICTURES))
     folder = ctx.out / "pictures"
     folder.mkdir()
     for i in range(min(config.evaluate.pictures, len(data))):
         maps: dict[str, np.ndarray] = {kind: tensors[f"{i}/{kind}"].float().numpy() for kind in MAP_KINDS}
         picture = draw.figure4(
-            data.image(i), maps, data.objects(i), data.classes, truth=data.mask(i), threshold=threshold
+            data.pixels(i), maps, data.objects(i), data.classes, truth=data.mask(i), threshold=threshold
         )
         picture.save(folder / f"{data.ids[i]}.png")

@@ -8,22 +8,28 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from semformer import losses
 from semformer.config import CamsConfig, Config, SegmentorConfig
-from semformer.data.transforms import segmentor_crop, valid_mask
-from semformer.data.voc import Split
+from semformer.data.augment import segmentor_crops, valid_mask
+from semformer.data.loading import Batch, Loader
+from semformer.data.pack import Packed
+from semformer.data.pixels import as_batch, normalized
+from semformer.data.voc import IGNORE, Split
 from semformer.inference import multi_scale_maps
 from semformer.losses import Pairs, similarity
 from semformer.metrics import ThresholdCurve, reported
 from semformer.models.caae import CAAE
 from semformer.models.segmentor import Segmentor
 from semformer.models.vit import build_backbone
+from semformer.precision import autocast
 from semformer.stages import caae as caae_stage
 from semformer.stages.context import Context, Progress
 from semformer.stages.training import Checkpoint, train, write_whole
@@ -34,7 +40,7 @@ WEIGHTS = "segmentor.safetensors"
 log = logging.getLogger(__name__)
 
 
-def run(config: Config, data: Split, caae: Artifact, ctx: Context) -> dict[str, Any]:
+def run(config: Config, data: Packed, caae: Artifact, ctx: Context) -> dict[str, Any]:
     """Makes `segmentor.safetensors`. Returns the loss terms per epoch, and the names of the classes."""
     options = config.segmentor
     n_classes = len(data.classes)
@@ -46,25 +52,26 @@ def run(config: Config, data: Split, caae: Artifact, ctx: Context) -> dict[str, 
     else:
         guide = caae_stage.load(config.caae, caae, device=ctx.device)
 
-        def sample(i, rng):
-            crop, region = segmentor_crop(data.image(i), options, rng)
-            return crop, torch.tensor(region), torch.from_numpy(data.labels[i])
-
         def progress(told: Progress) -> None:
             """Probes beside the training: neither the weights nor the history depend on it."""
             if told.end_of_epoch and ctx.probe:
                 told = replace(told, probe=ctx.probe(model))
             ctx.progress(told)
 
-        best = BestEpoch(model, data, config, ctx) if reads_masks(config) else None
+        best = BestEpoch(model, config, ctx) if split_of_masks(config) else None
         history = train(
             model,
             stage="segmentor",
             config=options,
-            n_images=len(data),
-            sample=sample,
-            loss=lambda batch, generator, part: loss_terms(
-                model, guide, options, *batch, caae_size=config.caae.image_size, generator=generator, part=part
+            loader=Loader(
+                data,
+                lambda epoch: segmentor_crops(data.sizes, options, seed=config.seed, epoch=epoch),
+                batch_size=options.batch_size,
+                seed=config.seed,
+                device=ctx.device,
+            ),
+            gradients=lambda batch, generator, pieces: gradients(
+                model, guide, options, batch, generator, pieces, caae_size=config.caae.image_size
             ),
             pretrained=model.backbone if options.pretrained or options.weights else None,
             precision=config.precision,
@@ -78,19 +85,22 @@ def run(config: Config, data: Split, caae: Artifact, ctx: Context) -> dict[str, 
     return {"history": history, "classes": list(data.classes)}
 
 
-def reads_masks(config: Config) -> bool:
-    """The published way to choose the epoch is pixel supervision."""
-    return config.segmentor.selection == "best_miou" and not config.segmentor.checkpoint
+def split_of_masks(config: Config) -> str | None:
+    """The split whose *pixel masks* are read: the published way to choose the epoch is pixel supervision."""
+    chosen_by_masks = config.segmentor.selection == "best_miou" and not config.segmentor.checkpoint
+    return config.data.selection_split if chosen_by_masks else None
 
 
 class BestEpoch:
-    """Keeps the weights of the epoch with the best `map_miou` on the training split's *pixel masks*, as published.
+    """Keeps the weights of the epoch with the best `patch_miou` on the *pixel masks* of a split, as published.
 
     Where those of an interrupted training cannot be read any more, it starts again.
     """
 
-    def __init__(self, model: Segmentor, data: Split, config: Config, ctx: Context):
-        self.model, self.data, self.precision = model, data, config.precision
+    def __init__(self, model: Segmentor, config: Config, ctx: Context):
+        assert ctx.masked is not None  # the stage declares that it reads masks
+        self.model, self.precision, self.size = model, config.precision, config.segmentor.image_size
+        self.data = ctx.masked(config.data.selection_split)
         self.path, checkpoint = ctx.checkpoints / "best.safetensors", Checkpoint(ctx.checkpoints).path
         if checkpoint.exists():
             try:
@@ -100,11 +110,10 @@ class BestEpoch:
                 checkpoint.unlink()
 
     def __call__(self, epoch: int) -> dict[str, float]:
-        self.model.eval()
-        miou = map_miou(self.model, self.data, range(len(self.data)), self.precision)
+        miou = patch_miou(self.model, self.data, self.size, self.precision)
         if epoch == 0 or miou > self._best():
             write_whole(self.model.state_dict(), self.path, miou=repr(miou))
-        return {"train_miou": miou}
+        return {f"{self.data.name}_miou": miou}
 
     def _best(self) -> float:
         with safe_open(self.path, framework="pt") as file:
@@ -112,6 +121,33 @@ class BestEpoch:
 
     def restore(self) -> None:
         load_state(self.model, load_file(self.path), str(self.path))
+
+
+@torch.inference_mode()
+def patch_miou(model: Segmentor, data: Split, size: int, precision: str, *, batch_size: int = 16) -> float:
+    """Best mIoU in percent over 99 thresholds, on the patch grid of each image's top left `size` x `size` pixels.
+
+    The published choice of the epoch: one scale, no flip, no attention; padding does not count, but is part of what
+    an activation map is divided by. Leaves the network in evaluation mode.
+    """
+    model.eval()
+    curve = ThresholdCurve(len(data.classes), [t / 100 for t in range(1, 100)])
+    device, P = model.patch_head.weight.device, model.backbone.patch_size
+    for first in range(0, len(data), batch_size):
+        rows = range(first, min(first + batch_size, len(data)))
+        images = torch.zeros(len(rows), 3, size, size, device=device)
+        for image, i in zip(images, rows, strict=True):
+            part = torch.from_numpy(data.pixels(i)[:size, :size]).to(device)
+            image[:, : part.shape[0], : part.shape[1]] = normalized(as_batch(part))[0]
+        with autocast(device, precision):
+            activation = model(images)[0].float().relu()
+        activation = (activation - 1e-5).relu() / (activation.amax(dim=(2, 3), keepdim=True) + 1e-5)
+        for maps, i in zip(activation.cpu().numpy(), rows, strict=True):
+            truth = np.full((size, size), IGNORE, dtype=np.uint8)
+            mask = data.mask(i)[:size, :size]
+            truth[: mask.shape[0], : mask.shape[1]] = mask
+            curve.add(maps[data.objects(i)], data.objects(i), truth[::P, ::P].copy(), name=data.ids[i])
+    return float(curve.scores().miou.max())
 
 
 def map_probe(data: Split, config: Config, *, n_images: int = 64) -> Callable[[Segmentor], dict[str, float]]:
@@ -132,21 +168,40 @@ def map_probe(data: Split, config: Config, *, n_images: int = 64) -> Callable[[S
     return probe
 
 
-def map_miou(model: Segmentor, data: Split, indices: Sequence[int], precision: str) -> float:
-    """Best mIoU in percent over 99 thresholds, of activation maps at one scale, without flip or attention."""
-    curve = ThresholdCurve(len(data.classes), [t / 100 for t in range(1, 100)])
-    add_single_scale(curve, model, data, indices, precision)
-    return float(curve.scores().miou.max())
-
-
 def add_single_scale(
     curve: ThresholdCurve, model: Segmentor, data: Split, indices: Sequence[int], precision: str
 ) -> None:
     """Count the activation maps of some images at one scale, without flip or attention."""
     options = CamsConfig(scales=(1.0,), flip=False, final_map="activation")
     for i in indices:
-        maps = multi_scale_maps(model, data.image(i), data.objects(i), options, precision=precision)
+        (maps,) = multi_scale_maps(model, [data.pixels(i)], [data.objects(i)], options, precision=precision)
         curve.add(maps.full.cpu().numpy(), maps.classes, data.mask(i), name=data.ids[i])
+
+
+def gradients(
+    model: Segmentor,
+    caae: CAAE,
+    options: SegmentorConfig,
+    batch: Batch,
+    generator: torch.Generator,
+    pieces: int = 1,
+    *,
+    caae_size: int,
+) -> dict[str, Tensor]:
+    """Adds the gradients of a batch's loss; returns its terms."""
+    terms = loss_terms(
+        model,
+        caae,
+        options,
+        batch.images,
+        batch.regions,
+        batch.Y,
+        caae_size=caae_size,
+        generator=generator,
+        pieces=pieces,
+    )
+    terms["total"].backward()
+    return {name: term.detach() for name, term in terms.items()}
 
 
 def loss_terms(
@@ -159,25 +214,19 @@ def loss_terms(
     *,
     caae_size: int,
     generator: torch.Generator | None = None,
-    part: slice = slice(None),
+    pieces: int = 1,
 ) -> dict[str, Tensor]:
     """L_seg of Eq. 13, the terms that `options.losses` names.
 
-    images: (B, 3, H, H), regions: (B, 4) valid pixels of the crops, Y: (B, K). Activation maps live at the size of the
-    CAAE's image, s. One pass of the CAAE embeds the class-foreground and class-background images of all P pairs.
-    Of the images in `part`, it is their share of the batch's loss, with the tokens that the batch's dropout keeps:
-    the shares of all parts add up to the batch's loss.
+    images: (B, 3, H, H), regions: (B, 4) valid pixels of the crops, Y: (B, K), on the host. Activation maps live at the
+    size of the CAAE's image, s. The CAAE embeds the class-foreground and class-background images of all P pairs in so
+    many `pieces`; in more than one, what happens inside them and inside the blocks is computed twice to save memory.
     """
-    pairs = Pairs.of(Y, part)
+    pairs = Pairs.of(Y).to(images.device)  # known from the labels, without waiting for the device
+    Y = Y.to(images.device, non_blocking=True)
     valid = valid_mask(regions, images.shape[-1], caae_size)
-    n_counted = valid.sum(dim=(1, 2, 3)) * Y.sum(dim=1)  # of L_AC, by image
-    share_of_images = len(Y[part]) / len(Y)
-    share_of_counted = n_counted[part].sum() / n_counted.sum().clamp(min=1)
-    kept = model.draw_kept(images, generator)
-    images, valid, Y, kept = images[part], valid[part], Y[part], None if kept is None else kept[part]
-
     I = F.interpolate(images, size=caae_size, mode="bilinear", align_corners=True)  # noqa: E741 (the paper's symbol)
-    logits, E, _ = model(images, kept=kept)
+    logits, E, _ = model(images, kept=model.draw_kept(images, generator), recompute=pieces > 1)
     M = activation_maps(logits, valid)
     S = caae.semantics
 
@@ -186,17 +235,24 @@ def loss_terms(
     kinds = {"CF": (M_pairs, losses.class_foreground), "CB": (1 - M_pairs, losses.class_background)}
     wanted = {name: kind for name, kind in kinds.items() if name in options.losses}
     if wanted:
-        embedded = caae.embed(torch.cat([weight * I_pairs for weight, _ in wanted.values()]))
+        embedded = embed_in_pieces(caae, torch.cat([weight * I_pairs for weight, _ in wanted.values()]), pieces)
         sims = similarity(embedded.float(), S).chunk(len(wanted))
         for (name, (_, loss)), sim in zip(wanted.items(), sims, strict=True):
             terms[name] = loss(sim, pairs, options.pair_reduction)
     if "AS" in options.losses:
-        terms["AS"] = share_of_images * losses.activation_suppression(M, options.sigma, options.suppress)
+        terms["AS"] = losses.activation_suppression(M, options.sigma, options.suppress)
     if "AC" in options.losses:
-        terms["AC"] = share_of_counted * losses.activation_complementation(M, Y, valid, options.complement)
+        terms["AC"] = losses.activation_complementation(M, Y, valid, options.complement)
     if "SS" in options.losses:
-        terms["SS"] = share_of_images * losses.semantic_similarity(similarity(E.float(), S), Y)
+        terms["SS"] = losses.semantic_similarity(similarity(E.float(), S), Y)
     return {"total": losses.total(terms), **terms}
+
+
+def embed_in_pieces(caae: CAAE, images: Tensor, pieces: int) -> Tensor:
+    """Class embeddings (P, K, D) of images (P, 3, s, s)."""
+    if pieces == 1:
+        return caae.embed(images)
+    return torch.cat([checkpoint(caae.embed, part, use_reentrant=False) for part in images.chunk(pieces)])
 
 
 def activation_maps(logits: Tensor, valid: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
-"""The training loop of both networks: poly schedule, micro-batches, divergence guard, progress, epoch checkpoints.
+"""The training loop of both networks: poly schedule, divergence guard, progress, checkpoints.
 
-A run that resumes from an epoch checkpoint ends with the same weights as one that was never interrupted: every random
-number is drawn from (seed, epoch, index of the image) or (seed, epoch), so no generator's state has to be saved.
+A run that resumes from a checkpoint ends with the same weights as one that was never interrupted: every random number
+is drawn from (seed, epoch, index of the image) or (seed, epoch), so no generator's state has to be saved.
 """
 
 import json
@@ -9,27 +9,26 @@ import logging
 import os
 import secrets
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
 
 from semformer import memory
 from semformer.config import NetworkConfig, OptimizerConfig
+from semformer.data.loading import Batch, Loader
 from semformer.errors import UserError
 from semformer.precision import autocast
 from semformer.stages.context import Context, Progress
 
 log = logging.getLogger(__name__)
-Loss = Callable[[list[Tensor], torch.Generator, slice], dict[str, Tensor]]
-"""loss(batch, generator, part) -> named terms, of which "total" is minimised: the share that the images in `part` have
-in those of the batch. What it draws from `generator` it draws for the whole batch."""
+Gradients = Callable[[Batch, torch.Generator, int], dict[str, Tensor]]
+"""gradients(batch, generator, pieces): adds the gradients of the batch's loss to those of the parameters, taking the
+batch through the networks in so many pieces where memory is short, and returns the named terms; "total" is the loss."""
 DIVERGED = 1e4
 """A loss of this size is no loss any more: similarities give at most about 20, a reconstruction starts near 1."""
 
@@ -38,39 +37,13 @@ class TrainingDiverged(UserError):
     """The loss became NaN, infinite or absurdly large; training it again ends the same."""
 
 
-class Crops(Dataset):
-    """sample(index, generator) for items (epoch, index)."""
-
-    def __init__(self, sample: Callable[[int, np.random.Generator], tuple], seed: int):
-        self.sample, self.seed = sample, seed
-
-    def __getitem__(self, item: tuple[int, int]) -> tuple:
-        epoch, index = item
-        return self.sample(index, np.random.default_rng([self.seed, epoch, index]))
-
-
-class EpochSampler(Sampler):
-    """(epoch, index) in an order that depends on seed and epoch alone."""
-
-    def __init__(self, n: int, seed: int):
-        self.n, self.seed, self.epoch = n, seed, 0
-
-    def __len__(self) -> int:
-        return self.n
-
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        order = np.random.default_rng([self.seed, self.epoch]).permutation(self.n)
-        return ((self.epoch, int(index)) for index in order)
-
-
 def train(
     model: nn.Module,
     *,
     stage: str,
     config: NetworkConfig,
-    n_images: int,
-    sample: Callable[[int, np.random.Generator], tuple],
-    loss: Loss,
+    loader: Loader,
+    gradients: Gradients,
     pretrained: nn.Module | None,
     precision: str,
     seed: int,
@@ -79,111 +52,139 @@ def train(
 ) -> dict[str, list[float]]:
     """Train `model` in place; returns the mean of every loss term per epoch.
 
-    sample(index, rng) makes one training sample. `pretrained` is the part of the model with pretrained weights (it
-    learns more slowly), or None. `after_epoch(epoch)` may measure more values. Where a batch does not fit into memory
-    it is passed in parts ("micro_batch" images at a time) from then on, which changes the result by rounding only.
-    Raises TrainingDiverged, what `ctx.check` raises, and torch's error where not even one image fits into memory.
+    `pretrained` is the part of the model with pretrained weights (it learns more slowly), or None. `after_epoch(epoch)`
+    may measure more values. Where a batch does not fit into memory it is taken in pieces from then on, which changes
+    the result by rounding only. Raises TrainingDiverged, what `ctx.check` raises, and torch's error where not even the
+    smallest pieces fit into memory.
     """
-    sampler, batch_size = EpochSampler(n_images, seed), min(config.batch_size, n_images)
-    loader = DataLoader(
-        Crops(sample, seed),
-        batch_size=batch_size,
-        sampler=sampler,
-        drop_last=True,
-        num_workers=ctx.workers,
-        multiprocessing_context="fork" if ctx.workers else None,
-        pin_memory=ctx.device.type == "cuda",
-    )
-    if ctx.device.type == "cuda":
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
     optimizer = build_optimizer(model, config.optimizer, pretrained)
-    checkpoint = Checkpoint(ctx.checkpoints)
-    history = checkpoint.load(model, optimizer)
-    first_epoch = len(history.get("total", []))
-    steps = config.epochs * len(loader)
-    micro_batch, note = batch_size, ""
-    started = time.monotonic()
-    for epoch in range(first_epoch, config.epochs):
-        sampler.epoch = epoch
-        generator = torch.Generator(ctx.device).manual_seed(seed * 100_003 + epoch)
-        model.train()
-        sums: dict[str, float] = {}
-        for step, batch in enumerate(loader):
-            done = epoch * len(loader) + step
-            factor = lr_factor(done, steps, config.optimizer)
-            set_rates(optimizer, factor)
-            batch = [part.to(ctx.device, non_blocking=True) for part in batch]
-            while (values := backward(loss, batch, generator, optimizer, micro_batch, precision)) is None:
-                too_many, micro_batch = micro_batch, (micro_batch + 1) // 2
-                note = f"{micro_batch} images at a time: {too_many} do not fit into memory"
-                log.warning("%s: %s", stage, note)
-            if not abs(values["total"]) < DIVERGED:
-                told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-                raise TrainingDiverged(
-                    f"{stage}: the loss diverged in epoch {epoch + 1}, step {step + 1} ({told}). "
-                    f"Try a smaller {stage}.optimizer.lr."
-                )
-            optimizer.step()
-            for name, value in values.items():
-                sums[name] = sums.get(name, 0.0) + value / len(loader)
-            elapsed, here = time.monotonic() - started, done + 1 - first_epoch * len(loader)
-            report = Progress(
-                stage=stage,
-                done=done + 1,
-                total=steps,
-                epoch=epoch + 1,
-                epochs=config.epochs,
-                values=values,
-                images_per_second=here * batch_size / elapsed,
-                seconds_left=(steps - done - 1) * elapsed / here,
-                note=note,
-            )
-            ctx.progress(report)
-        sums["lr"] = config.optimizer.lr * factor
-        sums |= {"images_per_second": report.images_per_second, "micro_batch": micro_batch}
-        if ctx.device.type == "cuda":
-            sums["gpu_memory"] = memory.peak(ctx.device)["peak_bytes"]
-        if after_epoch:
-            sums |= after_epoch(epoch)
-        history = {name: [*history.get(name, []), value] for name, value in sums.items()}
-        checkpoint.save(model, optimizer, history)
-        ctx.progress(replace(report, values=sums, end_of_epoch=True))
-        ctx.check()
+    with Checkpoint(ctx.checkpoints, ctx.saved) as checkpoint:
+        history = checkpoint.load(model, optimizer)
+        first_epoch = len(history.get("total", []))
+        meter = Meter(stage, config.epochs, loader, first_epoch, ctx)
+        step = Step(stage, optimizer, gradients, precision, most_pieces=loader.batch_size)
+        for epoch in range(first_epoch, config.epochs):
+            generator = torch.Generator(ctx.device).manual_seed(seed * 100_003 + epoch)
+            model.train()
+            meter.start(epoch)
+            for batch in loader.epoch(epoch):
+                factor = lr_factor(meter.done, meter.total, config.optimizer)
+                set_rates(optimizer, factor)
+                meter.add(step(batch, generator), step.note)
+            values = meter.end() | {"lr": config.optimizer.lr * factor, "pieces": step.pieces}
+            if after_epoch:
+                values |= after_epoch(epoch)
+            history = {name: [*history.get(name, []), value] for name, value in values.items()}
+            checkpoint.save(model, optimizer, history, last=epoch + 1 == config.epochs)
+            meter.report(values, end_of_epoch=True)
+            ctx.check()
     return history
 
 
-def backward(
-    loss: Loss,
-    batch: list[Tensor],
-    generator: torch.Generator,
-    optimizer: torch.optim.Optimizer,
-    micro_batch: int,
-    precision: str,
-) -> dict[str, float] | None:
-    """The gradients of a batch's loss, added up over parts of `micro_batch` images; returns the batch's terms.
+class Step:
+    """One step of the optimiser on a batch. `pieces`: in how many it is taken; `note`, for people, why."""
 
-    Returns None, with all as it was, if memory runs out and the parts can be made smaller.
-    """
-    optimizer.zero_grad(set_to_none=True)
-    images = batch[0]
-    drawn = generator.get_state()
-    values: dict[str, float] = {}
-    try:
-        for first in range(0, len(images), micro_batch):
+    def __init__(
+        self, stage: str, optimizer: torch.optim.Optimizer, gradients: Gradients, precision: str, *, most_pieces: int
+    ):
+        self.stage, self.optimizer, self.gradients, self.precision = stage, optimizer, gradients, precision
+        self.most_pieces, self.pieces, self.note = most_pieces, 1, ""
+
+    def __call__(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor]:
+        """The batch's terms."""
+        drawn = generator.get_state()
+        while (terms := self._backward(batch, generator)) is None:
+            self.pieces = min(2 * self.pieces, self.most_pieces)
+            self.note = f"batches are taken in {self.pieces} pieces: they do not fit into memory"
+            log.warning("%s: %s", self.stage, self.note)
             generator.set_state(drawn)
-            with autocast(images.device, precision):
-                terms = loss(batch, generator, slice(first, first + micro_batch))
-            terms["total"].backward()
-            numbers = torch.stack([term.detach().float() for term in terms.values()]).tolist()
-            values = {name: values.get(name, 0.0) + number for name, number in zip(terms, numbers, strict=True)}
-        return values
-    except (RuntimeError, MemoryError) as error:
-        if micro_batch == 1 or not memory.is_exhausted(error):
-            raise
-    optimizer.zero_grad(set_to_none=True)
-    generator.set_state(drawn)
-    return None  # not inside `except`: the error keeps the graph alive
+        self.optimizer.step()
+        return terms
+
+    def _backward(self, batch: Batch, generator: torch.Generator) -> dict[str, Tensor] | None:
+        """None where memory has run out and the pieces can be made smaller."""
+        self.optimizer.zero_grad(set_to_none=True)
+        try:
+            with autocast(batch.images.device, self.precision):
+                return self.gradients(batch, generator, self.pieces)
+        except (RuntimeError, MemoryError) as error:
+            if self.pieces == self.most_pieces or not memory.is_exhausted(error):
+                raise
+        return None  # not inside `except`: the error keeps the graph alive
+
+
+class Meter:
+    """Sums the terms of an epoch and reports progress. Reads a step's terms while the device is at the next one."""
+
+    def __init__(self, stage: str, epochs: int, loader: Loader, first_epoch: int, ctx: Context):
+        self.stage, self.epochs, self.loader, self.ctx = stage, epochs, loader, ctx
+        self.total = epochs * len(loader)
+        self.first = self.done = first_epoch * len(loader)
+        self.epoch, self.note = first_epoch, ""
+        self.sums: dict[str, float] = {}
+        self._pending: tuple[dict[str, Tensor], Tensor, torch.cuda.Event | None] | None = None
+        self._started = time.monotonic()
+
+    def start(self, epoch: int) -> None:
+        self.epoch, self.sums = epoch, {}
+
+    def add(self, terms: dict[str, Tensor], note: str) -> None:
+        """The terms of the step after `done`. Raises TrainingDiverged for those of the step before."""
+        self.note = note
+        there = torch.stack([term.detach().float() for term in terms.values()]).to("cpu", non_blocking=True)
+        arrived = torch.cuda.current_stream().record_event() if self.ctx.device.type == "cuda" else None
+        self._read()
+        self._pending = terms, there, arrived
+        self.done += 1
+
+    def end(self) -> dict[str, float]:
+        """The means over the epoch, and what it took."""
+        self._read()
+        means = {name: value / len(self.loader) for name, value in self.sums.items()}
+        means["images_per_second"] = self._rate()
+        if self.ctx.device.type == "cuda":
+            means["gpu_memory"] = memory.peak(self.ctx.device)["peak_bytes"]
+        return means
+
+    def report(self, values: dict[str, float], *, end_of_epoch: bool = False) -> None:
+        rate = self._rate()
+        left = (self.total - self.done) * self.loader.batch_size / rate
+        told = Progress(
+            stage=self.stage,
+            done=self.done,
+            total=self.total,
+            epoch=self.epoch + 1,
+            epochs=self.epochs,
+            values=values,
+            images_per_second=rate,
+            seconds_left=left,
+            end_of_epoch=end_of_epoch,
+            note=self.note,
+        )
+        self.ctx.progress(told)
+
+    def _rate(self) -> float:
+        return (self.done - self.first) * self.loader.batch_size / (time.monotonic() - self._started)
+
+    def _read(self) -> None:
+        """The terms of the last step that was added."""
+        if self._pending is None:
+            return
+        terms, there, arrived = self._pending
+        self._pending = None
+        if arrived:
+            arrived.synchronize()
+        values = dict(zip(terms, there.tolist(), strict=True))
+        if not abs(values["total"]) < DIVERGED:
+            told = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+            step = self.done - self.epoch * len(self.loader)
+            raise TrainingDiverged(
+                f"{self.stage}: the loss diverged in epoch {self.epoch + 1}, step {step} ({told}). "
+                f"Try a smaller {self.stage}.optimizer.lr."
+            )
+        for name, value in values.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value
+        self.report(values)
 
 
 def lr_factor(step: int, steps: int, config: OptimizerConfig) -> float:
@@ -210,9 +211,10 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, pretrained: nn.Mo
         lr = config.lr * (1 if old else config.new_multiplier) * (config.bias_multiplier if bias else 1)
         decay = 0.0 if bias else config.weight_decay
         groups.append({"params": parameters, "lr": lr, "initial_lr": lr, "weight_decay": decay})
+    fused = next(model.parameters()).is_cuda
     if config.name == "sgd":
-        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0)
-    return torch.optim.AdamW(groups)
+        return torch.optim.SGD(groups, momentum=config.momentum, nesterov=config.momentum > 0, fused=fused)
+    return torch.optim.AdamW(groups, fused=fused)
 
 
 def write_whole(tensors: dict[str, Tensor], path: Path, **metadata: str) -> None:
@@ -225,18 +227,58 @@ def write_whole(tensors: dict[str, Tensor], path: Path, **metadata: str) -> None
         partial.unlink(missing_ok=True)
 
 
+QUICK = 1.0
+"""Seconds that a checkpoint may take without more ado; one that takes longer is written beside the training."""
+SHARE, LONGEST = 20, 120.0
+"""Such a one is written at most this share (1 / SHARE) of the time, but after so many seconds at the latest."""
+
+
 class Checkpoint:
-    """Model, optimiser and history after the last finished epoch, in one safetensors file."""
+    """Model, optimiser and history after a finished epoch, in one safetensors file. `saved` is called when it is there.
 
-    def __init__(self, folder: Path):
-        self.path = folder / "checkpoint.safetensors"
+    As a context manager it waits for what is being written.
+    """
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, history: dict[str, list[float]]) -> None:
+    def __init__(self, folder: Path, saved: Callable[[], None] = lambda: None):
+        self.path, self.saved = folder / "checkpoint.safetensors", saved
+        self._writer = ThreadPoolExecutor(1)
+        self._writing: Future[float] | None = None
+        self._next = 0.0
+
+    def __enter__(self) -> "Checkpoint":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._writer.shutdown()
+
+    def save(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, history: dict[str, list[float]], *, last: bool = False
+    ) -> None:
+        """Once an epoch, or less often where it takes long. Raises what went wrong with the one before."""
+        if self._writing and not self._writing.done() and not last:
+            return
+        if self._writing:
+            seconds, self._writing = self._writing.result(), None
+            self._next = time.monotonic() + (min(SHARE * seconds, LONGEST) if seconds > QUICK else 0.0)
+        if time.monotonic() < self._next and not last:
+            return
         tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
         for index, slots in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{index}.{name}": value for name, value in slots.items() if value is not None}
-        tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
-        write_whole(tensors, self.path, history=json.dumps(history))
+        copies = {name: value.detach().to("cpu", non_blocking=True, copy=True) for name, value in tensors.items()}
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        self._writing = self._writer.submit(self._write, copies, json.dumps(history))
+        wait([self._writing], timeout=None if last else QUICK)
+        if self._writing.done():
+            self._writing.result()
+
+    def _write(self, tensors: dict[str, Tensor], history: str) -> float:
+        """Returns the seconds it took."""
+        started = time.monotonic()
+        write_whole({name: value.contiguous() for name, value in tensors.items()}, self.path, history=history)
+        self.saved()
+        return time.monotonic() - started
 
     def load(self, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, list[float]]:
         """Restores both in place and returns the history: empty where there is no usable checkpoint."""

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from semformer.errors import MachineError, StoreError, UserError
+from semformer.folders import cache_folder
 from semformer.keys import StageKey
 from semformer.store.artifact import MANIFEST, Artifact, DamagedArtifact, aside, check_contents, check_size
 from semformer.store.cache import Cache
@@ -64,7 +65,7 @@ class Bucket(Storage):
         if not match:
             raise UserError(f"cannot use {location} as the store: give a folder, or s3://BUCKET/PREFIX")
         location = location.rstrip("/")
-        folder = cache or Path(os.environ.get("SEMFORMER_CACHE") or "~/.cache/semformer").expanduser() / "stores"
+        folder = cache or cache_folder() / "stores"
         name = re.sub("[^A-Za-z0-9.-]+", "-", location.removeprefix("s3://"))
         name += f"-{hashlib.sha256(location.encode()).hexdigest()[:8]}"
         local = Local((folder / name).absolute(), "the cache", "another one with SEMFORMER_CACHE", MachineError)

@@ -1,7 +1,6 @@
 """Whether the nodes of the connected Ray can run a sweep: each is asked once, at the start or when it joins."""
 
 import logging
-import os
 import secrets
 import shutil
 import time
@@ -16,6 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from semformer.data.shapes import cached_shapes
 from semformer.data.voc import open_devkit
 from semformer.errors import UserError
+from semformer.folders import cache_folder
 from semformer.store import Store, open_store
 from sweeps.cluster.nodes import Node, Share, may_hold, nodes
 from sweeps.cluster.versions import difference, versions
@@ -210,7 +210,7 @@ def _ask(
             f"Ray counts {node.gpus:g} GPUs, PyTorch can use {len(memory)} there: mend the driver (CUDA or ROCm), or "
             "start Ray there with the right --num-gpus"
         )
-    cache = Path(os.environ.get("SEMFORMER_CACHE") or "~").expanduser()
+    cache = cache_folder()
     disk = next(folder for folder in (cache, *cache.parents) if folder.exists())
     if (free := shutil.disk_usage(disk).free) < min_free:
         faults.append(f"has {free / 2**30:.1f} GiB of free disk in {disk}; needed are {min_free / 2**30:.1f}")

@@ -179,7 +179,6 @@ def _stage_runs(config: dict[str, Any], reporter: Reporter) -> "Iterator[StageRu
         progress=shown.progress,
         probe=map_probe(data[options.data.eval_split], options) if config["probe"] else None,
         waiting=lambda key, holder: reporter.tell(Waiting(key.stage, str(holder))),
-        workers=config["cpus"] - 1 if config["gpus"] else 0,
     )
 
 

@@ -34,7 +34,7 @@ class ActivationLogits(nn.Module):
     """The registered forward pass: images (B, 3, s, s) -> logits (B, K, h, w), Eq. 5 before the sigmoid.
 
     B is free, s is `segmentor.image_size` and h = w = s / patch size. Images are normalised as
-    `semformer.data.transforms.to_tensor` does. Channel 0 is the background; the classes are named in the metadata.
+    `semformer.data.pixels.normalized` does. Channel 0 is the background; the classes are named in the metadata.
     """
 
     def __init__(self, network: segmentor.Segmentor):

@@ -31,7 +31,7 @@ if TYPE_CHECKING:  # which imports torch, and takes seconds
 
 LINE_EVERY = 30.0
 """Seconds after which a trial gets a line without having ended an epoch."""
-NO_LOSSES = ("lr", "images_per_second", "micro_batch", "gpu_memory")
+NO_LOSSES = ("lr", "images_per_second", "pieces", "gpu_memory")
 """Of what an epoch measures; not in its line."""
 ENDED = ("finished", "found", "pruned", "failed")
 

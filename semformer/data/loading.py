@@ -1,0 +1,103 @@
+"""Batches of crops for training: a thread reads ahead, the device does the rest.
+
+Legend: n images of a split, B of a batch, S side of a crop, K classes.
+"""
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from semformer.data.augment import Crops, make_crops
+from semformer.data.pack import Packed
+from semformer.threads import in_order
+
+AHEAD = 2
+"""Batches that are read before they are asked for."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """images (B, 3, S, S), normalised; regions (B, 4), what of a crop is image (see `Crops.regions`); Y (B, K) labels.
+
+    Y stays on the host: what is decided by labels alone needs no answer from the device.
+    """
+
+    images: Tensor
+    regions: Tensor
+    Y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.Y)
+
+
+class Loader:
+    """The batches of an epoch, in an order that depends on seed and epoch alone; what is left over is dropped."""
+
+    def __init__(
+        self, data: Packed, crops: Callable[[int], Crops], *, batch_size: int, seed: int, device: torch.device
+    ):
+        """crops(epoch): how the images of the split are to be cropped."""
+        self.data, self.crops, self.seed, self.device = data, crops, seed, device
+        self.batch_size = min(batch_size, len(data))
+        self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    def __len__(self) -> int:
+        """Batches of an epoch."""
+        return len(self.data) // self.batch_size
+
+    def epoch(self, epoch: int) -> Iterator[Batch]:
+        """Raises UserError for an image that cannot be read."""
+        crops = self.crops(epoch)
+        order = np.random.default_rng([self.seed, epoch, 1]).permutation(len(self.data))
+        batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
+        with ThreadPoolExecutor(1) as reader, self._decoders() as decode:
+            for read in in_order(
+                reader, lambda rows: self._read(crops, rows, decode), batches[: len(self)], ahead=AHEAD
+            ):
+                yield self._batch(crops, *read)
+
+    def _decoders(self) -> AbstractContextManager[ThreadPoolExecutor | None]:
+        return nullcontext() if self.data.decoded else ThreadPoolExecutor(torch.get_num_threads())
+
+    def _read(self, crops: Crops, rows: np.ndarray, decode: ThreadPoolExecutor | None) -> tuple:
+        """The rows, their images on the device, and what tells when they have arrived there."""
+        read = map if decode is None else decode.map
+        images = [cut(pixels, crops, row) for pixels, row in zip(read(self.data.pixels, rows), rows, strict=True)]
+        if self._copies is None:
+            return rows, images, None
+        sizes = [image.numel() for image in images]
+        pinned = pack_flat(images, torch.empty(sum(sizes), dtype=torch.uint8, pin_memory=True))
+        with torch.cuda.stream(self._copies):
+            moved = pinned.to(self.device, non_blocking=True)
+        parts = zip(moved.split(sizes), images, strict=True)
+        return rows, [part.view(image.shape) for part, image in parts], self._copies.record_event()
+
+    def _batch(self, crops: Crops, rows: np.ndarray, images: list[Tensor], arrived: torch.cuda.Event | None) -> Batch:
+        if arrived:
+            stream = torch.cuda.current_stream(self.device)
+            stream.wait_event(arrived)
+            images[0].record_stream(stream)  # they share one block of memory
+        lumas = torch.from_numpy(self.data.luma[rows]).to(self.device, non_blocking=True)
+        return Batch(
+            make_crops(images, lumas, crops, rows),
+            torch.from_numpy(crops.regions[rows]).to(self.device, non_blocking=True),
+            torch.from_numpy(self.data.labels[rows]),
+        )
+
+
+def cut(pixels: np.ndarray, crops: Crops, row: int) -> Tensor:
+    """What a crop needs of its image's pixels (H, W, 3): a view of them."""
+    top, left, height, width = crops.source[row]
+    return torch.from_numpy(pixels[top : top + height, left : left + width])
+
+
+def pack_flat(images: list[Tensor], out: Tensor) -> Tensor:
+    """Copy images (H, W, 3), one after the other, into `out`, which is flat and as large as they are together."""
+    for part, image in zip(out.split([image.numel() for image in images]), images, strict=True):
+        part.view(image.shape).copy_(image)
+    return out

@@ -95,6 +95,7 @@ def test_machines_that_join_late_and_cannot_do_it_are_named_and_avoided(tmp_path
         assert sum(reason in line for line in unfit) == 1, unfit
     store = Store(tmp_path / "artifacts")
     assert Counter(artifact.key.stage for artifact in store.artifacts()) == {
+        "pack": 3,
         "caae": 1,
         "segmentor": 1,
         "cams": 2,

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from semformer.errors import UserError
+from semformer.keys import StageKey
 from semformer.store import Store, open_store
 from semformer.store.collection import collect
 from semformer.store.leases import Lease
@@ -45,6 +46,16 @@ def test_what_no_root_reaches_goes_and_the_inputs_of_the_rest_stay(store):
     assert fresh.find(segmentor(KEPT))
     assert fresh.find(DROPPED) is None
     assert build(fresh, DROPPED, make_weights)
+
+
+def test_packs_stay_while_something_that_stays_was_made_from_their_images(store):
+    used, unused = (StageKey("pack", {"stage": "pack", "data": {"images": digest}}) for digest in ("d0", "d1"))
+    for key in (used, unused):
+        build(store, key, make_weights)
+    assert told(collect(store, apply=True, grace=0)) == UNREACHED | {("pack", unused.digest, "no root reaches it")}
+    assert str(used) in visible(store)
+    store.roots.keep("table 3/tiny", [])
+    assert ("pack", used.digest, "no root reaches it") in told(collect(store, apply=True, grace=0))
 
 
 def test_what_is_young_stays(store):

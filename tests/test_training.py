@@ -66,7 +66,7 @@ def test_training_in_pieces_ends_the_same(shapes, tmp_path, limit, caplog, chang
     assert "batches are taken in 4 pieces: they do not fit into memory" in {report.note for report in reports}
     for stage, artifact in whole.items():
         ours, theirs = (load_file(a.file(f"{stage}.safetensors")) for a in (parts[stage], artifact))
-        torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-3, msg=lambda told, stage=stage: f"{stage} {told}")
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3, msg=lambda told, stage=stage: f"{stage} {told}")
         assert parts[stage].info["history"]["total"] == pytest.approx(artifact.info["history"]["total"], abs=1e-4)
 
 

@@ -95,7 +95,8 @@ class Workplace:
         return path
 
     def artifacts(self) -> list[Artifact]:
-        return list(self.store.artifacts())
+        """Of the stages; packs of images are not counted as such."""
+        return [artifact for artifact in self.store.artifacts() if artifact.key.stage != "pack"]
 
     def runs(self, experiment: str, kind: str) -> list:
         client = MlflowClient(self.uri)

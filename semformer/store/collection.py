@@ -1,6 +1,7 @@
 """The removal of what no root needs any more.
 
-What a root reaches, directly or as the input of something reached, is never removed. Leases stay: by their numbers, a
+What a root reaches, directly or as the input of something reached, is never removed, nor are the packs of the images
+and masks that it was made from. Leases stay: by their numbers, a
 holder that was away for long learns that another came after it.
 """
 
@@ -106,13 +107,22 @@ def _groups(store: Store) -> dict[tuple[str, str, str], dict[str, Entry]]:
 def _reach(
     store: Store, groups: Mapping[tuple[str, str, str], object], wanted: set[str]
 ) -> tuple[set[str], dict[str, str | None]]:
-    """`wanted` with all inputs; and of what of it is published, the name of its files' folder (None: unreadable)."""
+    """`wanted` with all inputs and packs; and of what is published of it, the name of its files' folder (None:
+    unreadable)."""
     stages = {digest: stage for kind, stage, digest in groups if kind == "artifacts"}
     found = store.read_with_inputs((stages[digest], digest) for digest in wanted if digest in stages)
+    data = {one for artifact in found.values() if isinstance(artifact, Artifact) for one in _data(artifact)}
+    packs = store.read_many(("pack", digest) for digest, stage in stages.items() if stage == "pack")
+    found |= {digest: one for digest, one in packs.items() if not isinstance(one, Artifact) or _data(one) & data}
     read = {digest: one for digest, one in found.items() if isinstance(one, Artifact)}
-    reached = wanted.union(*(artifact.key.inputs.values() for artifact in read.values()))
+    reached = wanted.union(read, *(artifact.key.inputs.values() for artifact in read.values()))
     places = {digest: one.path.relative_to(store.root).as_posix() for digest, one in read.items()}
     return reached, {**dict.fromkeys(found), **places}
+
+
+def _data(artifact: Artifact) -> set[str]:
+    """The digests of the images and masks that something was made from."""
+    return {digest for digest in artifact.key.spec.get("data", {}).values() if isinstance(digest, str)}
 
 
 def _why(name: str, kind: str, digest: str, reached: set[str], places: Mapping[str, str | None]) -> str | None:

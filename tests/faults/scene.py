@@ -198,7 +198,8 @@ class Scene:
         return sum(n - 1 for n in self.epochs_trained().values())
 
     def made(self) -> Counter[str]:
-        return Counter(artifact.key.stage for artifact in self.store().artifacts())
+        """Artifacts of each stage; packs of images are none."""
+        return Counter(a.key.stage for a in self.store().artifacts() if a.key.stage != "pack")
 
     def times_made(self) -> Counter[str]:
         """How often drivers told that a kind of stage was made."""

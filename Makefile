@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo tables faults test lint format bench clean
+.PHONY: demo tables faults gpu test lint format bench clean
 
 demo: $(READY)  ## one CAAE, eight segmentation networks, Table 3
 	$(BIN)/semformer-sweep run table03 --preset tiny
@@ -13,6 +13,9 @@ tables: $(READY)  ## all 14 tables on toy networks
 
 faults: $(READY)  ## what a cluster does to a sweep, and what that costs
 	$(BIN)/python -m tests.faults
+
+gpu: $(READY)  ## does everything work on this machine's GPU, and how fast: docs/results/gpu.md
+	$(BIN)/python -m tests.gpu
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

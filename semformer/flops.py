@@ -118,7 +118,7 @@ def _cams(config: Config, images: Images) -> float:
         last_blocks = 0 if kind == "activation" else options.last_blocks
         views = 0.0
         for scale in options.scales:
-            height, width = (math.ceil(side * scale / P) * P for side in (images.height, images.width))
+            height, width = (math.ceil(round(side * scale) / P) * P for side in (images.height, images.width))
             views += segmentor_view(backbone, (height, width), images.n_classes, last_blocks=last_blocks)
         return (2 if options.flip else 1) * views
 

@@ -28,6 +28,7 @@ from semformer.store import Store
 N, HEIGHT, WIDTH = 384, 375, 500
 BATCH = 64
 SECONDS = 4.0
+OBJECTS = ["<object><name>cat</name></object>", "<object><name>sofa</name></object>"]
 ADJUST = (tvf.adjust_brightness, tvf.adjust_contrast, tvf.adjust_saturation, tvf.adjust_hue)
 
 
@@ -63,15 +64,17 @@ def run() -> dict[str, float]:
 
 def host_rate(data: Packed, draw: Callable[[int], Crops]) -> float:
     """A whole epoch at a time: its parameters are drawn at once."""
-    buffer = torch.ones(BATCH * HEIGHT * WIDTH * 3, dtype=torch.uint8)
+    size = min(BATCH, len(data))
+    buffer = torch.ones(size * HEIGHT * WIDTH * 3, dtype=torch.uint8)
     done, epoch, started = 0, 0, time.perf_counter()
     while (elapsed := time.perf_counter() - started) < SECONDS:
         crops = draw(epoch)
-        order = np.random.default_rng(epoch).permutation(N)
-        for rows in order.reshape(-1, BATCH):
+        order = np.random.default_rng(epoch).permutation(len(data))
+        for rows in order[: len(order) // size * size].reshape(-1, size):
             parts = [cut(data.pixels(i), crops, i) for i in rows]
             pack_flat(parts, buffer[: sum(part.numel() for part in parts)])
-        done, epoch = done + N, epoch + 1
+            done += size
+        epoch += 1
     return done / elapsed
 
 
@@ -99,16 +102,16 @@ def pillow_crop(image: Image.Image, crops: Crops, i: int) -> torch.Tensor:
     return canvas
 
 
-def make_photographs(folder: Path) -> Packed:
-    """Smooth noise that compresses about as photographs do (some 50 kB each)."""
+def make_photographs(folder: Path, count: int = N) -> Packed:
+    """Smooth noise that compresses about as photographs do (some 50 kB each), with one or two objects."""
     voc = folder / "VOC2012"
     for part in ("JPEGImages", "Annotations", "ImageSets/Segmentation"):
         (voc / part).mkdir(parents=True)
-    rng, ids = np.random.default_rng(0), [f"image_{i:04d}" for i in range(N)]
-    for name in ids:
+    rng, ids = np.random.default_rng(0), [f"image_{i:04d}" for i in range(count)]
+    for i, name in enumerate(ids):
         coarse = Image.fromarray(rng.integers(0, 256, (HEIGHT // 5, WIDTH // 5, 3), dtype=np.uint8))
         coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC).save(voc / "JPEGImages" / f"{name}.jpg", quality=90)
-        (voc / "Annotations" / f"{name}.xml").write_text("<a><object><name>cat</name></object></a>")
+        (voc / "Annotations" / f"{name}.xml").write_text(f"<a>{''.join(OBJECTS[: 1 + i % 2])}</a>")
     (voc / "ImageSets" / "Segmentation" / "train.txt").write_text("\n".join(ids))
     return packed(open_devkit(folder).split("train"), ["images"], Store(folder / "store"))
 

@@ -27,7 +27,7 @@ from sweeps.plan.trials import Trial, distinct_stages, missing_stages
 TFLOPS = 40.0
 """Effective throughput of one GPU in training, in 10^12 operations a second: an eighth of what an A100 can do in
 bfloat16, a third of what a V100 or A10G can. Networks of this size, run op by op, reach a tenth to a third. A number at
-the low end makes a price that is rather too high. It counts on enough workers to load the images meanwhile."""
+the low end makes a price that is rather too high."""
 SECONDS_A_PASS = 0.02
 """What a GPU takes at least for a training step or a view: thousands of kernels are started one by one, however small
 they are."""

@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo tables faults gpu test lint format bench clean
+.PHONY: demo tables faults gpu mutants test lint format bench clean
 
 demo: $(READY)  ## one CAAE, eight segmentation networks, Table 3
 	$(BIN)/semformer-sweep run table03 --preset tiny
@@ -16,6 +16,10 @@ faults: $(READY)  ## what a cluster does to a sweep, and what that costs
 
 gpu: $(READY)  ## does everything work on this machine's GPU, and how fast: docs/results/gpu.md
 	$(BIN)/python -m tests.gpu
+
+mutants: $(READY)  ## which changes of the science do the fast tests not notice? an hour
+	-$(BIN)/mutmut run --max-children 2
+	$(BIN)/python -m tests.mutants
 
 test: $(READY)
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -115,6 +115,20 @@ def test_each_image_of_a_batch_has_its_own_changes_in_its_own_order(photographs)
     assert (ours - without_hue).abs().max() > 0.02
 
 
+@pytest.mark.parametrize("draw", [caae_crops, segmentor_crops])
+def test_crops_are_jittered_by_what_was_drawn_for_them(photographs, draw):
+    stage, sizes = "caae" if draw is caae_crops else "segmentor", sizes_of(photographs)
+    plain = draw(sizes, config(stage, color_jitter=NO_JITTER), seed=3, epoch=0)
+    crops = draw(sizes, config(stage), seed=3, epoch=0)
+    ours, before = made(photographs, crops), made(photographs, plain)
+    whole = (torch.from_numpy(crops.order), torch.from_numpy(crops.amounts), lumas(photographs), (0, 1, 2, 3))
+    theirs = 255 * jitter(before / 255, *whole)
+    inside = valid_mask(torch.from_numpy(crops.regions), crops.size, crops.size).bool().expand_as(ours)
+    assert (ours - theirs)[inside].abs().max() < 0.01
+    assert (ours - before)[inside].abs().mean() > 3
+    assert torch.equal(ours[~inside], before[~inside]), "padding keeps its colour"
+
+
 def test_contrast_turns_about_the_photograph_s_mean_not_the_crop_s():
     crop, amounts = torch.full((1, 3, 2, 2), 0.9), torch.tensor([[1.0, 0.5, 1.0, 0.0]])
     assert jitter(crop, torch.tensor([[0, 1, 2, 3]]), amounts, torch.tensor([0.3]), (1,)).allclose(torch.tensor(0.6))
@@ -171,6 +185,24 @@ def test_caae_geometry_has_the_published_ranges(many):
     assert abs(crops.flip.mean() - 0.5) < 0.02
     assert (crops.shown == 224).all()
     assert not crops.corner.any()
+
+
+def test_no_crop_needs_more_than_its_source():
+    """Many sizes and factors, whole ones among them, at which a pixel lies exactly on another."""
+    sizes = np.random.default_rng(0).integers(20, 60, (400, 2))
+    for enlarge in ("1,3", "2,2", "3,3", "1,1"):
+        options = config("caae", enlarge=enlarge, crop_area="0.08,1", image_size=16, color_jitter=NO_JITTER)
+        crops = caae_crops(sizes, options, seed=1, epoch=0)
+        images = [np.full((h, w, 3), 7, dtype=np.uint8) for h, w in sizes]
+        parts = [cut(image, crops, row) for row, image in enumerate(images)]
+        assert (
+            make_crops(parts, torch.zeros(400), crops, np.arange(400)) == normalized(torch.full((1, 3, 1, 1), 7.0))
+        ).all()
+        top, left, h, w = crops.source.T
+        assert (top >= 0).all()
+        assert (left >= 0).all()
+        assert (top + h <= sizes[:, 0]).all()
+        assert (left + w <= sizes[:, 1]).all()
 
 
 def test_enlarged_sizes_are_truncated():

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from timm.models import VisionTransformer
 
 from semformer import losses
-from semformer.config import CaaeConfig, SegmentorConfig, load_config
+from semformer.config import SegmentorConfig, load_config
 from semformer.data.loading import Batch
 from semformer.errors import UserError
 from semformer.inference import final_map
@@ -171,13 +171,27 @@ def test_sum_and_mean_of_primary_tokens_are_equally_similar():
     torch.testing.assert_close(by_sum, by_mean)
 
 
-@pytest.mark.parametrize("kind", ["activation", "attention", "both"])
-def test_final_maps(kind):
-    model = Segmentor(small_backbone(64), n_classes=K, class_dim=D).eval()
-    maps = final_map(model, torch.randn(2, 3, 48, 64), kind, last_blocks=2)
-    assert maps.shape == (2, K, 6, 8)
-    assert maps.isfinite().all()
-    assert (maps >= 0).all()
+def test_final_maps_are_eq_5_and_6_written_out():
+    """Logits of patch tokens; attention of whole matrices, mean of heads, sum of last blocks, min-max over patches."""
+    torch.manual_seed(0)
+    model = Segmentor(small_backbone(64, depth=3), n_classes=K, class_dim=D).eval()
+    images = torch.randn(2, 3, 48, 64)
+    patches, _ = model.backbone.tokens(images)
+    tokens = torch.cat([(model.class_tokens + model.class_positions).expand(2, -1, -1), patches], dim=1)
+    attention = torch.zeros(2, K, 48)
+    for index, block in enumerate(model.backbone.blocks):
+        q, k, _ = block.attn.qkv(block.norm1(tokens)).reshape(2, K + 48, 3, 2, 8).permute(2, 0, 3, 1, 4)
+        if index >= 1:  # U = 2 of 3
+            attention += (q @ k.transpose(-2, -1) * 8**-0.5).softmax(dim=-1).mean(dim=1)[:, :K, K:]
+        tokens = block(tokens)
+    activation = model.patch_head(model.backbone.norm(tokens)[:, K:]).relu().transpose(1, 2)
+    low, high = attention.min(dim=2, keepdim=True).values, attention.max(dim=2, keepdim=True).values
+    relative = (attention - low) / (high - low + 1e-5)
+    expected = {"activation": activation, "attention": relative, "both": activation * relative}
+    for kind, theirs in expected.items():
+        ours = final_map(model, images, kind, last_blocks=2)
+        torch.testing.assert_close(ours, theirs.unflatten(2, (6, 8)), atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(activation, relative, atol=0.1)
 
 
 def test_class_attention_equals_the_full_matrix():
@@ -292,8 +306,3 @@ def test_semantic_similarity_is_binary_cross_entropy():
         gradients.append((loss(sim, Y), leaf.grad))
     torch.testing.assert_close(*gradients)
     assert losses.semantic_similarity(sim.fill_(torch.nan), Y).isnan()
-
-
-def test_default_options_are_the_paper_s():
-    assert CaaeConfig().merge == "sum"
-    assert SegmentorConfig().token_dropout == 0.5

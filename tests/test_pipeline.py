@@ -15,8 +15,10 @@ from safetensors.torch import load_file
 from semformer import pipeline
 from semformer.cli import main
 from semformer.config import load_config
+from semformer.data.pixels import MEAN, STD
 from semformer.data.shapes import make_shapes
 from semformer.errors import UserError
+from semformer.stages import segmentor
 from semformer.stages.training import TrainingDiverged
 from semformer.store import Store
 from semformer.store.leases import LeaseLost
@@ -238,8 +240,63 @@ def test_published_choice_of_the_epoch_reads_masks_and_says_so(shapes, tmp_path)
     runs = run(config, shapes, Store(tmp_path / "store"))
     history, rate = runs["segmentor"].artifact.info["history"], config.segmentor.optimizer.lr
     assert len(history["train_miou"]) == 2
+    assert len(set(history["train_miou"])) == 2
     # the configured rate, whatever multiplies it, at the last of an epoch's two steps
     assert history["lr"] == pytest.approx([rate * (1 - step / 4) ** 0.9 for step in (1, 3)])
+
+
+@pytest.mark.parametrize("best", [0, 1, 2])
+def test_the_weights_of_the_best_epoch_are_kept(finished, shapes, tmp_path, monkeypatch, best):
+    seen = []
+
+    def score(model, data, size, precision):
+        seen.append({name: value.clone() for name, value in model.state_dict().items()})
+        return [10.0, 20.0, 15.0][len(seen) - 1 - best]
+
+    monkeypatch.setattr("semformer.stages.segmentor.patch_miou", score)
+    store = Store(tmp_path / "store")
+    shutil.copytree(finished[0].root / "caae", store.root / "caae")
+    config = load_config("micro", {"segmentor.selection": "best_miou", "segmentor.epochs": 3})
+    kept = weights(run(config, shapes, store, until="segmentor")["segmentor"])
+    scores = [[10.0, 20.0, 15.0][n - best] for n in range(3)]
+    wanted = seen[scores.index(max(scores))]
+    assert all(torch.equal(kept[name], wanted[name]) for name in wanted)
+    assert not all(torch.equal(kept[name], seen[n][name]) for n in range(3) if seen[n] is not wanted for name in wanted)
+
+
+def test_the_published_choice_compares_patches_of_the_top_left_corner(shapes):
+    """Brute force: an arg-max over [t, maps] at each threshold, image by image, class by class."""
+    config = load_config("micro")
+    split = pipeline.open_data(config, shapes)["train"]
+    torch.manual_seed(0)
+    model = segmentor.build(config.segmentor, n_classes=9, class_dim=8).eval()
+    side, P, best = 40, 8, 0.0  # of images of 48 pixels; then of a frame that is larger than they
+    for side in (40, 64):
+        maps, truths = [], []
+        for i in range(len(split)):
+            frame = torch.zeros(1, 3, side, side)
+            part = torch.from_numpy(split.pixels(i)[:side, :side]).permute(2, 0, 1)[None] / 255
+            mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+            frame[:, :, : part.shape[2], : part.shape[3]] = (part - mean) / std
+            logits = model(frame)[0][0].relu()
+            logits = (logits - 1e-5).relu() / (logits.amax(dim=(1, 2), keepdim=True) + 1e-5)
+            logits[[c for c in range(9) if c not in split.objects(i)]] = 0
+            mask = torch.full((side, side), 255)
+            mask[:48, :48] = torch.from_numpy(split.mask(i))[:side, :side].long()
+            maps.append(logits)
+            truths.append(mask[::P, ::P])
+        truth, best = torch.stack(truths), 0.0
+        for t in range(1, 100):
+            stacked = torch.stack(maps).clone()
+            stacked[:, 0] = t / 100
+            predicted = stacked.argmax(dim=1)
+            predicted[truth == 255] = 255
+            ious = [
+                ((predicted == c) & (truth == c)).sum() / ((predicted == c) | (truth == c)).sum().clamp(min=1)
+                for c in range(9)
+            ]
+            best = max(best, 100 * torch.stack(ious).mean().item())
+        assert segmentor.patch_miou(model, split, side, "float32") == pytest.approx(best, abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -263,9 +320,23 @@ def test_paper_preset_without_data_asks_for_it():
         pipeline.open_data(load_config("paper"), None)
 
 
-def test_bfloat16_runs_the_same_path(shapes, tmp_path):
+def test_bfloat16_rounds_the_matrix_products_and_little_else(finished, shapes, tmp_path, monkeypatch):
+    seen = set()
+    linear = torch.nn.functional.linear
+
+    def noted(*arguments):
+        result = linear(*arguments)
+        seen.add(result.dtype)
+        return result
+
+    monkeypatch.setattr(torch.nn.functional, "linear", noted)
     runs = run(load_config("micro", {"precision": "bfloat16"}), shapes, Store(tmp_path / "store"))
-    assert runs["evaluate"].artifact.info["metrics"]["cam/val/miou"] > 0
+    assert seen == {torch.bfloat16}
+    for stage in ("caae", "segmentor"):
+        rough, exact = (r[stage].artifact.info["history"]["total"][0] for r in (runs, finished[1]))
+        assert rough != exact
+        assert rough == pytest.approx(exact, rel=0.02)
+        assert {value.dtype for value in weights(runs[stage]).values()} == {torch.float32}
 
 
 def to_published(kind: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

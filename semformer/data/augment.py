@@ -199,7 +199,8 @@ def _taps(crops: Crops, rows: np.ndarray, axis: int, device: torch.device) -> tu
     columns = crops.box[rows, axis], crops.sizes[rows, axis], crops.scaled[rows, axis], crops.source[rows, axis]
     box, size, scaled, first = torch.from_numpy(np.stack(columns)).to(device, non_blocking=True)[..., None]
     pixel = box + torch.arange(crops.box[rows, 2 + axis].max(), device=device)
-    centre = ((pixel + 0.5) * size / scaled - 0.5).clamp(min=0).minimum(size - 1.0)
+    centre = (pixel.double() + 0.5) * size / scaled - 0.5  # as exact as `_centres`, which chose the source by it
+    centre = centre.clamp(min=0).minimum(size - 1.0)
     low = centre.floor()
     return (low - first).long(), (low + 1).minimum(size - 1.0).long() - first, (centre - low).float()
 

@@ -227,10 +227,11 @@ def run(
             masked=(lambda name: packed(name, "images", "masks")) if masked else None,
         )
         images, inputs = packed(split, *of_stage), [done.get(name) for name in stage.inputs]
+        started = time.monotonic()  # when the images are there: a pack is made once for all stages
         with memory.explained(stage.name, device), determinism(device):
             memory.reset_peak(device)
             made = stage.run(config, images, *inputs, ctx)
-        return {**made, "memory": memory.peak(device)}
+        return {**made, "seconds": time.monotonic() - started, "memory": memory.peak(device)}
 
     for stage in needed_stages(config, until):
         if stage.name in missing:
@@ -272,9 +273,7 @@ def _find_or_make(
     waiting: Callable[[StageKey, LeaseHolder], None],
 ) -> StageRun:
     def make_here(workspace: Path, lease: Lease) -> dict[str, Any]:
-        started = time.monotonic()
-        made = make(stage, workspace, lease)
-        return {**made, "seconds": time.monotonic() - started, "versions": versions()}
+        return {**make(stage, workspace, lease), "versions": versions()}
 
     artifact, found = store.find_or_make(key, make_here, wait=lambda holder: waiting(key, holder))
     return StageRun(stage.name, key.digest, found, 0.0 if found else artifact.info["seconds"], artifact)

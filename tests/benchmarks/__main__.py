@@ -5,7 +5,7 @@
 
 import torch
 
-from tests.benchmarks import bench_simulation, bench_thresholds, bench_tracking, bench_training
+from tests.benchmarks import bench_loading, bench_simulation, bench_thresholds, bench_tracking, bench_training
 
 
 def main() -> None:
@@ -14,6 +14,11 @@ def main() -> None:
     for row in bench_training.run():
         plain, ours = row["plain"], row["ours"]
         print(f"| {row['what']} | {plain:.1f} images/s | {ours:.1f} images/s | {row['ratio']:.1f}x |", flush=True)
+        memory = f"| {row['what']}, kept for its gradients | {row['plain_kept']:.0f} MiB | {row['kept']:.0f} MiB"
+        print(
+            memory + (f", in four pieces {row['in_pieces']:.0f} MiB" if "in_pieces" in row else "") + " | |", flush=True
+        )
+    bench_loading.main([])
     bench_thresholds.main()
     bench_tracking.main()
     print("\nA day on 1,000 spot GPUs, simulated:", flush=True)

@@ -116,10 +116,10 @@ def make_photographs(folder: Path, count: int = N) -> Packed:
     return packed(open_devkit(folder).split("train"), ["images"], Store(folder / "store"))
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
-    options, rates = parser.parse_args(), run()
+    options, rates = parser.parse_args(arguments), run()
     for stage, name in (("caae", "CAAE crops"), ("segmentor", "segmentation crops")):
         before, after = rates[f"{stage}_crops_per_second_pillow"], rates[f"{stage}_crops_per_second"]
         print(f"| {name} | {before:.1f} images/s | {after:.1f} images/s | {after / before:.1f}x |")

@@ -64,6 +64,9 @@ def run(batch: int = 16) -> list[dict[str, float | str]]:
             lambda: step(reference.segmentor_losses, plain_segmentor, plain_caae),
         )
     )
+    options = {"caae_size": s, "pieces": 4}
+    arguments = (segmentor, caae, config.segmentor, large, regions, Y)
+    rows[-1]["in_pieces"] = kept(lambda: segmentor_stage.loss_terms(*arguments, **options)["total"])
     return rows
 
 
@@ -77,4 +80,18 @@ def _compare(name: str, batch: int, ours: Callable[[], Tensor], plain: Callable[
             seconds[kind].append(time.perf_counter() - started)
     ratio = statistics.median(p / o for o, p in zip(seconds["ours"], seconds["plain"], strict=True))
     rates = {kind: batch / statistics.median(values) for kind, values in seconds.items()}
-    return {"what": name, **rates, "ratio": ratio}
+    return {"what": name, **rates, "ratio": ratio, "kept": kept(ours), "plain_kept": kept(plain)}
+
+
+def kept(compute: Callable[[], Tensor]) -> float:
+    """MiB of tensors that a forward pass keeps for its gradients."""
+    sizes: dict[int, int] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        compute()
+    return sum(sizes.values()) / 2**20

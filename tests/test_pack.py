@@ -19,6 +19,7 @@ from semformer.data.pack import LUMA, MOST_DECODED, Table
 from semformer.data.voc import open_devkit
 from semformer.stages.pack import find_or_pack, pack_key, packed
 from semformer.store import Store
+from semformer.store import folder as folder_file
 
 CPU = torch.device("cpu")
 
@@ -71,6 +72,25 @@ def test_a_pack_is_an_arrow_file_that_others_can_read(split, store):
     assert table["id"].to_pylist() == list(split.ids)
     assert table["data"][3].as_py() == split.pixels(3).tobytes()
     assert find_or_pack(split, "images", store)[1]
+
+
+def test_a_pack_is_checked_once_on_a_machine_and_again_when_it_has_changed(split, store, tmp_path, monkeypatch):
+    monkeypatch.setenv("SEMFORMER_CACHE", str(tmp_path / "cache"))
+    path = find_or_pack(split, "images", store)[0].file("images.arrow")
+    os.utime(path, (1e9, 1e9))
+    checked, check = [], folder_file.check_contents
+    monkeypatch.setattr(folder_file, "check_contents", lambda *arguments: checked.append(1) or check(*arguments))
+    counts = []
+    for _ in range(3):
+        assert find_or_pack(split, "images", store)[1]
+        counts.append(len(checked))
+    assert counts == [1, 1, 1]
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    artifact, found = find_or_pack(split, "images", store)
+    assert not found, "the damaged one was set aside, and made again"
+    assert np.array_equal(Table(artifact.file("images.arrow")).data(7), split.pixels(7).ravel())
 
 
 def test_opening_a_pack_reads_none_of_its_pixels(split, store):

@@ -3,6 +3,7 @@
 import errno
 import os
 import re
+import shutil
 import subprocess
 import sys
 
@@ -76,6 +77,17 @@ def test_too_little_memory_for_one_image_says_what_to_make_smaller(shapes, store
     limit(0)
     with pytest.raises(MachineError, match=rf"^{stage}: out of memory on .* smaller {stage}\.image_size"):
         run(shapes, store, **({"seed": 1} if stage == "caae" else {}))
+
+
+def test_images_that_do_not_fit_into_memory_together_have_the_same_maps(shapes, tmp_path, limit):
+    whole, parts = Store(tmp_path / "whole"), Store(tmp_path / "parts")
+    expected = run(shapes, whole, until="cams")["cams"]
+    for stage in ("caae", "segmentor"):
+        shutil.copytree(whole.root / stage, parts.root / stage)
+    limit(99, pairs=3)
+    found = run(shapes, parts, until="cams")["cams"]
+    ours, theirs = (load_file(artifact.file("maps-00000.safetensors")) for artifact in (found, expected))
+    torch.testing.assert_close(ours, theirs, atol=2e-3, rtol=0)
 
 
 def test_too_little_memory_for_maps_says_so(shapes, store, monkeypatch):

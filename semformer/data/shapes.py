@@ -24,7 +24,7 @@ from PIL import Image
 
 from semformer.data.voc import IGNORE, voc_palette
 from semformer.errors import UserError
-from semformer.folders import cache_folder
+from semformer.machine import cache_folder
 
 VERSION = 4
 

@@ -14,12 +14,8 @@ K counts the classes with the background, which is class 0 and present in every 
 
 import difflib
 import hashlib
-import os
-import secrets
-import time
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -29,7 +25,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from semformer.errors import UserError
-from semformer.folders import cache_folder
+from semformer.machine import remember, remembered
 
 BACKGROUND = "background"
 IGNORE = 255
@@ -208,26 +204,15 @@ class Split:
         return digest.hexdigest()
 
     def _digest(self, paths: Sequence[Path]) -> str:
+        about = self.digest_of([])
         try:
-            seen = [os.stat(path) for path in paths]
+            digest = remembered(paths, about)
+            if digest is None:
+                digest = self.digest_of(hashlib.sha256(read_bytes(path)).digest() for path in paths)
+                remember(paths, about, digest)
+            return digest
         except OSError as error:
             raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from error
-        stamps = (f"{p.absolute()} {s.st_ino} {s.st_size} {s.st_mtime_ns}" for p, s in zip(paths, seen, strict=True))
-        note = cache_folder() / "digests" / self.digest_of(_sha256(stamp.encode()) for stamp in stamps)
-        with suppress(OSError):
-            return note.read_text()
-        digest = self.digest_of(_sha256(read_bytes(path)) for path in paths)
-        if max(s.st_mtime for s in seen) < time.time() - STILL:
-            with suppress(OSError):
-                note.parent.mkdir(parents=True, exist_ok=True)
-                partial = note.with_suffix(f".{secrets.token_hex(4)}")
-                partial.write_text(digest)
-                partial.replace(note)
-        return digest
-
-
-STILL = 2.0
-"""Seconds for which a file must be unchanged: within them, some file systems do not tell a second change."""
 
 
 def read_bytes(path: Path) -> bytes:
@@ -236,10 +221,6 @@ def read_bytes(path: Path) -> bytes:
         return path.read_bytes()
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror}.") from error
-
-
-def _sha256(content: bytes) -> bytes:
-    return hashlib.sha256(content).digest()
 
 
 def read_labels(path: Path, classes: tuple[str, ...]) -> np.ndarray:

@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from semformer import memory
 from semformer.config import DRAWABLE, Config, FinalMap
 from semformer.data.pack import Packed
 from semformer.inference import MAP_KINDS, Maps, multi_scale_maps
@@ -66,9 +67,16 @@ def of_one_size(data: Packed, rows: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _maps(model: Segmentor, data: Packed, rows: Sequence[int], config: Config, kind: FinalMap) -> list[Maps]:
+    """Of images of one size; where they do not fit into memory together, of fewer at a time."""
     options = config.cams.model_copy(update={"final_map": kind})
     images, classes = [data.pixels(i) for i in rows], [data.objects(i) for i in rows]
-    return multi_scale_maps(model, images, classes, options, precision=config.precision)
+    try:
+        return multi_scale_maps(model, images, classes, options, precision=config.precision)
+    except (RuntimeError, MemoryError) as error:
+        if len(rows) == 1 or not memory.is_exhausted(error):
+            raise
+    half = len(rows) // 2
+    return [maps for part in (rows[:half], rows[half:]) for maps in _maps(model, data, part, config, kind)]
 
 
 def _keep(shard: dict[str, Tensor], ids: list[str], found: list[Maps]) -> None:

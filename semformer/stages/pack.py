@@ -5,6 +5,7 @@ A pack is how a data set is kept, no step of the method: what comes of it is key
 
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from typing import Any
 from semformer.data.pack import Kind, Packed, Table, write_pack
 from semformer.data.voc import Split
 from semformer.keys import StageKey
+from semformer.machine import remember, remembered
 from semformer.stages.context import Progress
-from semformer.store import Artifact, Store
+from semformer.store import Artifact, DamagedArtifact, Store
 from semformer.store.leases import Lease, LeaseHolder
 
 VERSION = 1
@@ -45,8 +47,14 @@ def find_or_pack(
     progress: Callable[[Progress], None] = lambda told: None,
     waiting: Callable[[StageKey, LeaseHolder], None] = lambda key, holder: None,
 ) -> tuple[Artifact, bool]:
-    """The artifact of a pack, and whether it was found."""
+    """The artifact of a pack, and whether it was found.
+
+    What a pack holds is checked once on a machine, not by each trial: it is as large as the data set.
+    """
     key = pack_key(split, kind)
+    with suppress(DamagedArtifact):
+        if (there := store.find(key, verify=False)) and remembered([there.file(_name(kind))], key.digest):
+            return there, True
 
     def make(workspace: Path, lease: Lease) -> Mapping[str, Any]:
         started = time.monotonic()
@@ -61,7 +69,9 @@ def find_or_pack(
         write_pack(split, kind, workspace / _name(kind), told)
         return {"split": split.name, "images": len(split), "seconds": time.monotonic() - started}
 
-    return store.find_or_make(key, make, wait=lambda holder: waiting(key, holder))
+    artifact, found = store.find_or_make(key, make, wait=lambda holder: waiting(key, holder))
+    remember([artifact.file(_name(kind))], key.digest, "intact")
+    return artifact, found
 
 
 def _name(kind: Kind) -> str:

@@ -29,8 +29,8 @@ from pathlib import Path
 from typing import Any
 
 from semformer.errors import MachineError, StoreError, UserError
-from semformer.folders import cache_folder
 from semformer.keys import StageKey
+from semformer.machine import cache_folder
 from semformer.store.artifact import MANIFEST, Artifact, DamagedArtifact, aside, check_contents, check_size
 from semformer.store.cache import Cache
 from semformer.store.local import Local

@@ -15,7 +15,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from semformer.data.shapes import cached_shapes
 from semformer.data.voc import open_devkit
 from semformer.errors import UserError
-from semformer.folders import cache_folder
+from semformer.machine import cache_folder
 from semformer.store import Store, open_store
 from sweeps.cluster.nodes import Node, Share, may_hold, nodes
 from sweeps.cluster.versions import difference, versions

@@ -17,29 +17,31 @@ def cache_folder() -> Path:
     return Path(os.environ.get("SEMFORMER_CACHE") or "~/.cache/semformer").expanduser()
 
 
-def remembered(files: Sequence[Path], about: str) -> str | None:
-    """What `remember` was told, unless the path, inode, size or time of one has changed. Raises OSError without one."""
-    note, _ = _note(files, about)
-    with suppress(OSError):
-        return note.read_text()
-    return None
+class Note:
+    """What reading files has shown, kept until one of them changes: by their paths, inodes, sizes and times as they are
+    now, so that it must be made before they are read. Raises OSError for a file that is not there."""
 
+    def __init__(self, files: Sequence[Path], about: str):
+        seen = [os.stat(path) for path in files]
+        stamps = [
+            f"{path.absolute()} {s.st_ino} {s.st_size} {s.st_mtime_ns} {s.st_ctime_ns}"
+            for path, s in zip(files, seen, strict=True)
+        ]
+        name = hashlib.sha256("\n".join((about, *stamps)).encode()).hexdigest()
+        self.path = cache_folder() / "notes" / name
+        self._is_still = max(s.st_ctime for s in seen) < time.time() - STILL
 
-def remember(files: Sequence[Path], about: str, text: str) -> None:
-    """Keep what reading all these files has shown, where it can be kept, and they were not written just now."""
-    note, newest = _note(files, about)
-    if newest > time.time() - STILL:
-        return
-    with suppress(OSError):
-        note.parent.mkdir(parents=True, exist_ok=True)
-        partial = note.with_suffix(f".{secrets.token_hex(4)}")
-        partial.write_text(text)
-        partial.replace(note)
+    def read(self) -> str | None:
+        with suppress(OSError):
+            return self.path.read_text()
+        return None
 
-
-def _note(files: Sequence[Path], about: str) -> tuple[Path, float]:
-    """Where it is kept, and when the newest of the files was written."""
-    seen = [os.stat(path) for path in files]
-    stamps = [f"{p.absolute()} {s.st_ino} {s.st_size} {s.st_mtime_ns}" for p, s in zip(files, seen, strict=True)]
-    name = hashlib.sha256("\n".join((about, *stamps)).encode()).hexdigest()
-    return cache_folder() / "notes" / name, max(s.st_mtime for s in seen)
+    def write(self, text: str) -> None:
+        """Where it can be kept, and where none of the files had been written just before."""
+        if not self._is_still:
+            return
+        with suppress(OSError):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = self.path.with_suffix(f".{secrets.token_hex(4)}")
+            partial.write_text(text)
+            partial.replace(self.path)

@@ -1,8 +1,10 @@
-"""A devkit that is small, and has the paper's splits."""
+"""A devkit that is small, and has the paper's splits; and what bad ones are refused with."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 from semformer.data.shapes import make_shapes
+from semformer.errors import UserError
 
 
 def paper_splits(folder: Path) -> Path:
@@ -11,3 +13,15 @@ def paper_splits(folder: Path) -> Path:
     splits = folder / "VOC2012" / "ImageSets" / "Segmentation"
     (splits / "trainaug.txt").write_text((splits / "train.txt").read_text())
     return folder
+
+
+def refused(action: Callable[[], object], *texts: str | Path) -> None:
+    """`action` raises UserError whose text contains all of `texts`."""
+    try:
+        action()
+    except UserError as error:
+        told = str(error)
+    else:
+        raise AssertionError("it was not refused")
+    for text in texts:
+        assert str(text) in told

@@ -1,26 +1,23 @@
-"""The VOC reader (voc.py) and the embedded data set (shapes.py)."""
+"""The VOC reader (voc.py) and checker (check.py)."""
 
 import hashlib
-import json
-import multiprocessing
 import os
 import shutil
-import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import ExifTags, Image
 
-from semformer.data import shapes
+from semformer import machine
 from semformer.data import voc as voc_file
 from semformer.data.check import check_devkit
-from semformer.data.shapes import CLASSES, cached_shapes, make_shapes, render
-from semformer.data.voc import VOC_CLASSES, image_size, open_devkit, read_image, read_mask, voc_palette
-from semformer.errors import UserError
+from semformer.data.shapes import CLASSES, make_shapes
+from semformer.data.voc import VOC_CLASSES, image_size, open_devkit, read_image, read_mask
+from tests.devkits import refused
 
-VOC_SAMPLE = Path(__file__).parents[2] / "shared" / "voc_sample"
-needs_voc_sample = pytest.mark.skipif(not VOC_SAMPLE.is_dir(), reason="the VOC sample is not here")
+SAMPLE = Path(__file__).parents[2] / "shared" / "coco_sample"
+needs_sample = pytest.mark.skipif(not SAMPLE.is_dir(), reason="the sample of photographs is not here")
 
 
 @pytest.fixture(scope="module")
@@ -32,10 +29,6 @@ def made(tmp_path_factory) -> Path:
 def voc(made, tmp_path) -> Path:
     """A copy of the VOC2012 folder of a small shapes set, to be damaged."""
     return shutil.copytree(made / "VOC2012", tmp_path / "data" / "VOC2012")
-
-
-def files(folder: Path) -> dict[str, bytes]:
-    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
 
 # --- reading ---
@@ -126,30 +119,45 @@ def test_digests_tell_what_changed(voc):
 
 def test_a_digest_is_read_again_only_when_a_file_has_changed(voc, tmp_path, monkeypatch):
     monkeypatch.setenv("SEMFORMER_CACHE", str(tmp_path / "cache"))
-    read = []
-    monkeypatch.setattr(voc_file, "read_bytes", lambda path: read.append(path) or path.read_bytes())
+    image, read = voc / "JPEGImages" / "train_000001.jpg", []
+    change = None
+
+    def note_and_read(path: Path) -> bytes:
+        read.append(path)
+        content = path.read_bytes()
+        if change and path == image:
+            image.write_bytes(change)
+        return content
+
+    monkeypatch.setattr(voc_file, "read_bytes", note_and_read)
 
     def digest() -> tuple[str, int]:
         read.clear()
         return open_devkit(voc).split("train").digest, len(read)
 
-    first = digest()
-    assert first == (digest()[0], 6), "files that have just been written are read again"
-    image = voc / "JPEGImages" / "train_000001.jpg"
-    for path in image.parent.iterdir():
-        os.utime(path, (1e9, 1e9))
-    assert digest() == first
-    assert digest() == (first[0], 0)
-    assert digest()[0] == open_devkit(voc).split("train").digest_of(
+    first, _ = digest()
+    assert digest() == (first, 6), "files that have just been written are read again"
+    monkeypatch.setattr(machine, "STILL", 0.0)
+    assert digest() == (first, 6)
+    assert digest() == (first, 0)
+    assert first == open_devkit(voc).split("train").digest_of(
         hashlib.sha256((image.parent / f"train_{i:06d}.jpg").read_bytes()).digest() for i in range(6)
     )
-    os.utime(image, (1e9 + 1, 1e9 + 1))
-    assert digest() == first
+    os.utime(image, (1e9, 1e9))
+    assert digest() == (first, 6)
     content = bytearray(image.read_bytes())
     content[-1] ^= 1
     image.write_bytes(content)
-    os.utime(image, (1e9 + 2, 1e9 + 2))
-    assert digest()[0] != first[0]
+    os.utime(image, (1e9, 1e9))  # as those who copy with the time of the original
+    second, _ = digest()
+    assert second != first
+
+    # a file that changes while the files are read
+    shutil.rmtree(tmp_path / "cache")
+    change = bytes(content) + b"0"
+    assert digest()[0] == second
+    change = None
+    assert digest()[0] not in (first, second)
 
 
 def test_images_are_upright(tmp_path):
@@ -166,14 +174,6 @@ def test_images_are_upright(tmp_path):
 
 
 # --- bad input ---
-
-
-def refused(action, *texts: str | Path) -> None:
-    """`action` raises UserError whose text contains all of `texts`."""
-    with pytest.raises(UserError) as raised:
-        action()
-    for text in texts:
-        assert str(text) in str(raised.value)
 
 
 def test_missing_data_folder(tmp_path):
@@ -334,208 +334,31 @@ def test_check_reports_splits_that_are_empty_or_absent(voc):
     assert any("none of the splits" in problem for problem in found.problems)
 
 
-# --- shapes ---
+def test_check_tells_how_many_images_voc_has_and_what_the_paper_prints(voc):
+    (voc / "classes.txt").unlink()
+    (voc / "ImageSets" / "Segmentation" / "trainaug.txt").write_text("train_000005\n")
+    assert "trainaug: 1 images (VOC 2012 has 10,582; the paper prints 10,528)" in check_devkit(voc).lines
 
 
-def test_the_same_parameters_give_the_same_bytes(made, tmp_path):
-    again = make_shapes(tmp_path / "again", train=6, val=4, size=48)
-    assert files(again) == files(made)
-    other = make_shapes(tmp_path / "other", train=6, val=4, size=48, seed=1)
-    images = {name for name in files(made) if name.endswith(".jpg")}
-    assert all(files(other)[name] != files(made)[name] for name in images)
+# --- photographs ---
 
 
-def test_an_image_does_not_depend_on_how_many_there_are(made, tmp_path):
-    fewer = files(make_shapes(tmp_path / "fewer", train=2, val=1, size=48))
-    shared = {name for name in fewer if name.endswith((".jpg", ".png", ".xml"))}
-    assert len(shared) == 9
-    assert all(fewer[name] == files(made)[name] for name in shared)
-
-
-def test_annotations_agree_with_masks(made):
-    for name in ("train", "val"):
-        split = open_devkit(made).split(name)
-        for i in range(len(split)):
-            in_mask = set(np.unique(split.mask(i))) - {0, 255}
-            assert in_mask == set(np.flatnonzero(split.labels[i])) - {0}
-
-
-def test_boxes_enclose_the_objects(made):
-    folder = made / "VOC2012"
-    names = list(CLASSES)
-    for i in range(6):
-        *_, visible = render("train", i, seed=0, size=48)
-        root = ET.parse(folder / "Annotations" / f"train_{i:06d}.xml").getroot()
-        for element, (k, pixels) in zip(root.iterfind("object"), visible, strict=True):
-            assert element.findtext("name") == names[k - 1]
-            left, top, right, bottom = (
-                int(element.findtext(f"bndbox/{side}")) for side in ("xmin", "ymin", "xmax", "ymax")
-            )
-            box = np.zeros_like(pixels)
-            box[top - 1 : bottom, left - 1 : right] = True
-            assert (pixels <= box).all()
-            assert pixels[top - 1].any()
-            assert pixels[bottom - 1].any()
-            assert pixels[:, left - 1].any()
-            assert pixels[:, right - 1].any()
-
-
-def test_masks_have_vocs_palette_and_a_ring_one_pixel_wide_around_objects(made):
-    path = made / "VOC2012" / "SegmentationClass" / "train_000000.png"
-    with Image.open(path) as image:
-        assert image.mode == "P"
-        palette = image.getpalette()
-    assert palette[3 * 1 : 3 * 3] == [128, 0, 0, 0, 128, 0]
-    assert palette[3 * 255 :] == [224, 224, 192]
-    assert palette == voc_palette()[: len(palette)]
-    for i in range(20):
-        _, mask, visible = render("val", i, seed=0, size=96)
-        objects = np.any([pixels for _, pixels in visible], axis=0)
-        ring = mask == 255
-        assert (ring <= objects).all()
-        assert ((mask == 0) == ~objects).all()
-        inner = (mask > 0) & ~ring
-        touching = np.zeros_like(inner)
-        for axis in (0, 1):
-            for step in (1, -1):
-                neighbour = np.roll(mask == 0, step, axis)
-                np.moveaxis(neighbour, axis, 0)[0 if step == 1 else -1] = False
-                touching |= neighbour
-        assert not (inner & touching).any()
-
-
-def test_statistics_of_the_images():
-    images = [render("train", i, seed=3, size=96) for i in range(300)]
-    counts = np.bincount([len(visible) for *_, visible in images], minlength=4)[1:] / 300
-    assert counts == pytest.approx(shapes.NUM_OBJECTS_PROBABILITIES, abs=0.1)
-    for _, mask, visible in images:
-        present = {k for k, _ in visible}
-        for k in present:
-            assert np.count_nonzero(mask == k) >= 60
-        for _, pixels in visible:
-            rows, columns = np.nonzero(pixels)
-            assert max(np.ptp(rows), np.ptp(columns)) + 1 <= 96 * 0.72
-    labelled = np.bincount([k for *_, visible in images for k in {k for k, _ in visible}], minlength=9)[1:]
-    assert labelled.min() >= 300 / 8
-
-
-def test_every_object_shows_enough_pixels(monkeypatch):
-    monkeypatch.setattr(shapes, "MIN_VISIBLE_PIXELS", 500)
-    for i in range(60):
-        _, mask, visible = render("train", i, seed=0, size=48)
-        for _, pixels in visible:
-            assert np.count_nonzero(pixels & (mask != 255)) >= 500 / 4
-
-
-def test_classes_are_mostly_seen_in_their_own_context(monkeypatch):
-    drawn = []
-    choose_context = shapes._choose_context
-
-    def spy(rng, preferred):
-        drawn.append(choose_context(rng, preferred) == preferred)
-        return preferred
-
-    monkeypatch.setattr(shapes, "_choose_context", spy)
-    for i in range(300):
-        render("train", i, seed=5, size=32)
-    assert np.mean(drawn) == pytest.approx(shapes.CONTEXT_PROBABILITY, abs=0.1)
-
-
-def test_a_part_covers_a_small_share_of_its_object(monkeypatch):
-    shares = []
-    for i in range(60):
-        image, _, visible = render("train", i, seed=0, size=96)
-        if len(visible) > 1:
-            continue
-        with monkeypatch.context() as patch:
-            patch.setattr(shapes, "PART_AREA_RANGE", (0.0, 0.0))
-            without, *_ = render("train", i, seed=0, size=96)
-        part = np.any(image != without, axis=-1)
-        assert (part <= visible[0][1]).mean() > 0.99
-        shares.append(part.sum() / visible[0][1].sum())
-    assert min(shares) > 0.03
-    assert max(shares) < 0.18
-    assert np.mean(shares) == pytest.approx(0.11, abs=0.03)
-
-
-def test_no_colour_tells_the_class_and_all_are_shared_with_the_backgrounds():
-    colours = range(len(shapes.PALETTE))
-    assert {c for context in shapes.CONTEXTS.values() for c in context.colours} == set(colours)
-    for colour in colours:
-        assert sum(colour in object_class.fills for object_class in shapes.CLASSES.values()) == 2
-    assert len({object_class.fills for object_class in shapes.CLASSES.values()}) == len(shapes.CLASSES)
-
-
-def test_an_existing_set_is_kept_and_never_overwritten(made, tmp_path):
-    stamp = (made / "shapes.json").stat().st_mtime_ns
-    assert make_shapes(made, train=6, val=4, size=48) == made
-    assert (made / "shapes.json").stat().st_mtime_ns == stamp
-    refused(lambda: make_shapes(made, train=7, val=4, size=48), made, "other parameters", "'train': 7")
-    (tmp_path / "thesis.tex").write_text("precious")
-    refused(lambda: make_shapes(tmp_path, train=1, val=1, size=48), tmp_path, "no shapes data set")
-    assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-@pytest.mark.parametrize("bad", [{"train": 0}, {"val": 0}, {"size": 16}, {"seed": -1}])
-def test_bad_parameters(tmp_path, bad):
-    name, value = next(iter(bad.items()))
-    refused(lambda: make_shapes(tmp_path / "x", **{"train": 1, "val": 1, **bad}), name, value)
-    assert not (tmp_path / "x").exists()
-
-
-def test_an_interrupted_set_leaves_nothing(tmp_path):
-    def interrupt(done, total):
-        if done == 2:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        make_shapes(tmp_path / "shapes", train=3, val=1, size=32, progress=interrupt)
-    assert list(tmp_path.iterdir()) == []
-
-
-def _make_cached(barrier, cache) -> None:
-    os.environ["SEMFORMER_CACHE"] = str(cache)
-    barrier.wait(timeout=60)
-    assert len(open_devkit(cached_shapes(20, 2, size=32)).split("train")) == 20
-
-
-def test_two_processes_may_make_the_same_cached_set_at_once(tmp_path):
-    context = multiprocessing.get_context("fork")
-    barrier = context.Barrier(2)
-    processes = [context.Process(target=_make_cached, args=(barrier, tmp_path)) for _ in range(2)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout=60)
-    assert [process.exitcode for process in processes] == [0, 0]
-    (folder,) = tmp_path.iterdir()
-    assert json.loads((folder / "shapes.json").read_text())["train"] == 20
-    assert check_devkit(folder).problems == []
-
-
-# --- the real thing ---
-
-
-@needs_voc_sample
-def test_voc_sample_has_all_classes_and_labels_that_agree_with_its_masks():
-    devkit = open_devkit(VOC_SAMPLE)
+@needs_sample
+def test_the_sample_s_labels_agree_with_its_masks():
+    devkit = open_devkit(SAMPLE)
     train, val = devkit.split("train"), devkit.split("val")
-    assert (len(train), len(val)) == (38, 42)
-    assert devkit.ids("trainaug") == train.ids
+    assert (len(train), len(val)) == (76, 77)
     present = np.maximum(train.labels.max(axis=0), val.labels.max(axis=0))
-    assert present.shape == (21,)
-    assert present.all()
+    assert [name for name, seen in zip(devkit.classes, present, strict=True) if not seen] == ["cow"]
     for split in (train, val):
         for i in range(len(split)):
-            with Image.open(split.mask_path(i)) as mask:
-                in_mask = set(np.unique(np.array(mask))) - {0, 255}
-            assert in_mask == set(np.flatnonzero(split.labels[i])) - {0}
-        assert split.pixels(0).shape[2] == 3
+            mask = split.mask(i)
+            assert set(np.unique(mask)) - {0, 255} == set(split.objects(i))
+            assert split.pixels(i).shape == (*mask.shape, 3)
 
 
-@needs_voc_sample
+@needs_sample
 def test_check_compares_the_counts_with_vocs():
-    found = check_devkit(VOC_SAMPLE)
-    assert any("38 images (VOC 2012 has 1,464)" in line for line in found.lines)
-    assert any("10,582; the paper prints 10,528" in line for line in found.lines)
-    assert "val has 42 images, VOC 2012 has 1,449" in found.problems
+    found = check_devkit(SAMPLE)
+    assert any("76 images (VOC 2012 has 1,464)" in line for line in found.lines)
+    assert "val has 77 images, VOC 2012 has 1,449" in found.problems

@@ -9,13 +9,13 @@ import pytest
 import torch
 from PIL import Image
 
-from semformer import pipeline
+from semformer import machine, pipeline
 from semformer.cli import main
 from semformer.config import load_config
 from semformer.data import pack as pack_file
 from semformer.data.augment import caae_crops
 from semformer.data.loading import Loader
-from semformer.data.pack import LUMA, MOST_DECODED, Table
+from semformer.data.pack import LUMA, MOST_DECODED, Packed, Table
 from semformer.data.voc import open_devkit
 from semformer.stages.pack import find_or_pack, pack_key, packed
 from semformer.store import Store
@@ -76,8 +76,8 @@ def test_a_pack_is_an_arrow_file_that_others_can_read(split, store):
 
 def test_a_pack_is_checked_once_on_a_machine_and_again_when_it_has_changed(split, store, tmp_path, monkeypatch):
     monkeypatch.setenv("SEMFORMER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(machine, "STILL", 0.0)
     path = find_or_pack(split, "images", store)[0].file("images.arrow")
-    os.utime(path, (1e9, 1e9))
     checked, check = [], folder_file.check_contents
     monkeypatch.setattr(folder_file, "check_contents", lambda *arguments: checked.append(1) or check(*arguments))
     counts = []
@@ -151,17 +151,16 @@ def test_data_pack_makes_beforehand_what_a_run_would(shapes, tmp_path, capsys):
     assert "were there" in capsys.readouterr().err
 
 
+def caae_loader(data: Packed, *, batch_size: int, seed: int = 0) -> Loader:
+    options = load_config("micro", {"caae.batch_size": batch_size}).caae
+    return Loader(data, caae_crops, options, seed=seed, device=CPU)
+
+
 @pytest.mark.usefixtures("encoding")
 def test_batches_cover_an_epoch_and_are_the_same_again(split, store):
-    data, options = packed(split, ["images"], store), load_config("micro").caae
-
-    def loader():
-        return Loader(
-            data, lambda epoch: caae_crops(data.sizes, options, seed=3, epoch=epoch), batch_size=5, seed=3, device=CPU
-        )
-
-    assert len(loader()) == 3
-    first, again, other = (list(loader().epoch(epoch)) for epoch in (0, 0, 1))
+    loader = caae_loader(packed(split, ["images"], store), batch_size=5, seed=3)
+    assert len(loader) == 3
+    first, again, other = (list(loader.epoch(epoch)) for epoch in (0, 0, 1))
     assert [len(batch) for batch in first] == [5, 5, 5]
     assert all(torch.equal(a.images, b.images) and torch.equal(a.Y, b.Y) for a, b in zip(first, again, strict=True))
     assert not torch.equal(first[0].images, other[0].images)
@@ -172,12 +171,11 @@ def test_batches_cover_an_epoch_and_are_the_same_again(split, store):
 
 
 def test_an_order_takes_every_image_once(split, store):
-    data, options = packed(split, ["images"], store), load_config("micro").caae
+    data = packed(split, ["images"], store)
     data.labels[:, 1] = np.arange(16)  # so that an image can be told by its labels
-    crops = lambda epoch: caae_crops(data.sizes, options, seed=0, epoch=epoch)  # noqa: E731
 
     def order(seed: int, epoch: int) -> tuple[int, ...]:
-        batches = Loader(data, crops, batch_size=4, seed=seed, device=CPU).epoch(epoch)
+        batches = caae_loader(data, batch_size=4, seed=seed).epoch(epoch)
         return tuple(int(n) for batch in batches for n in batch.Y[:, 1])
 
     orders = [order(0, 0), order(0, 1), order(1, 0)]
@@ -186,10 +184,7 @@ def test_an_order_takes_every_image_once(split, store):
 
 
 def test_reading_stops_with_who_asked_for_it(split, store):
-    data, options = packed(split, ["images"], store), load_config("micro").caae
-    loader = Loader(
-        data, lambda epoch: caae_crops(data.sizes, options, seed=0, epoch=epoch), batch_size=2, seed=0, device=CPU
-    )
+    loader = caae_loader(packed(split, ["images"], store), batch_size=2)
     before = threading.active_count()
     batches = loader.epoch(0)
     next(batches)

@@ -205,13 +205,13 @@ def _taps(crops: Crops, rows: np.ndarray, axis: int, device: torch.device) -> tu
     return (low - first).long(), (low + 1).minimum(size - 1.0).long() - first, (centre - low).float()
 
 
-def jitter(images: Tensor, order: Tensor, amounts: Tensor, greys: Tensor, adjusted: Sequence[int]) -> Tensor:
+def jitter(images: Tensor, order: Tensor, amounts: Tensor, lumas: Tensor, adjusted: Sequence[int]) -> Tensor:
     """Each image's operations in its own order. images: (B, 3, H, W) in 0..1; order and amounts, on the host, (B, 4).
 
-    greys: (B,) the luma about which an image's contrast changes: that of the whole photograph, of which these may be
+    lumas: (B,) the luma about which an image's contrast changes: that of the whole photograph, of which these may be
     parts. Brightness changes it, too.
     """
-    images, greys = images.clone(), greys.to(images.device)[:, None, None, None]
+    images, lumas = images.clone(), lumas.to(images.device)[:, None, None, None]
     for turn in order.unbind(dim=1):
         for kind in adjusted:
             of = torch.nonzero(turn == kind)[:, 0]
@@ -219,9 +219,9 @@ def jitter(images: Tensor, order: Tensor, amounts: Tensor, greys: Tensor, adjust
                 continue
             amount = amounts[of, kind].to(images.device, non_blocking=True)[:, None, None, None]
             of = of.to(images.device, non_blocking=True)
-            images[of] = ADJUST[kind](images[of], amount, greys[of])
+            images[of] = ADJUST[kind](images[of], amount, lumas[of])
             if ADJUST[kind] is brightness:
-                greys = greys.index_put((of,), greys[of] * amount)
+                lumas = lumas.index_put((of,), lumas[of] * amount)
     return images
 
 

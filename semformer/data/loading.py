@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from semformer.config import NetworkConfig
 from semformer.data.augment import Crops, make_crops
 from semformer.data.pack import Packed
 from semformer.threads import in_order
@@ -39,11 +40,11 @@ class Loader:
     """The batches of an epoch, in an order that depends on seed and epoch alone; what is left over is dropped."""
 
     def __init__(
-        self, data: Packed, crops: Callable[[int], Crops], *, batch_size: int, seed: int, device: torch.device
+        self, data: Packed, crops: Callable[..., Crops], options: NetworkConfig, *, seed: int, device: torch.device
     ):
-        """crops(epoch): how the images of the split are to be cropped."""
-        self.data, self.crops, self.seed, self.device = data, crops, seed, device
-        self.batch_size = min(batch_size, len(data))
+        """crops: `caae_crops` or `segmentor_crops`, with the `options` that they take."""
+        self.data, self.crops, self.options, self.seed, self.device = data, crops, options, seed, device
+        self.batch_size = min(options.batch_size, len(data))
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
     def __len__(self) -> int:
@@ -52,7 +53,7 @@ class Loader:
 
     def epoch(self, epoch: int) -> Iterator[Batch]:
         """Raises UserError for an image that cannot be read."""
-        crops = self.crops(epoch)
+        crops = self.crops(self.data.sizes, self.options, seed=self.seed, epoch=epoch)
         order = np.random.default_rng([self.seed, epoch, 1]).permutation(len(self.data))
         batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
         with ThreadPoolExecutor(1) as reader, self._decoders() as decode:

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from semformer.errors import UserError
-from semformer.machine import remember, remembered
+from semformer.machine import Note
 
 BACKGROUND = "background"
 IGNORE = 255
@@ -186,7 +186,7 @@ class Split:
     def digest(self) -> str:
         """sha256 over class names, ids, labels and the image files' bytes: what a result may depend on.
 
-        The files are read once per machine, and again when the time, the size or the inode of one has changed.
+        The files are read once per machine, and again when one has changed (by its times, size and inode).
         """
         return self._digest([self.image_path(i) for i in range(len(self))])
 
@@ -204,15 +204,15 @@ class Split:
         return digest.hexdigest()
 
     def _digest(self, paths: Sequence[Path]) -> str:
-        about = self.digest_of([])
         try:
-            digest = remembered(paths, about)
-            if digest is None:
-                digest = self.digest_of(hashlib.sha256(read_bytes(path)).digest() for path in paths)
-                remember(paths, about, digest)
-            return digest
+            note = Note(paths, about=self.digest_of([]))
         except OSError as error:
             raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from error
+        digest = note.read()
+        if digest is None:
+            digest = self.digest_of(hashlib.sha256(read_bytes(path)).digest() for path in paths)
+            note.write(digest)
+        return digest
 
 
 def read_bytes(path: Path) -> bytes:

@@ -13,7 +13,7 @@ from typing import Any
 from semformer.data.pack import Kind, Packed, Table, write_pack
 from semformer.data.voc import Split
 from semformer.keys import StageKey
-from semformer.machine import remember, remembered
+from semformer.machine import Note
 from semformer.stages.context import Progress
 from semformer.store import Artifact, DamagedArtifact, Store
 from semformer.store.leases import Lease, LeaseHolder
@@ -52,9 +52,12 @@ def find_or_pack(
     What a pack holds is checked once on a machine, not by each trial: it is as large as the data set.
     """
     key = pack_key(split, kind)
+    note = None
     with suppress(DamagedArtifact):
-        if (there := store.find(key, verify=False)) and remembered([there.file(_name(kind))], key.digest):
-            return there, True
+        if there := store.find(key, verify=False):
+            note = Note([there.file(_name(kind))], about=key.digest)
+            if note.read():
+                return there, True
 
     def make(workspace: Path, lease: Lease) -> Mapping[str, Any]:
         started = time.monotonic()
@@ -70,7 +73,8 @@ def find_or_pack(
         return {"split": split.name, "images": len(split), "seconds": time.monotonic() - started}
 
     artifact, found = store.find_or_make(key, make, wait=lambda holder: waiting(key, holder))
-    remember([artifact.file(_name(kind))], key.digest, "intact")
+    if note and found:
+        note.write("intact")
     return artifact, found
 
 

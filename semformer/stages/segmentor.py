@@ -63,13 +63,7 @@ def run(config: Config, data: Packed, caae: Artifact, ctx: Context) -> dict[str,
             model,
             stage="segmentor",
             config=options,
-            loader=Loader(
-                data,
-                lambda epoch: segmentor_crops(data.sizes, options, seed=config.seed, epoch=epoch),
-                batch_size=options.batch_size,
-                seed=config.seed,
-                device=ctx.device,
-            ),
+            loader=Loader(data, segmentor_crops, options, seed=config.seed, device=ctx.device),
             gradients=lambda batch, generator, pieces: gradients(
                 model, guide, options, batch, generator, pieces, caae_size=config.caae.image_size
             ),

@@ -20,7 +20,7 @@ from semformer.stages import caae, segmentor
 from semformer.stages.pack import packed
 from semformer.store import Store
 
-TRAINED = ("caae", "segmentor")
+CROPS = {"caae": caae_crops, "segmentor": segmentor_crops}
 
 
 class Skipped(Exception):
@@ -63,7 +63,7 @@ def resume(device: torch.device, folder: Path) -> str:
     config, data = load_config("micro"), shapes(folder)
     whole, parts = Store(folder / "whole"), Store(folder / "parts")
     expected = run(config, data, whole, device, until="segmentor")
-    for stage in TRAINED:
+    for stage in CROPS:
 
         def stop(told, stage=stage) -> None:
             if (told.stage, told.epoch) == (stage, 2):
@@ -82,7 +82,7 @@ def resume(device: torch.device, folder: Path) -> str:
 def bfloat16(device: torch.device, folder: Path) -> str:
     """Losses and gradients of a step, against float32."""
     told = []
-    for stage in TRAINED:
+    for stage in CROPS:
         terms = {precision: _step(stage, device, folder, precision) for precision in ("float32", "bfloat16")}
         (loss, gradient), (rough_loss, rough_gradient) = terms["float32"], terms["bfloat16"]
         cosine = torch.nn.functional.cosine_similarity(gradient, rough_gradient, dim=0).item()
@@ -98,14 +98,12 @@ def _step(stage: str, device: torch.device, folder: Path, precision: str) -> tup
     torch.manual_seed(0)
     guide = caae.build(config.caae, n_classes=len(data.classes)).to(device)
     model = guide
-    crops = lambda epoch: caae_crops(data.sizes, config.caae, seed=0, epoch=epoch)  # noqa: E731
     if stage == "segmentor":
         guide.eval().requires_grad_(False)
         model = segmentor.build(config.segmentor, n_classes=len(data.classes), class_dim=config.caae.class_dim).to(
             device
         )
-        crops = lambda epoch: segmentor_crops(data.sizes, config.segmentor, seed=0, epoch=epoch)  # noqa: E731
-    batch = next(Loader(data, crops, batch_size=8, seed=0, device=device).epoch(0))
+    batch = next(Loader(data, CROPS[stage], getattr(config, stage), seed=0, device=device).epoch(0))
     with autocast(device, precision):
         terms = gradients(stage, model, guide, config, batch)
     gradient = torch.cat([p.grad.float().flatten().cpu() for p in model.parameters() if p.grad is not None])

@@ -12,7 +12,7 @@ import torch
 
 from semformer import flops, memory
 from semformer.config import Config, load_config
-from semformer.data.augment import Crops, caae_crops, segmentor_crops
+from semformer.data.augment import caae_crops
 from semformer.data.loading import Loader
 from semformer.data.pack import Packed
 from semformer.flops import Images
@@ -24,7 +24,7 @@ from semformer.stages.training import Step, build_optimizer
 from semformer.store import Store
 from tests.benchmarks.bench_loading import HEIGHT, WIDTH, host_rate, make_photographs
 from tests.devkits import paper_splits
-from tests.gpu.checks import gradients
+from tests.gpu.checks import CROPS, gradients
 
 K = 21
 TRAIN, EVALUATED, CLASSES = 10_582, 1_464, 2.5
@@ -66,9 +66,9 @@ def report(preset: str, device: torch.device, folder: Path, seconds: float, phot
         busy = "" if rate.busy is None else f"{100 * rate.busy:.0f} %"
         gib = rate.peak_bytes / 2**30
         yield f"| {stage} | {rate.images_per_second:.1f} | {rate.tflops:.3g} | {mfu} | {busy} | {gib:.1f} GiB |"
-    for stage, crops in (("caae", _caae_crops), ("segmentor", _segmentor_crops)):
-        yield f"| {stage}, its crops alone | {_data_rate(stage, config, data, crops, device, seconds):.0f} | | | | |"
-    one_core = host_rate(data, lambda epoch: _caae_crops(data, config, epoch))
+    for stage in CROPS:
+        yield f"| {stage}, its crops alone | {_data_rate(stage, config, data, device, seconds):.0f} | | | | |"
+    one_core = host_rate(data, lambda epoch: caae_crops(data.sizes, config.caae, seed=0, epoch=epoch))
     yield f"| the host's share of a CAAE crop, one core | {one_core:.0f} | | | | |"
     yield "\n" + _price(measured, folder)
 
@@ -76,7 +76,7 @@ def report(preset: str, device: torch.device, folder: Path, seconds: float, phot
 def _caae_rate(config: Config, data: Packed, device: torch.device, seconds: float) -> Rate:
     model = caae.build(config.caae, n_classes=K).to(device)
     work = flops.caae_training(config.caae, K)
-    return _training_rate("caae", model, model, model.encoder, config, data, _caae_crops, work, device, seconds)
+    return _training_rate("caae", model, model, model.encoder, config, data, work, device, seconds)
 
 
 def _segmentor_rate(config: Config, data: Packed, device: torch.device, seconds: float) -> Rate:
@@ -84,7 +84,7 @@ def _segmentor_rate(config: Config, data: Packed, device: torch.device, seconds:
     model = segmentor.build(config.segmentor, n_classes=K, class_dim=config.caae.class_dim).to(device)
     work = flops.segmentor_training(config.segmentor, config.caae, K, float(data.labels.sum(axis=1).mean()))
     backbone = model.backbone
-    return _training_rate("segmentor", model, guide, backbone, config, data, _segmentor_crops, work, device, seconds)
+    return _training_rate("segmentor", model, guide, backbone, config, data, work, device, seconds)
 
 
 def _training_rate(
@@ -94,15 +94,12 @@ def _training_rate(
     pretrained: torch.nn.Module,
     config: Config,
     data: Packed,
-    crops: Callable[[Packed, Config, int], Crops],
     work: float,
     device: torch.device,
     seconds: float,
 ) -> Rate:
     options = getattr(config, stage)
-    loader = Loader(
-        data, lambda epoch: crops(data, config, epoch), batch_size=options.batch_size, seed=0, device=device
-    )
+    loader = Loader(data, CROPS[stage], options, seed=0, device=device)
     step = Step(
         stage,
         build_optimizer(model, options.optimizer, pretrained),
@@ -172,9 +169,8 @@ def _busy(steps: Iterator[int], device: torch.device) -> float:
     return min(1.0, busy / elapsed)
 
 
-def _data_rate(stage: str, config: Config, data: Packed, crops, device: torch.device, seconds: float) -> float:
-    size = getattr(config, stage).batch_size
-    loader = Loader(data, lambda epoch: crops(data, config, epoch), batch_size=size, seed=0, device=device)
+def _data_rate(stage: str, config: Config, data: Packed, device: torch.device, seconds: float) -> float:
+    loader = Loader(data, CROPS[stage], getattr(config, stage), seed=0, device=device)
     done, epoch, started = 0, 0, time.perf_counter()
     while time.perf_counter() - started < seconds / 2:
         for batch in loader.epoch(epoch):
@@ -182,14 +178,6 @@ def _data_rate(stage: str, config: Config, data: Packed, crops, device: torch.de
         epoch += 1
     _wait(device)
     return done / (time.perf_counter() - started)
-
-
-def _caae_crops(data: Packed, config: Config, epoch: int) -> Crops:
-    return caae_crops(data.sizes, config.caae, seed=0, epoch=epoch)
-
-
-def _segmentor_crops(data: Packed, config: Config, epoch: int) -> Crops:
-    return segmentor_crops(data.sizes, config.segmentor, seed=0, epoch=epoch)
 
 
 def _price(measured: dict[str, Rate], folder: Path) -> str:

@@ -23,6 +23,7 @@ AS_PUBLISHED = {
     "cams.flip": "flip",
     "evaluate.erosion": "erosion",
     "evaluate.rule": "threshold rule",
+    "caae.selection": "epoch of the CAAE",
     "segmentor.selection": "epoch",
 }
 """What makes a value comparable with the paper's, besides data, networks and schedule."""

@@ -188,6 +188,24 @@ def reported(curve: ThresholdCurve, options: EvaluateConfig, split: str) -> tupl
     return {f"cam/{split}/{name}": float(value) for name, value in values.items()}, chosen
 
 
+def label_ap(similarities: np.ndarray, labels: np.ndarray) -> float:
+    """Average precision in percent of the classes of an image (N, K), mean over images, at the best of 99 thresholds.
+
+    Published: what ranks the classes is not the similarity but whether it exceeds the threshold. So the classes that
+    do come first, in one rank, with their precision; the rest of the present ones has that of all K classes.
+    labels: (N, K) of 0 and 1, with a present class (background, if no other) in each row.
+    """
+    present, n_present = labels.astype(bool), labels.sum(axis=1)
+    best = 0.0
+    for threshold in np.arange(1, 100) / 100:
+        named = similarities > threshold
+        hits = (named & present).sum(axis=1)
+        recall, precision = hits / n_present, hits / np.maximum(named.sum(axis=1), 1)
+        ap = recall * precision + (1 - recall) * n_present / labels.shape[1]
+        best = max(best, 100 * float(ap.mean()))
+    return best
+
+
 def _check_truth(truth: np.ndarray, size: tuple[int, ...], name: str) -> None:
     if truth.dtype != np.uint8 or truth.ndim != 2:
         raise UserError(f"{name}: the mask must be uint8 (H, W), not {truth.dtype} of shape {truth.shape}")

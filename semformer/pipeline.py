@@ -42,24 +42,42 @@ class Stage:
     split: Literal["train_split", "eval_split"]
     version: int = 1
     reads_images: bool = True
-    split_of_masks: Callable[[Config], str | None] = lambda config: None
-    """The split whose pixel masks it reads, if it does."""
+    selects: Callable[[Config], bool] = lambda config: False
+    """Whether it keeps the epoch that is best on `data.selection_split`, so that it reads that split as well."""
+    split_of_masks: Literal["eval_split", "selection_split"] | None = None
+    """The split whose pixel masks it reads, if it reads that split."""
+
+    def splits(self, config: Config) -> dict[str, list[pack.Kind]]:
+        """The splits that it reads, its own first, and what of them."""
+        if _is_imported(self, config):
+            return {getattr(config.data, self.split): []}
+        fields = [self.split, "selection_split"] if self.selects(config) else [self.split]
+        images: list[pack.Kind] = ["images"] if self.reads_images else []
+        kinds: dict[str, list[pack.Kind]] = {}
+        for field in fields:
+            of_split = kinds.setdefault(getattr(config.data, field), [*images])
+            if field == self.split_of_masks:
+                of_split.append("masks")
+        return kinds
 
     def reads_masks(self, config: Config) -> bool:
-        return self.split_of_masks(config) is not None
+        return any("masks" in kinds for kinds in self.splits(config).values())
 
 
 STAGES = (
-    Stage("caae", caae.run, inputs=(), split="train_split", version=3),
-    Stage("segmentor", segmentor.run, ("caae",), "train_split", version=3, split_of_masks=segmentor.split_of_masks),
+    Stage("caae", caae.run, inputs=(), split="train_split", version=3, selects=caae.selects),
+    Stage(
+        "segmentor",
+        segmentor.run,
+        inputs=("caae",),
+        split="train_split",
+        version=3,
+        selects=segmentor.selects,
+        split_of_masks="selection_split",
+    ),
     Stage("cams", cams.run, inputs=("segmentor",), split="eval_split", version=2),
     Stage(
-        "evaluate",
-        evaluate.run,
-        inputs=("cams",),
-        split="eval_split",
-        reads_images=False,
-        split_of_masks=lambda config: config.data.eval_split,
+        "evaluate", evaluate.run, inputs=("cams",), split="eval_split", reads_images=False, split_of_masks="eval_split"
     ),
 )
 
@@ -150,12 +168,11 @@ def stage_keys(config: Config, data: Data, until: str = "evaluate") -> dict[str,
         if _is_imported(stage, config):
             rest: dict[str, Any] = {"data": {"classes": list(data.devkit.classes)}}
         else:
-            split = data[getattr(config.data, stage.split)]
-            rest = {"data": {"images": split.digest}}
-            if masked := stage.split_of_masks(config):
-                rest["data"]["masks"] = data[masked].mask_digest
-                if data[masked] is not split:
-                    rest["data"]["masked_images"] = data[masked].digest
+            rest = {"data": {}}
+            for role, (name, kinds) in zip(("images", "selection_images"), stage.splits(config).items(), strict=False):
+                rest["data"][role] = data[name].digest
+                if "masks" in kinds:
+                    rest["data"]["masks"] = data[name].mask_digest
             rest["inputs"] = {name: keys[name].digest for name in stage.inputs}
             rest |= {"seed": config.seed, "precision": config.precision}
         files = tuple(map(file_digest, options.files))
@@ -207,15 +224,13 @@ def run(
         return pack.packed(data[name], kinds, store, progress=progress, waiting=waiting)
 
     def make(stage: Stage, workspace: Path, lease: Lease) -> dict[str, Any]:
-        key, split, masked = keys[stage.name], getattr(config.data, stage.split), stage.split_of_masks(config)
+        key = keys[stage.name]
 
         def saved() -> None:
             lease.check()
             store.save_checkpoints(key)
 
-        of_stage: list[pack.Kind] = ["images"] if stage.reads_images and not _is_imported(stage, config) else []
-        if masked == split:
-            of_stage.append("masks")
+        splits = [packed(name, *kinds) for name, kinds in stage.splits(config).items()]
         ctx = Context(
             device,
             progress,
@@ -224,13 +239,13 @@ def run(
             check=lease.check,
             saved=saved,
             probe=probe,
-            masked=(lambda name: packed(name, "images", "masks")) if masked else None,
+            selection=splits[-1] if stage.selects(config) else None,
         )
-        images, inputs = packed(split, *of_stage), [done.get(name) for name in stage.inputs]
+        inputs = [done.get(name) for name in stage.inputs]
         started = time.monotonic()  # when the images are there: a pack is made once for all stages
         with memory.explained(stage.name, device), determinism(device):
             memory.reset_peak(device)
-            made = stage.run(config, images, *inputs, ctx)
+            made = stage.run(config, splits[0], *inputs, ctx)
         return {**made, "seconds": time.monotonic() - started, "memory": memory.peak(device)}
 
     for stage in needed_stages(config, until):
@@ -244,13 +259,8 @@ def run(
 
 def packs(config: Config) -> list[tuple[str, pack.Kind]]:
     """The packs (split, of what) that making all stages takes."""
-    wanted: dict[tuple[str, pack.Kind], None] = {}
-    for stage in STAGES:
-        if stage.reads_images and not _is_imported(stage, config):
-            wanted[getattr(config.data, stage.split), "images"] = None
-        if masked := stage.split_of_masks(config):
-            wanted |= {(masked, kind): None for kind in (("images", "masks") if stage.reads_images else ("masks",))}
-    return list(wanted)
+    read = [(name, kind) for stage in STAGES for name, kinds in stage.splits(config).items() for kind in kinds]
+    return list(dict.fromkeys(read))
 
 
 def find_or_pack(

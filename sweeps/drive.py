@@ -17,9 +17,8 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.markup import escape
 
-from semformer.config import Config
+from semformer import pipeline
 from semformer.errors import first_line
-from semformer.pipeline import open_data
 from semformer.secrets import without_password
 from semformer.store import Store
 from sweeps.plan.packing import check_packing
@@ -301,18 +300,15 @@ class Drive:
         """What the sweep reads, once for each data set."""
         from sweeps.cluster.preflight import Images
 
-        found: dict[Any, Config] = {}
+        folder = self.options.data
+        found: dict[Any, dict[str, str]] = {}  # split -> digest
         for config in (trial.config for trial in self.sweep.samples):
-            shapes = config.data.shapes
-            if self.options.data or shapes:
-                found.setdefault(None if self.options.data else shapes, config)
-        return [
-            Images(
-                self.options.data or (config.data.shapes.model_dump() if config.data.shapes else {}),
-                {split: open_data(config, self.options.data)[split].digest for split in config.data.splits},
-            )
-            for config in found.values()
-        ]
+            if where := folder or config.data.shapes:
+                of_splits = found.setdefault(where, {})
+                for name, _ in pipeline.packs(config):
+                    if name not in of_splits:
+                        of_splits[name] = pipeline.open_data(config, folder)[name].digest
+        return [Images(folder or where.model_dump(), digests) for where, digests in found.items()]
 
     def _tell_unfit(self, why: str) -> None:
         self._print(f"[yellow]no work any more for[/] {escape(why)}")

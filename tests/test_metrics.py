@@ -2,10 +2,11 @@
 
 import numpy as np
 import pytest
+from sklearn.metrics import average_precision_score
 
 from semformer.data.voc import IGNORE
 from semformer.errors import UserError
-from semformer.metrics import ThresholdCurve, confusion_matrix, scores
+from semformer.metrics import ThresholdCurve, confusion_matrix, label_ap, scores
 
 
 def obvious_prediction(maps, classes, threshold):
@@ -203,3 +204,17 @@ def test_nothing_to_score_raises():
         ThresholdCurve(5, [0.5]).scores()
     with pytest.raises(UserError, match="nothing to score"):
         curve_of([(MAPS, [1, 2], np.full((3, 4), IGNORE, np.uint8))], 5, [0.5]).scores()
+
+
+def test_ap_of_labels_is_that_of_scikit_learn_at_the_best_threshold():
+    rng = np.random.default_rng(0)
+    labels = (rng.random((50, 21)) < 0.1).astype(np.float32)
+    labels[:, 0] = 1
+    similarities = np.clip(0.4 * labels + 0.6 * rng.random((50, 21)), -1, 1)
+    ap = [
+        np.mean([average_precision_score(y, s > t / 100) for y, s in zip(labels, similarities, strict=True)])
+        for t in range(1, 100)
+    ]
+    assert label_ap(similarities, labels) == pytest.approx(100 * max(ap))
+    assert max(ap) > ap[0] + 0.05
+    assert max(ap) > ap[-1] + 0.05

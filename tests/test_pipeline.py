@@ -7,10 +7,12 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from sklearn.metrics import average_precision_score
 
 from semformer import pipeline
 from semformer.cli import main
@@ -18,7 +20,7 @@ from semformer.config import load_config
 from semformer.data.pixels import MEAN, STD
 from semformer.data.shapes import make_shapes
 from semformer.errors import UserError
-from semformer.stages import segmentor
+from semformer.stages import caae, segmentor
 from semformer.stages.training import TrainingDiverged
 from semformer.store import Store
 from semformer.store.leases import LeaseLost
@@ -245,23 +247,62 @@ def test_published_choice_of_the_epoch_reads_masks_and_says_so(shapes, tmp_path)
     assert history["lr"] == pytest.approx([rate * (1 - step / 4) ** 0.9 for step in (1, 3)])
 
 
+def test_the_epoch_of_the_caae_is_chosen_without_masks(shapes):
+    by_name = {stage.name: stage for stage in pipeline.STAGES}
+    data = pipeline.open_data(load_config("micro"), shapes)
+    for split, told in (("train", {"images"}), ("val", {"images", "selection_images"})):
+        config = load_config("micro", {"caae.selection": "best_ap", "data.selection_split": split})
+        key = pipeline.stage_keys(config, data)["caae"]
+        assert not by_name["caae"].reads_masks(config)
+        assert set(key.spec["data"]) == told
+        assert key != pipeline.stage_keys(load_config("micro"), data)["caae"]
+        assert ("val", "images") in pipeline.packs(config)
+
+
+@pytest.mark.parametrize(
+    ("stage", "option", "measure"),
+    [("caae", "best_ap", "stages.caae.label_ap"), ("segmentor", "best_miou", "stages.segmentor.patch_miou")],
+)
 @pytest.mark.parametrize("best", [0, 1, 2])
-def test_the_weights_of_the_best_epoch_are_kept(finished, shapes, tmp_path, monkeypatch, best):
+def test_the_weights_of_the_best_epoch_are_kept(finished, shapes, tmp_path, monkeypatch, best, stage, option, measure):
     seen = []
 
     def score(model, data, size, precision):
         seen.append({name: value.clone() for name, value in model.state_dict().items()})
         return [10.0, 20.0, 15.0][len(seen) - 1 - best]
 
-    monkeypatch.setattr("semformer.stages.segmentor.patch_miou", score)
+    monkeypatch.setattr(f"semformer.{measure}", score)
     store = Store(tmp_path / "store")
-    shutil.copytree(finished[0].root / "caae", store.root / "caae")
-    config = load_config("micro", {"segmentor.selection": "best_miou", "segmentor.epochs": 3})
-    kept = weights(run(config, shapes, store, until="segmentor")["segmentor"])
+    if stage != "caae":
+        shutil.copytree(finished[0].root / "caae", store.root / "caae")
+    config = load_config("micro", {f"{stage}.selection": option, f"{stage}.epochs": 3})
+    kept = weights(run(config, shapes, store, until=stage)[stage])
     scores = [[10.0, 20.0, 15.0][n - best] for n in range(3)]
     wanted = seen[scores.index(max(scores))]
-    assert all(torch.equal(kept[name], wanted[name]) for name in wanted)
-    assert not all(torch.equal(kept[name], seen[n][name]) for n in range(3) if seen[n] is not wanted for name in wanted)
+    assert all(torch.equal(kept[name], wanted[name]) for name in kept)
+    others = [epoch for epoch in seen if epoch is not wanted]
+    assert not any(all(torch.equal(kept[name], other[name]) for name in kept) for other in others)
+
+
+def test_the_published_choice_of_the_caae_ranks_the_labels_of_whole_images(shapes):
+    config = load_config("micro")
+    split = pipeline.open_data(config, shapes)["train"]
+    torch.manual_seed(0)
+    model = caae.build(config.caae, n_classes=9).eval()
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    sims = []
+    for i in range(len(split)):
+        image = Image.fromarray(split.pixels(i)).resize((32, 32), Image.Resampling.BILINEAR)
+        image = (torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255 - mean) / std
+        E = torch.nn.functional.normalize(model.embed(image[None])[0], dim=1)
+        S = torch.nn.functional.normalize(model.semantics, dim=1)
+        sims.append((E * S).sum(dim=1).detach().numpy())
+    best = max(
+        np.mean([average_precision_score(y, s > t / 100) for y, s in zip(split.labels, sims, strict=True)])
+        for t in range(1, 100)
+    )
+    found = [caae.label_ap(model, split, 32, "float32", batch_size=size) for size in (5, 64)]
+    assert found == pytest.approx([100 * best] * 2, abs=1e-3)
 
 
 def test_the_published_choice_compares_patches_of_the_top_left_corner(shapes):

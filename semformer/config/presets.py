@@ -27,6 +27,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "caae.color_jitter": (0.0, 0.0, 0.0, 0.0),
         "caae.enlarge": (1.0, 1.0),
         "caae.crop_area": (0.5, 1.0),
+        "caae.selection": "last",
         "caae.optimizer": {"name": "adamw", "lr": 2e-3, "weight_decay": 0.05, "warmup_steps": 100},
         "segmentor.backbone": "vit_shapes_patch8_64",
         "segmentor.pretrained": False,

@@ -70,12 +70,8 @@ class DataConfig(Settings):
     train_split: str = "trainaug"
     eval_split: str = "train"
     selection_split: str = "train"
-    """By whose pixel masks the epoch is chosen, with segmentor.selection=best_miou (published code)."""
+    """On which an epoch is chosen: by the labels of its images (caae.selection), by its masks (segmentor.selection)."""
     shapes: ShapesConfig | None = None
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        return tuple(dict.fromkeys((self.train_split, self.eval_split)))
 
 
 class OptimizerConfig(Settings):
@@ -156,6 +152,8 @@ class CaaeConfig(NetworkConfig):
     enlarge: Range = (1.0, 3.0)
     crop_area: Range = (0.08, 1.0)
     """Area of the random resized crop, as a fraction of the image."""
+    selection: Literal["last", "best_ap"] = "best_ap"
+    """`best_ap` keeps the epoch that ranks the image-level labels of data.selection_split best (published code)."""
 
     def key_parameters(self) -> dict[str, Any]:
         parameters = super().key_parameters()

@@ -6,13 +6,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from semformer import losses
+from semformer import losses, metrics
 from semformer.config import CaaeConfig, Config
 from semformer.data.augment import caae_crops
 from semformer.data.loading import Batch, Loader
 from semformer.data.pack import Packed
+from semformer.data.pixels import as_batch, normalized, resize
+from semformer.data.voc import Split
 from semformer.models.caae import CAAE
 from semformer.models.vit import build_backbone
+from semformer.precision import autocast
 from semformer.stages.context import Context
 from semformer.stages.training import train
 from semformer.store import Artifact
@@ -42,6 +45,7 @@ def run(config: Config, data: Packed, ctx: Context) -> dict[str, Any]:
             precision=config.precision,
             seed=config.seed,
             ctx=ctx,
+            score=lambda data: {f"{data.name}_ap": label_ap(model, data, options.image_size, config.precision)},
         )
     parts: dict[str, dict[str, Tensor]] = {WEIGHTS: {}, DECODER: {}}
     for name, value in model.state_dict().items():
@@ -49,6 +53,29 @@ def run(config: Config, data: Packed, ctx: Context) -> dict[str, Any]:
     for file, tensors in parts.items():
         save_file(tensors, ctx.out / file)
     return {"history": history}
+
+
+def selects(config: Config) -> bool:
+    """Whether the epoch is chosen, by image-level labels."""
+    return config.caae.selection == "best_ap" and not config.caae.checkpoint
+
+
+@torch.inference_mode()
+def label_ap(model: CAAE, data: Split, size: int, precision: str, *, batch_size: int = 64) -> float:
+    """The AP in percent of the image-level labels (`metrics.label_ap`) by the similarities of whole images.
+
+    The published choice of the epoch: each image is resized to `size` x `size`. Leaves the network in evaluation mode.
+    """
+    model.eval()
+    device, found = model.semantics_weight.device, []
+    for first in range(0, len(data), batch_size):
+        rows = range(first, min(first + batch_size, len(data)))
+        parts = (as_batch(torch.from_numpy(data.pixels(i)).to(device)) for i in rows)
+        images = normalized(torch.cat([resize(part, (size, size), "bilinear") for part in parts]))
+        with autocast(device, precision):
+            E = model.embed(images)
+        found.append(losses.similarity(E.float(), model.semantics).cpu())
+    return metrics.label_ap(torch.cat(found).numpy(), data.labels)
 
 
 def gradients(model: CAAE, batch: Batch, pieces: int = 1) -> dict[str, Tensor]:

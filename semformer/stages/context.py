@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from semformer.data.voc import Split
+from semformer.data.pack import Packed
 
 
 @dataclass(frozen=True)
@@ -35,8 +35,8 @@ class Context:
 
     `probe` measures a segmentation network after each of its epochs; its scores are reported, and kept nowhere.
     `check` raises when the stage must stop (its lease was taken over); it is called once an epoch. `saved` is called,
-    in any thread, when there is something new in `checkpoints`. `masked` opens a split with its pixel masks, for a
-    stage that declares that it reads them.
+    in any thread, when there is something new in `checkpoints`. `selection` is the split by which the stage chooses
+    the epoch that it keeps, if it does.
     """
 
     device: torch.device
@@ -46,4 +46,4 @@ class Context:
     check: Callable[[], None] = lambda: None
     saved: Callable[[], None] = lambda: None
     probe: Callable[[Any], Mapping[str, float]] | None = None
-    masked: Callable[[str], Split] | None = None
+    selection: Packed | None = None

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -32,7 +31,7 @@ from semformer.models.vit import build_backbone
 from semformer.precision import autocast
 from semformer.stages import caae as caae_stage
 from semformer.stages.context import Context, Progress
-from semformer.stages.training import Checkpoint, train, write_whole
+from semformer.stages.training import train
 from semformer.store import Artifact
 from semformer.weights import load_published, load_state
 
@@ -58,7 +57,6 @@ def run(config: Config, data: Packed, caae: Artifact, ctx: Context) -> dict[str,
                 told = replace(told, probe=ctx.probe(model))
             ctx.progress(told)
 
-        best = BestEpoch(model, config, ctx) if split_of_masks(config) else None
         history = train(
             model,
             stage="segmentor",
@@ -71,50 +69,15 @@ def run(config: Config, data: Packed, caae: Artifact, ctx: Context) -> dict[str,
             precision=config.precision,
             seed=config.seed,
             ctx=replace(ctx, progress=progress),
-            after_epoch=best,
+            score=lambda data: {f"{data.name}_miou": patch_miou(model, data, options.image_size, config.precision)},
         )
-        if best:
-            best.restore()
     save_file(model.state_dict(), ctx.out / WEIGHTS)
     return {"history": history, "classes": list(data.classes)}
 
 
-def split_of_masks(config: Config) -> str | None:
-    """The split whose *pixel masks* are read: the published way to choose the epoch is pixel supervision."""
-    chosen_by_masks = config.segmentor.selection == "best_miou" and not config.segmentor.checkpoint
-    return config.data.selection_split if chosen_by_masks else None
-
-
-class BestEpoch:
-    """Keeps the weights of the epoch with the best `patch_miou` on the *pixel masks* of a split, as published.
-
-    Where those of an interrupted training cannot be read any more, it starts again.
-    """
-
-    def __init__(self, model: Segmentor, config: Config, ctx: Context):
-        assert ctx.masked is not None  # the stage declares that it reads masks
-        self.model, self.precision, self.size = model, config.precision, config.segmentor.image_size
-        self.data = ctx.masked(config.data.selection_split)
-        self.path, checkpoint = ctx.checkpoints / "best.safetensors", Checkpoint(ctx.checkpoints).path
-        if checkpoint.exists():
-            try:
-                load_file(self.path)
-            except (SafetensorError, OSError) as error:
-                log.warning("starting again: the weights %s cannot be read (%s)", self.path, error)
-                checkpoint.unlink()
-
-    def __call__(self, epoch: int) -> dict[str, float]:
-        miou = patch_miou(self.model, self.data, self.size, self.precision)
-        if epoch == 0 or miou > self._best():
-            write_whole(self.model.state_dict(), self.path, miou=repr(miou))
-        return {f"{self.data.name}_miou": miou}
-
-    def _best(self) -> float:
-        with safe_open(self.path, framework="pt") as file:
-            return float(file.metadata()["miou"])
-
-    def restore(self) -> None:
-        load_state(self.model, load_file(self.path), str(self.path))
+def selects(config: Config) -> bool:
+    """Whether the epoch is chosen by *pixel masks*: the published way is pixel supervision."""
+    return config.segmentor.selection == "best_miou" and not config.segmentor.checkpoint
 
 
 @torch.inference_mode()

@@ -6,6 +6,7 @@ is drawn from (seed, epoch, index of the image) or (seed, epoch), so no generato
 
 import json
 import logging
+import math
 import os
 import secrets
 import time
@@ -15,15 +16,17 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from semformer import memory
 from semformer.config import NetworkConfig, OptimizerConfig
 from semformer.data.loading import Batch, Loader
+from semformer.data.pack import Packed
 from semformer.errors import UserError
 from semformer.precision import autocast
 from semformer.stages.context import Context, Progress
+from semformer.weights import load_state
 
 log = logging.getLogger(__name__)
 Gradients = Callable[[Batch, torch.Generator, int], dict[str, Tensor]]
@@ -48,17 +51,19 @@ def train(
     precision: str,
     seed: int,
     ctx: Context,
-    after_epoch: Callable[[int], dict[str, float]] | None = None,
+    score: Callable[[Packed], dict[str, float]],
 ) -> dict[str, list[float]]:
     """Train `model` in place; returns the mean of every loss term per epoch.
 
-    `pretrained` is the part of the model with pretrained weights (it learns more slowly), or None. `after_epoch(epoch)`
-    may measure more values. Where a batch does not fit into memory it is taken in pieces from then on, which changes
-    the result by rounding only. Raises TrainingDiverged, what `ctx.check` raises, and torch's error where not even the
-    smallest pieces fit into memory.
+    `pretrained` is the part of the model with pretrained weights (it learns more slowly), or None. `score`
+    measures the model on `ctx.selection`, where there is one, by one named value after each epoch; the weights are in
+    the end those of the (first) epoch with the highest. Where a batch does not fit into memory it is taken in pieces
+    from then on, which changes the result by rounding only. Raises TrainingDiverged, what `ctx.check` raises, and
+    torch's error where not even the smallest pieces fit into memory.
     """
     optimizer = build_optimizer(model, config.optimizer, pretrained)
     with Checkpoint(ctx.checkpoints, ctx.saved) as checkpoint:
+        best = Best(checkpoint) if ctx.selection else None
         history = checkpoint.load(model, optimizer)
         first_epoch = len(history.get("total", []))
         meter = Meter(stage, config.epochs, loader, first_epoch, ctx)
@@ -72,12 +77,14 @@ def train(
                 set_rates(optimizer, factor)
                 meter.add(step(batch, generator), step.note)
             values = meter.end() | {"lr": config.optimizer.lr * factor, "pieces": step.pieces}
-            if after_epoch:
-                values |= after_epoch(epoch)
+            if best and ctx.selection:
+                values |= best.keep(model, score(ctx.selection), history)
             history = {name: [*history.get(name, []), value] for name, value in values.items()}
             checkpoint.save(model, optimizer, history, last=epoch + 1 == config.epochs)
             meter.report(values, end_of_epoch=True)
             ctx.check()
+        if best:
+            best.restore(model)
     return history
 
 
@@ -299,3 +306,27 @@ class Checkpoint:
         model.load_state_dict({n.removeprefix("model."): v for n, v in tensors.items() if n.startswith("model.")})
         optimizer.load_state_dict({**optimizer.state_dict(), "state": slots})
         return history
+
+
+class Best:
+    """The weights of the epoch that scored highest, beside a checkpoint. Where they cannot be read any more, the
+    checkpoint goes, and the training starts again."""
+
+    def __init__(self, checkpoint: Checkpoint):
+        self.path = checkpoint.path.with_name("best.safetensors")
+        if checkpoint.path.exists():
+            try:
+                load_file(self.path)
+            except (SafetensorError, OSError) as error:
+                log.warning("starting again: the weights %s cannot be read (%s)", self.path, error)
+                checkpoint.path.unlink()
+
+    def keep(self, model: nn.Module, scored: dict[str, float], history: dict[str, list[float]]) -> dict[str, float]:
+        """What was `scored`, by one name; writes the weights if it is more than all before it."""
+        ((name, value),) = scored.items()
+        if value > max(history.get(name, []), default=-math.inf):
+            write_whole(model.state_dict(), self.path)
+        return scored
+
+    def restore(self, model: nn.Module) -> None:
+        load_state(model, load_file(self.path), str(self.path))

@@ -10,12 +10,14 @@ import sys
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch._inductor.exc import InvalidCxxCompiler
 
 from semformer import memory, pipeline
 from semformer.config import load_config
 from semformer.data.shapes import make_shapes
-from semformer.errors import MachineError
+from semformer.errors import MachineError, UserError
 from semformer.models.vit import Backbone
+from semformer.stages import segmentor
 from semformer.store import Store
 
 CPU = torch.device("cpu")
@@ -71,6 +73,47 @@ def test_training_in_pieces_ends_the_same(shapes, tmp_path, limit, caplog, chang
         assert parts[stage].info["history"]["total"] == pytest.approx(artifact.info["history"]["total"], abs=1e-4)
 
 
+SHALLOW = {
+    "caae.decoder_depth": 1,
+    "segmentor.backbone": "vit_wiring_patch8_32",
+    "segmentor.image_size": 32,
+    "cams.last_blocks": 2,
+}
+COMPILED = {"caae.compile": True, "segmentor.compile": True}
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a compiler")
+@pytest.mark.timeout(900)
+def test_compiled_training_ends_the_same_but_for_rounding(shapes, tmp_path, monkeypatch):
+    embedded, plain = set(), segmentor.embed_in_pieces
+
+    def embed(caae, images, pieces):
+        embedded.add(len(images))
+        return plain(caae, images, pieces)
+
+    monkeypatch.setattr(segmentor, "embed_in_pieces", embed)
+    eager = run(shapes, Store(tmp_path / "eager"), **SHALLOW)
+    assert {n % 16 for n in embedded} != {0}
+    embedded.clear()
+    fast = run(shapes, Store(tmp_path / "compiled"), **SHALLOW, **COMPILED)
+    assert {n % 16 for n in embedded} == {0}, "each number of images would be compiled anew"
+    for stage, artifact in eager.items():
+        assert fast[stage].key != artifact.key
+        ours, theirs = (load_file(a.file(f"{stage}.safetensors")) for a in (fast[stage], artifact))
+        torch.testing.assert_close(ours, theirs, atol=1e-3, rtol=1e-3, msg=lambda told, stage=stage: f"{stage} {told}")
+
+
+def test_where_torch_cannot_compile_it_says_so(shapes, store, monkeypatch, tmp_path):
+    def refuse(*_, **__):
+        raise InvalidCxxCompiler
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # nothing is compiled yet
+    torch._dynamo.reset()
+    monkeypatch.setattr("torch._inductor.cpp_builder.get_cpp_compiler", refuse)
+    with pytest.raises(UserError, match=r"torch.compile does not work here .*Set caae.compile=false"):
+        run(shapes, store, **SHALLOW, **COMPILED)
+
+
 @pytest.mark.parametrize("stage", ["caae", "segmentor"])
 def test_too_little_memory_for_one_image_says_what_to_make_smaller(shapes, store, limit, stage):
     run(shapes, store, until="caae")
@@ -123,7 +166,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from semformer import memory
-from semformer.errors import MachineError
+from semformer.errors import MachineError, UserError
 in_use = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
 resource.setrlimit(resource.RLIMIT_AS, (in_use + 3 * 2**23,) * 2)
 try:
@@ -151,6 +194,7 @@ from pathlib import Path
 import torch
 from semformer import pipeline
 from semformer.config import load_config
+from semformer.stages import segmentor
 from semformer.store import Store
 
 torch.set_num_threads(1)

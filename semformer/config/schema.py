@@ -112,6 +112,8 @@ class NetworkConfig(Settings):
     optimizer: OptimizerConfig
     color_jitter: Annotated[tuple[float, float, float, float], BeforeValidator(_split_commas)] = (0.3, 0.3, 0.3, 0.1)
     """Largest change of brightness, contrast and saturation (factors 1 -+ x) and of the hue (a shift, in circles)."""
+    compile: bool = False
+    """Train with torch.compile: faster where steps are long, after a minute or two; rounds differently."""
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ from semformer.models.caae import CAAE
 from semformer.models.vit import build_backbone
 from semformer.precision import autocast
 from semformer.stages.context import Context
-from semformer.stages.training import train
+from semformer.stages.training import compiled, train
 from semformer.store import Artifact
 from semformer.weights import load_published, load_state
 
@@ -35,12 +35,13 @@ def run(config: Config, data: Packed, ctx: Context) -> dict[str, Any]:
     if options.checkpoint:
         load_published(model, "caae", options.checkpoint)
     else:
+        network = compiled(model, options)
         history = train(
             model,
             stage="caae",
             config=options,
             loader=Loader(data, caae_crops, options, seed=config.seed, device=ctx.device),
-            gradients=lambda batch, _, pieces: gradients(model, batch, pieces),
+            gradients=lambda batch, _, pieces: gradients(network, batch, pieces),
             pretrained=model.encoder if options.pretrained or options.weights else None,
             precision=config.precision,
             seed=config.seed,

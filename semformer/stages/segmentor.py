@@ -31,12 +31,14 @@ from semformer.models.vit import build_backbone
 from semformer.precision import autocast
 from semformer.stages import caae as caae_stage
 from semformer.stages.context import Context, Progress
-from semformer.stages.training import train
+from semformer.stages.training import compiled, train
 from semformer.store import Artifact
 from semformer.weights import load_published, load_state
 
 WEIGHTS = "segmentor.safetensors"
 log = logging.getLogger(__name__)
+COMPILED = 16
+"""Compiled, the CAAE embeds multiples of so many images at once."""
 
 
 def run(config: Config, data: Packed, caae: Artifact, ctx: Context) -> dict[str, Any]:
@@ -50,6 +52,8 @@ def run(config: Config, data: Packed, caae: Artifact, ctx: Context) -> dict[str,
         load_published(model, "segmentor", options.checkpoint)
     else:
         guide = caae_stage.load(config.caae, caae, device=ctx.device)
+        guide.embed = compiled(guide.embed, options)  # type: ignore[method-assign]
+        network = compiled(model, options)
 
         def progress(told: Progress) -> None:
             """Probes beside the training: neither the weights nor the history depend on it."""
@@ -63,7 +67,7 @@ def run(config: Config, data: Packed, caae: Artifact, ctx: Context) -> dict[str,
             config=options,
             loader=Loader(data, segmentor_crops, options, seed=config.seed, device=ctx.device),
             gradients=lambda batch, generator, pieces: gradients(
-                model, guide, options, batch, generator, pieces, caae_size=config.caae.image_size
+                network, guide, options, batch, generator, pieces, caae_size=config.caae.image_size
             ),
             pretrained=model.backbone if options.pretrained or options.weights else None,
             precision=config.precision,
@@ -192,7 +196,10 @@ def loss_terms(
     kinds = {"CF": (M_pairs, losses.class_foreground), "CB": (1 - M_pairs, losses.class_background)}
     wanted = {name: kind for name, kind in kinds.items() if name in options.losses}
     if wanted:
-        embedded = embed_in_pieces(caae, torch.cat([weight * I_pairs for weight, _ in wanted.values()]), pieces)
+        weighted = torch.cat([weight * I_pairs for weight, _ in wanted.values()])
+        if options.compile:  # for few numbers of images, as each is compiled anew
+            weighted = F.pad(weighted, (0, 0) * 3 + (0, -len(weighted) % COMPILED))
+        embedded = embed_in_pieces(caae, weighted, pieces)[: len(wanted) * len(I_pairs)]
         sims = similarity(embedded.float(), S).chunk(len(wanted))
         for (name, (_, loss)), sim in zip(wanted.items(), sims, strict=True):
             terms[name] = loss(sim, pairs, options.pair_reduction)

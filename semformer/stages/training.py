@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,12 +24,13 @@ from semformer import memory
 from semformer.config import NetworkConfig, OptimizerConfig
 from semformer.data.loading import Batch, Loader
 from semformer.data.pack import Packed
-from semformer.errors import UserError
+from semformer.errors import UserError, first_line
 from semformer.precision import autocast
 from semformer.stages.context import Context, Progress
 from semformer.weights import load_state
 
 log = logging.getLogger(__name__)
+F = TypeVar("F", bound=Callable)
 Gradients = Callable[[Batch, torch.Generator, int], dict[str, Tensor]]
 """gradients(batch, generator, pieces): adds the gradients of the batch's loss to those of the parameters, taking the
 batch through the networks in so many pieces where memory is short, and returns the named terms; "total" is the loss."""
@@ -115,6 +117,10 @@ class Step:
             with autocast(batch.images.device, self.precision):
                 return self.gradients(batch, generator, self.pieces)
         except (RuntimeError, MemoryError) as error:
+            if type(error).__module__.startswith(("torch._dynamo", "torch._inductor")):
+                raise UserError(
+                    f"torch.compile does not work here ({first_line(error)}). Set {self.stage}.compile=false."
+                ) from error
             if self.pieces == self.most_pieces or not memory.is_exhausted(error):
                 raise
         return None  # not inside `except`: the error keeps the graph alive
@@ -192,6 +198,14 @@ class Meter:
         for name, value in values.items():
             self.sums[name] = self.sums.get(name, 0.0) + value
         self.report(values)
+
+
+def compiled(function: F, config: NetworkConfig) -> F:
+    """A network or a function of one, for steps of few sizes; compiled if the config says so, with the same parameters.
+
+    What is not a step (maps of all sizes, say) takes the network as it was.
+    """
+    return cast(F, torch.compile(function, dynamic=False)) if config.compile else function
 
 
 def lr_factor(step: int, steps: int, config: OptimizerConfig) -> float:

@@ -15,7 +15,7 @@ faults: $(READY)  ## what a cluster does to a sweep, and what that costs
 	$(BIN)/python -m tests.faults
 
 gpu: $(READY)  ## does everything work on this machine's GPU, and how fast: docs/results/gpu.md
-	$(BIN)/python -m tests.gpu
+	$(BIN)/python -m tests.gpu --compile
 
 mutants: $(READY)  ## which changes of the science do the fast tests not notice? an hour
 	-$(BIN)/mutmut run --max-children 2

@@ -27,6 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--preset", default="paper", choices=tuple(PRESETS), help="whose rates are measured")
     parser.add_argument("--seconds", type=float, default=20.0, help="for each rate")
     parser.add_argument("--photographs", type=int, default=384, help="of which batches are made")
+    parser.add_argument("--compile", action="store_true", help="also the rates of training with torch.compile")
     parser.add_argument("--out", type=Path, default=Path("docs/results/gpu.md"))
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
@@ -60,7 +61,14 @@ def main(arguments: list[str] | None = None) -> int:
                 passed, remark = "**no**", f"{type(error).__name__}: {error}".splitlines()[0]
             tell(f"| {what} | {passed} | {remark} |")
         started = time.monotonic()
-        for line in rates.report(options.preset, device, Path(scratch), options.seconds, options.photographs):
+        for line in rates.report(
+            options.preset,
+            device,
+            Path(scratch),
+            options.seconds,
+            options.photographs,
+            compiled_too=options.compile,
+        ):
             tell(line)
         tell(f"\nMeasured in {time.monotonic() - started:.0f} s.")
     options.out.parent.mkdir(parents=True, exist_ok=True)

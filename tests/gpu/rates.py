@@ -20,7 +20,7 @@ from semformer.inference import multi_scale_maps
 from semformer.pipeline import determinism
 from semformer.stages import caae, segmentor
 from semformer.stages.cams import TOGETHER
-from semformer.stages.training import Step, build_optimizer
+from semformer.stages.training import Step, build_optimizer, compiled
 from semformer.store import Store
 from tests.benchmarks.bench_loading import HEIGHT, WIDTH, host_rate, make_photographs
 from tests.devkits import paper_splits
@@ -48,7 +48,9 @@ class Rate:
         return self.images_per_second * self.flops_per_image / 1e12
 
 
-def report(preset: str, device: torch.device, folder: Path, seconds: float, photographs: int) -> Iterator[str]:
+def report(
+    preset: str, device: torch.device, folder: Path, seconds: float, photographs: int, *, compiled_too: bool
+) -> Iterator[str]:
     """Lines of Markdown."""
     off = {f"{stage}.pretrained": False for stage in ("caae", "segmentor")}
     config = load_config(preset, off)
@@ -59,13 +61,17 @@ def report(preset: str, device: torch.device, folder: Path, seconds: float, phot
         "| what | images/s | TFLOP/s | of the peak (MFU) | GPU busy | memory |\n|---|---:|---:|---:|---:|---:|"
     )
     measured = {}
-    for stage in ("caae", "segmentor", "cams"):
+    what = {stage: (stage, config) for stage in RATES}
+    if compiled_too:
+        on = load_config(preset, off | {f"{stage}.compile": True for stage in CROPS})
+        what |= {f"{stage}, compiled": (stage, on) for stage in CROPS}
+    for name, (stage, of_stage) in what.items():
         with determinism(device):
-            rate = measured[stage] = RATES[stage](config, data, device, seconds)
+            rate = measured[name] = RATES[stage](of_stage, data, device, seconds)
         mfu = "" if peak is None else f"{100 * rate.tflops / peak:.0f} %"
         busy = "" if rate.busy is None else f"{100 * rate.busy:.0f} %"
         gib = rate.peak_bytes / 2**30
-        yield f"| {stage} | {rate.images_per_second:.1f} | {rate.tflops:.3g} | {mfu} | {busy} | {gib:.1f} GiB |"
+        yield f"| {name} | {rate.images_per_second:.1f} | {rate.tflops:.3g} | {mfu} | {busy} | {gib:.1f} GiB |"
     for stage in CROPS:
         yield f"| {stage}, its crops alone | {_data_rate(stage, config, data, device, seconds):.0f} | | | | |"
     one_core = host_rate(data, lambda epoch: caae_crops(data.sizes, config.caae, seed=0, epoch=epoch))
@@ -76,15 +82,17 @@ def report(preset: str, device: torch.device, folder: Path, seconds: float, phot
 def _caae_rate(config: Config, data: Packed, device: torch.device, seconds: float) -> Rate:
     model = caae.build(config.caae, n_classes=K).to(device)
     work = flops.caae_training(config.caae, K)
-    return _training_rate("caae", model, model, model.encoder, config, data, work, device, seconds)
+    network = compiled(model, config.caae)
+    return _training_rate("caae", network, network, model.encoder, config, data, work, device, seconds)
 
 
 def _segmentor_rate(config: Config, data: Packed, device: torch.device, seconds: float) -> Rate:
     guide = caae.build(config.caae, n_classes=K).to(device).eval().requires_grad_(False)
     model = segmentor.build(config.segmentor, n_classes=K, class_dim=config.caae.class_dim).to(device)
     work = flops.segmentor_training(config.segmentor, config.caae, K, float(data.labels.sum(axis=1).mean()))
-    backbone = model.backbone
-    return _training_rate("segmentor", model, guide, backbone, config, data, work, device, seconds)
+    guide.embed = compiled(guide.embed, config.segmentor)  # type: ignore[method-assign]
+    network, backbone = compiled(model, config.segmentor), model.backbone
+    return _training_rate("segmentor", network, guide, backbone, config, data, work, device, seconds)
 
 
 def _training_rate(
@@ -115,7 +123,8 @@ def _training_rate(
                 step(batch, generator)
                 yield len(batch)
 
-    return _rate(steps(), work, device, seconds)
+    warm = 2 * len(loader) if options.compile else 3  # each number of pairs is compiled once
+    return _rate(steps(), work, device, seconds, warm)
 
 
 def _cams_rate(config: Config, data: Packed, device: torch.device, seconds: float) -> Rate:
@@ -133,9 +142,9 @@ def _cams_rate(config: Config, data: Packed, device: torch.device, seconds: floa
     return _rate(steps(), flops.stage_work("cams", config, images) / EVALUATED, device, seconds)
 
 
-def _rate(steps: Iterator[int], work: float, device: torch.device, seconds: float) -> Rate:
+def _rate(steps: Iterator[int], work: float, device: torch.device, seconds: float, warm: int = 3) -> Rate:
     memory.reset_peak(device)
-    for _ in range(3):  # what is made once
+    for _ in range(warm):  # what is made once
         next(steps)
     _wait(device)
     done, started = 0, time.perf_counter()

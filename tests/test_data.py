@@ -14,6 +14,7 @@ from semformer.data import voc as voc_file
 from semformer.data.check import check_devkit
 from semformer.data.shapes import CLASSES, make_shapes
 from semformer.data.voc import VOC_CLASSES, image_size, open_devkit, read_image, read_mask
+from semformer.errors import UserError
 from tests.devkits import refused
 
 SAMPLE = Path(__file__).parents[2] / "shared" / "coco_sample"
@@ -158,6 +159,37 @@ def test_a_digest_is_read_again_only_when_a_file_has_changed(voc, tmp_path, monk
     assert digest()[0] == second
     change = None
     assert digest()[0] not in (first, second)
+
+
+def test_annotations_are_read_again_only_when_one_has_changed(voc, tmp_path, monkeypatch):
+    monkeypatch.setenv("SEMFORMER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(machine, "STILL", 0.0)
+    plain, read = voc_file.read_labels, []
+    monkeypatch.setattr(voc_file, "read_labels", lambda *given: read.append(given) or plain(*given))
+
+    def labels() -> tuple[list, int]:
+        read.clear()
+        return open_devkit(voc).split("train").labels.tolist(), len(read)
+
+    first, n = labels()
+    assert n == 6
+    assert labels() == (first, 0)
+    (note,) = (tmp_path / "cache" / "notes").iterdir()
+    note.write_text(note.read_text()[:-1])
+    assert labels() == (first, 6), "a damaged note"
+    annotation = voc / "Annotations" / "train_000000.xml"
+    for name in ("cross", "bar"):
+        annotation.write_text(f"<annotation><object><name>{name}</name></object></annotation>")
+        again, n = labels()
+        assert n == 6
+        assert again[0] == plain(annotation, open_devkit(voc).classes).tolist()
+    (voc / "classes.txt").write_text("\n".join(open_devkit(voc).classes[:0:-1]))
+    turned, n = labels()
+    assert n == 6
+    assert [row[:0:-1] for row in turned] == [row[1:] for row in again]
+    annotation.unlink()
+    with pytest.raises(UserError, match=r"annotation .*train_000000.xml is missing"):
+        labels()
 
 
 def test_images_are_upright(tmp_path):

@@ -16,6 +16,7 @@ import difflib
 import hashlib
 import xml.etree.ElementTree as ET
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -102,8 +103,20 @@ class Devkit:
             raise UserError(
                 f"The image {self.folder / 'JPEGImages' / absent}.jpg, listed in split {name!r}, is missing."
             )
-        labels = np.stack([read_labels(self.folder / "Annotations" / f"{i}.xml", self.classes) for i in ids])
-        return Split(name=name, folder=self.folder, classes=self.classes, ids=ids, labels=labels)
+        return Split(name=name, folder=self.folder, classes=self.classes, ids=ids, labels=self._labels(ids))
+
+    def _labels(self, ids: Sequence[str]) -> np.ndarray:
+        """Those of `Split`. The annotations are read once per machine, and again when one has changed."""
+        paths, note = [self.folder / "Annotations" / f"{i}.xml" for i in ids], None
+        with suppress(OSError, ValueError):  # where a file is not there, reading it tells
+            note = Note(paths, about="\n".join(("labels", *self.classes)))
+            if known := note.read():
+                rows = bytes.fromhex(known)
+                return np.frombuffer(rows, np.uint8).reshape(len(ids), len(self.classes)).astype(np.float32)
+        labels = np.stack([read_labels(path, self.classes) for path in paths])
+        if note:
+            note.write(labels.astype(np.uint8).tobytes().hex())
+        return labels
 
     def ids(self, name: str) -> tuple[str, ...]:
         """The image ids of a split, in the file's order.

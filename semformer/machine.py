@@ -33,7 +33,7 @@ class Note:
 
     def read(self) -> str | None:
         with suppress(OSError):
-            return self.path.read_text()
+            return self.path.read_text() or None
         return None
 
     def write(self, text: str) -> None:

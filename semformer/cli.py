@@ -174,8 +174,9 @@ def _predict(options: argparse.Namespace) -> int:
     else:
         network = predict.network_of(config, options.data, store)
     drawn = predict.draw_maps(network, options.images, options.classes, options.out, _device(options.device))
-    for path, names, target in drawn:
-        told = f"{path}: {', '.join(names) or 'no object class'} -> {target}"
+    for one in drawn:
+        told = f"{one.image}: {', '.join(one.classes) or 'no object class'} -> {one.picture}"
+        told += f" ({one.note})" if one.note else ""
         console.print(told, highlight=False, markup=False, soft_wrap=True)
     return 0
 
@@ -187,7 +188,7 @@ def _import_checkpoint(options: argparse.Namespace) -> int:
     from semformer import pipeline
     from semformer.store import open_store
 
-    data = pipeline.open_data(config, options.data)
+    data = pipeline.open_classes(config, options.data)
     with _Display() as display:
         *_, run = pipeline.run(
             config,
@@ -252,9 +253,9 @@ def _device(name: str):
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(1, device=device)
+        torch.empty(1, device=device).item()
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name} cannot be used: {first_line(error)}") from error
+        raise UserError(f"--device {name} cannot be used: {first_line(error)[:200]}") from error
     return device
 
 

@@ -42,7 +42,7 @@ def figure4(
             if len(classes):
                 heat = maps[kind][row]
                 axis[column].imshow(colormaps["jet"](heat), alpha=0.55)
-                if threshold is not None and heat.min() < threshold < heat.max():
+                if threshold is not None and heat.min() < threshold < heat.max() and min(heat.shape) > 1:
                     axis[column].contour(heat, levels=[threshold], colors="white", linewidths=0.8)
         if truth is not None:
             axis[-1].imshow(colored_mask(truth))

@@ -60,7 +60,7 @@ def multi_scale_maps(
     of_image = torch.arange(B).repeat_interleave(torch.tensor(counts)).to(device)
     of_class = torch.from_numpy(np.concatenate(present)).to(device)
     for scale in options.scales if sum(counts) else ():
-        size = [_round_up(round(side * scale), model.backbone.patch_size) for side in (H, W)]
+        size = [_round_up(max(1, round(side * scale)), model.backbone.patch_size) for side in (H, W)]
         views = normalized(resize_exactly(pixels, size))
         if options.flip:
             views = torch.cat([views, views.flip(-1)])

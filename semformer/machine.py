@@ -3,6 +3,7 @@
 import hashlib
 import os
 import secrets
+import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -13,8 +14,11 @@ STILL = 2.0
 
 
 def cache_folder() -> Path:
-    """$SEMFORMER_CACHE, or ~/.cache/semformer."""
-    return Path(os.environ.get("SEMFORMER_CACHE") or "~/.cache/semformer").expanduser()
+    """$SEMFORMER_CACHE, or ~/.cache/semformer; for who has no home, in the folder of temporary files."""
+    try:
+        return Path(os.environ.get("SEMFORMER_CACHE") or "~/.cache/semformer").expanduser()
+    except RuntimeError:
+        return Path(tempfile.gettempdir()) / f"semformer-{os.getuid()}"
 
 
 class Note:

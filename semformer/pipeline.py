@@ -15,6 +15,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from semformer import memory
@@ -48,9 +49,9 @@ class Stage:
     """The split whose pixel masks it reads, if it reads that split."""
 
     def splits(self, config: Config) -> dict[str, list[pack.Kind]]:
-        """The splits that it reads, its own first, and what of them."""
+        """The splits that it reads, its own first, and what of them; an imported network reads none."""
         if _is_imported(self, config):
-            return {getattr(config.data, self.split): []}
+            return {}
         fields = [self.split, "selection_split"] if self.selects(config) else [self.split]
         images: list[pack.Kind] = ["images"] if self.reads_images else []
         kinds: dict[str, list[pack.Kind]] = {}
@@ -93,6 +94,11 @@ class Data:
         if name not in self._splits:
             self._splits[name] = self.devkit.split(name)
         return self._splits[name]
+
+    def unread(self) -> Packed:
+        """Of which the names of the classes are all that is known."""
+        classes = self.devkit.classes
+        return Packed("unread", self.devkit.folder, classes, ids=(), labels=np.zeros((0, len(classes)), np.float32))
 
     def describe(self, name: str) -> str:
         """What a split is, for people: the data set, the number of images, and the start of their digest."""
@@ -230,7 +236,7 @@ def run(
             lease.check()
             store.save_checkpoints(key)
 
-        splits = [packed(name, *kinds) for name, kinds in stage.splits(config).items()]
+        splits = [packed(name, *kinds) for name, kinds in stage.splits(config).items()] or [data.unread()]
         ctx = Context(
             device,
             progress,

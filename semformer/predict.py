@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from pydantic import ValidationError
 
-from semformer import draw, pipeline
+from semformer import draw, memory, pipeline
 from semformer.config import Config
 from semformer.data.voc import read_image
 from semformer.errors import UserError
@@ -80,15 +81,31 @@ def network_by_key(start: str, config: Config, store: Store) -> Network:
         ) from error
 
 
+@dataclass(frozen=True)
+class Drawn:
+    """A picture of an image's maps: where it is, of which classes, and what people should know of it."""
+
+    image: Path
+    picture: Path
+    classes: list[str]
+    note: str = ""
+
+
 def draw_maps(
     network: Network, images: Sequence[Path], named: str | None, out: Path, device: torch.device
-) -> Iterator[tuple[Path, list[str], Path]]:
-    """Draws images in the layout of Figure 4; yields each with its classes and its picture, which is in `out`.
+) -> Iterator[Drawn]:
+    """Draws images in the layout of Figure 4, in `out`; yields each when it is there.
 
-    `named`: the classes in the images, with commas; by default those that the network sees. Raises UserError for names
-    that it does not know, for images that cannot be read, and where it cannot tell by itself.
+    `named`: the classes in the images, with commas; by default those that the network sees. Images that are longer
+    than any that the network was trained on (segmentor.long_side) are shrunk to that length. Raises UserError for names
+    that it does not know, for images that cannot be read, where it cannot tell by itself, and for pictures that cannot
+    be written or would take the place of an image or of each other.
     """
     config, classes = network.config, network.classes
+    targets = [out / f"{path.stem}.png" for path in images]
+    for target, path in zip(targets, images, strict=True):
+        if targets.count(target) > 1 or target.resolve() in {image.resolve() for image in images}:
+            raise UserError(f"{path}: its picture would be {target}, where another is or will be. Choose another --out")
     model = segmentor.load(config.segmentor, network.segmentor, device=device)
     indices = None if named is None else _indices(named, classes)
     if indices is None:
@@ -99,17 +116,27 @@ def draw_maps(
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--out {out} cannot be a folder: {error.strerror}") from error
-    for path in images:
-        image = np.array(read_image(path))
+    longest = config.segmentor.long_side[1]
+    for path, target in zip(images, targets, strict=True):
+        photo, note = read_image(path), ""
+        if max(photo.size) > longest:
+            note = f"{photo.width}x{photo.height} pixels"
+            photo.thumbnail((longest, longest), Image.Resampling.BICUBIC)
+            note += f", shrunk to {photo.width}x{photo.height}: the network was trained on at most {longest}"
+        image = np.array(photo)
         present = present_classes(model, S, image, config) if indices is None else np.array(indices)
         maps: dict[str, np.ndarray] = {}
-        for kind in MAP_KINDS:
-            view = config.cams.model_copy(update={"final_map": kind})
-            (found,) = multi_scale_maps(model, [image], [present], view, precision=config.precision)
-            maps[kind] = found.full.cpu().numpy()
-        target = out / f"{path.stem}.png"
-        draw.figure4(image, maps, present, classes, threshold=config.evaluate.fixed_threshold).save(target)
-        yield path, [classes[c] for c in present], target
+        with memory.explained("cams", device):
+            for kind in MAP_KINDS:
+                view = config.cams.model_copy(update={"final_map": kind})
+                (found,) = multi_scale_maps(model, [image], [present], view, precision=config.precision)
+                maps[kind] = found.full.cpu().numpy()
+        picture = draw.figure4(image, maps, present, classes, threshold=config.evaluate.fixed_threshold)
+        try:
+            picture.save(target)
+        except OSError as error:
+            raise UserError(f"the picture {target} cannot be written: {error.strerror or error}") from error
+        yield Drawn(path, target, [classes[c] for c in present], note)
 
 
 def _indices(names: str, classes: tuple[str, ...]) -> list[int]:

@@ -23,8 +23,12 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not (isinstance(state, dict) and state and all(isinstance(value, Tensor) for value in state.values())):
-        raise UserError(f"{path} holds no dictionary of tensors")
+    if not (
+        isinstance(state, dict)
+        and state
+        and all(isinstance(n, str) and isinstance(v, Tensor) for n, v in state.items())
+    ):
+        raise UserError(f"{path} holds no dictionary of tensors by name")
     return {name.removeprefix("module."): value for name, value in state.items()}
 
 

@@ -192,6 +192,33 @@ def test_annotations_are_read_again_only_when_one_has_changed(voc, tmp_path, mon
         labels()
 
 
+def test_sixteen_bits_become_eight_and_more_are_refused(tmp_path):
+    grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    assert (np.array(voc_file.read_image(tmp_path / "16.png")) == grey[..., None]).all()
+    Image.fromarray(grey.astype(np.float32) / 255).save(tmp_path / "32.tiff")
+    with pytest.raises(UserError, match=r"32.tiff .*32 bits a pixel \(mode F\); save it with 8 bits a channel"):
+        voc_file.read_image(tmp_path / "32.tiff")
+
+
+def test_an_orientation_that_there_is_not_turns_nothing(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 9
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
+    assert voc_file.image_size(tmp_path / "a.jpg") == voc_file.read_image(tmp_path / "a.jpg").size == (40, 20)
+
+
+def test_without_a_home_notes_are_kept_among_temporary_files(monkeypatch, tmp_path):
+    monkeypatch.delenv("SEMFORMER_CACHE", raising=False)
+
+    def homeless(path):
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "expanduser", homeless)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    assert machine.cache_folder().parent == tmp_path
+
+
 def test_images_are_upright(tmp_path):
     """A photograph that a camera has turned is seen, and measured, as a person sees it."""
     upright = np.zeros((20, 40, 3), dtype=np.uint8)

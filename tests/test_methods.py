@@ -259,7 +259,16 @@ def test_position_embedding_takes_the_grid_of_the_training_images():
     assert backbone(torch.randn(1, 3, 64, 96)).shape == (1, 4 * 6, 192)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "vit_no_such_model", "swin_tiny_patch4_window7_224"])
+OTHERS = {
+    "no ViT": ["resnet18", "swin_tiny_patch4_window7_224"],
+    "other blocks": ["vit_base_patch16_xp_224", "vit_small_patch16_18x2_224", "vit_dwee_patch16_reg1_gap_256"],
+    "another embedding of patches": ["vit_base_r50_s16_224", "vit_base_mci_224", "aimv2_large_patch14_224"],
+    "no final norm": ["beit3_base_patch16_224", "eva_large_patch14_196"],
+    "no model": ["vit_no_such_model"],
+}
+
+
+@pytest.mark.parametrize("name", [name for names in OTHERS.values() for name in names])
 def test_backbones_that_cannot_be_used_are_refused(name):
     with pytest.raises(UserError, match=name):
         build_backbone(name, image_size=224)

@@ -74,6 +74,14 @@ def test_a_pack_is_an_arrow_file_that_others_can_read(split, store):
     assert find_or_pack(split, "images", store)[1]
 
 
+def test_a_pack_larger_than_the_memory_can_be_opened(tmp_path):
+    """A writable map would count as memory in use, even if it is private and nobody writes."""
+    with open(tmp_path / "images.arrow", "wb") as file:
+        file.truncate(2**40)
+    with pytest.raises(pa.ArrowInvalid, match="Not an Arrow file"):
+        Table(tmp_path / "images.arrow")
+
+
 def test_a_pack_is_checked_once_on_a_machine_and_again_when_it_has_changed(split, store, tmp_path, monkeypatch):
     monkeypatch.setenv("SEMFORMER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(machine, "STILL", 0.0)

@@ -223,6 +223,13 @@ def test_diverging_loss_stops_the_stage_and_says_what_to_do(shapes, tmp_path):
         run(config, shapes, Store(tmp_path / "store"))
 
 
+def test_weights_that_diverged_in_the_last_step_are_not_published(shapes, tmp_path):
+    changes = {"caae.optimizer.lr": 1e11, "caae.epochs": 1, "caae.batch_size": 16, "caae.optimizer.name": "sgd"}
+    with pytest.raises(TrainingDiverged, match=r"caae: the weights diverged in epoch 1 .*caae.optimizer.lr"):
+        run(load_config("micro", changes), shapes, Store(tmp_path / "store"))
+    assert not (tmp_path / "store" / "caae").exists()
+
+
 def test_damaged_artifact_is_set_aside_and_made_again(finished, shapes, tmp_path, caplog):
     store = Store(shutil.copytree(finished[0].root, tmp_path / "store"))
     damage(store, finished[1]["evaluate"], "metrics.json")
@@ -447,6 +454,36 @@ def test_predict_draws_a_picture_per_image(finished, shapes, tmp_path):
     assert main(["predict", str(image), "--classes", "dragon", *common]) == 2
 
 
+def test_predict_touches_no_image_and_gives_each_its_own_picture(finished, tmp_path, capsys):
+    store, runs = finished
+    photo, other = tmp_path / "photo.png", tmp_path / "other" / "photo.jpg"
+    other.parent.mkdir()
+    for path in (photo, other):
+        Image.new("RGB", (60, 40), "red").save(path)
+    before = photo.read_bytes()
+    network = ["--network", runs["segmentor"].key, "--store", str(store.root), "--classes", "disc"]
+    for images, out in (([photo], tmp_path), ([photo, other], tmp_path / "out")):
+        assert main(["predict", *map(str, images), "--out", str(out), *network]) == 2
+        assert "where another is or will be. Choose another --out" in " ".join(capsys.readouterr().err.split())
+    assert photo.read_bytes() == before
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out" / "photo.png").mkdir(parents=True)
+    assert main(["predict", str(photo), "--out", str(tmp_path / "out"), *network]) == 2
+    assert "photo.png cannot be written: Is a directory" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize(("size", "seen"), [((600, 150), "60x15"), ((60, 50), ""), ((1, 1), ""), ((1, 60), "")])
+def test_predict_shrinks_what_is_larger_than_anything_trained_on_and_says_so(finished, tmp_path, capsys, size, seen):
+    store, runs = finished
+    photo = tmp_path / "photo.jpg"
+    Image.new("RGB", size, "red").save(photo)
+    network = ["--network", runs["segmentor"].key, "--store", str(store.root), "--classes", "disc"]
+    assert main(["predict", str(photo), "--out", str(tmp_path / "out"), *network]) == 0
+    told = " ".join("".join(capsys.readouterr()).split())
+    wanted = f"{size[0]}x{size[1]} pixels, shrunk to {seen}: the network was trained on at most 60"
+    assert (wanted in told) == bool(seen)
+
+
 def test_predict_takes_a_network_by_its_key_without_the_data(finished, tmp_path, capsys):
     """As whoever has a trial's key from MLflow, or from a registered version, and the store."""
     store, runs = finished
@@ -494,6 +531,19 @@ def test_predict_with_an_imported_network_needs_no_images(finished, shapes, tmp_
     assert main([*arguments, "--classes", "disc"]) == 0
     assert main(arguments) == 2
     assert "name the --classes in the images" in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_import_needs_no_images(finished, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pipeline, "open_data", lambda *_: pytest.fail("images were looked for"))
+    file = tmp_path / "caae.pth"
+    torch.save(to_published("caae", weights(finished[1]["caae"])), file)
+    fields = ("backbone", "image_size", "class_dim", "decoder_depth", "decoder_width")
+    micro = load_config("micro").caae
+    same = [f"--set=caae.{name}={getattr(micro, name)}" for name in fields]
+    command = ["import-checkpoint", str(file), "--kind", "caae", "--store", str(tmp_path / "store")]
+    assert main([*command, "--preset", "paper", *same]) == 2
+    assert "another architecture" in capsys.readouterr().err, "VOC has 21 classes"
+    assert main([*command, "--preset", "micro"]) == 0
 
 
 def test_predict_without_a_trained_network_says_how_to_get_one(shapes, tmp_path, capsys):

@@ -119,12 +119,12 @@ def test_checkpoints_saved_on_one_node_are_resumed_from_on_another(node):
 def test_checkpoints_are_uploaded_in_the_order_in_which_they_were_written(node, monkeypatch):
     store, uploaded = node("a"), []
     folder = store.checkpoints(caae())
-    for then, name in enumerate(("best", "checkpoint", "a-later-one")):
+    for then, name in enumerate(("best", "checkpoint", "best.0123.partial", "a-later-one")):
         (folder / name).write_text(name)
         os.utime(folder / name, (then, then))
     monkeypatch.setattr(store.storage, "upload", lambda path, name: uploaded.append(path.name))
     store.save_checkpoints(caae())
-    assert uploaded == ["best", "checkpoint", "a-later-one"]
+    assert uploaded == ["best", "checkpoint", "a-later-one"], "and none that is half written"
 
 
 def test_the_pipeline_goes_on_from_the_last_epoch_on_another_node(node, tmp_path):

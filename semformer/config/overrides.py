@@ -24,6 +24,8 @@ def load_config(preset: str = "paper", overrides: Mapping[str, Any] | None = Non
     for name, value in (*PRESETS[preset].items(), *(overrides or {}).items()):
         if name not in field_names() and name not in _groups():
             raise UserError(f"{source}: {unknown_field(name)}")
+        if name in _groups() and not isinstance(value, Mapping) and value is not None:
+            raise UserError(f"{source}: {name} is a group of fields, such as {_first_of(name)}: set those")
         *groups, leaf = name.split(".")
         node = tree
         for group in groups:
@@ -88,6 +90,10 @@ def _groups() -> set[str]:
     return {name.rpartition(".")[0] for name in field_names()} - {""}
 
 
+def _first_of(group: str) -> str:
+    return next(name for name in field_names() if name.startswith(f"{group}."))
+
+
 def _leaves(tree: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
         if isinstance(value, Mapping):
@@ -109,5 +115,6 @@ def _explain(item: Mapping[str, Any], source: str) -> str:
         return f"{source}: {unknown_field(name)}"
     message = item["msg"]
     if item["type"] == "value_error":
-        return f"{source}: {name}.{message.removeprefix('Value error, ')}"
+        told = message.removeprefix("Value error, ")  # of a field, or of a group: then it begins with the field
+        return f"{source}: {name} {told}" if name in field_names() else f"{source}: {name}.{told}"
     return f"{source}: {name} = {item['input']!r}: {message[0].lower()}{message[1:]}"

@@ -9,7 +9,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from semformer.errors import UserError
 
@@ -34,12 +34,30 @@ def _canonical_losses(value: Any) -> Any:
     return value
 
 
-Floats = Annotated[tuple[float, ...], BeforeValidator(_split_commas)]
 Losses = Annotated[tuple[LossName, ...], BeforeValidator(_canonical_losses)]
-Range = Annotated[tuple[float, float], BeforeValidator(_split_commas)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 Count = Annotated[int, Field(gt=0)]
+Scales = Annotated[tuple[Positive, ...], BeforeValidator(_split_commas), Field(min_length=1)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+def _ascending(value: tuple[float, float]) -> tuple[float, float]:
+    if value[0] > value[1]:
+        raise ValueError(f"must be FROM,TO with FROM <= TO, not {value}")
+    return value
+
+
+def _at_most_one(value: tuple[float, float]) -> tuple[float, float]:
+    if value[1] > 1:
+        raise ValueError(f"must be fractions of at most 1, not {value}")
+    return value
+
+
+Jitter = Annotated[
+    tuple[Fraction, Fraction, Fraction, Annotated[float, Field(ge=0, le=0.5)]], BeforeValidator(_split_commas)
+]
+Range = Annotated[tuple[Positive, Positive], BeforeValidator(_split_commas), AfterValidator(_ascending)]
 
 
 class Settings(BaseModel):
@@ -61,7 +79,7 @@ class ShapesConfig(Settings):
     train: Count = 2000
     val: Count = 200
     size: Count = 96
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
 
 
 class DataConfig(Settings):
@@ -83,7 +101,7 @@ class OptimizerConfig(Settings):
     """
 
     name: Literal["sgd", "adamw"] = "sgd"
-    lr: Positive
+    lr: Annotated[float, Field(gt=0, le=1e12)]
     momentum: Annotated[float, Field(ge=0, lt=1)] = 5e-4
     weight_decay: Annotated[float, Field(ge=0)] = 5e-4
     power: Annotated[float, Field(ge=0)] = 0.9
@@ -110,7 +128,7 @@ class NetworkConfig(Settings):
     epochs: Count
     batch_size: Count
     optimizer: OptimizerConfig
-    color_jitter: Annotated[tuple[float, float, float, float], BeforeValidator(_split_commas)] = (0.3, 0.3, 0.3, 0.1)
+    color_jitter: Jitter = (0.3, 0.3, 0.3, 0.1)
     """Largest change of brightness, contrast and saturation (factors 1 -+ x) and of the hue (a shift, in circles)."""
     compile: bool = False
     """Train with torch.compile: faster where steps are long, after a minute or two; rounds differently."""
@@ -152,7 +170,7 @@ class CaaeConfig(NetworkConfig):
     reconstruction: bool = True
     """The decoder and the reconstruction loss of Eq. 4 (Tables 11, 14)."""
     enlarge: Range = (1.0, 3.0)
-    crop_area: Range = (0.08, 1.0)
+    crop_area: Annotated[Range, AfterValidator(_at_most_one)] = (0.08, 1.0)
     """Area of the random resized crop, as a fraction of the image."""
     selection: Literal["last", "best_ap"] = "best_ap"
     """`best_ap` keeps the epoch that ranks the image-level labels of data.selection_split best (published code)."""
@@ -181,7 +199,7 @@ class SegmentorConfig(NetworkConfig):
     """Eq. 10: the maximum runs over the image's other present classes (published code) or over all K (paper)."""
     token_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Probability with which a whole patch token is dropped before the activation layer."""
-    long_side: Annotated[tuple[int, int], BeforeValidator(_split_commas)] = (224, 896)
+    long_side: Annotated[tuple[Count, Count], BeforeValidator(_split_commas), AfterValidator(_ascending)] = (224, 896)
     """Range of the random resize, in pixels of the longer side."""
     selection: Literal["last", "best_miou"] = "last"
     """`best_miou` keeps the epoch with the best map on the *pixel masks* of data.selection_split (published code)."""
@@ -210,12 +228,15 @@ DRAWABLE = 4
 class CamsConfig(Settings):
     """Multi-scale activation maps (Eq. 5, 6; Tables 4, 12, 13, 16)."""
 
-    scales: Annotated[Floats, Field(min_length=1)] = (0.5, 1.0, 1.5, 2.0)
+    scales: Scales = (0.5, 1.0, 1.5, 2.0)
     flip: bool = True
     final_map: FinalMap = "both"
     """activation map M, class-relative attention A', or their product."""
     last_blocks: Count = 4
     """U of Eq. 6."""
+
+
+MOST_THRESHOLDS = 1000
 
 
 class EvaluateConfig(Settings):
@@ -236,6 +257,8 @@ class EvaluateConfig(Settings):
         first, last, step = self.thresholds
         if not (0 <= first <= last <= 1 and step > 0):
             raise ValueError(f"thresholds must be FIRST,LAST,STEP with 0 <= FIRST <= LAST <= 1, not {self.thresholds}")
+        if (last - first) / step > MOST_THRESHOLDS:
+            raise ValueError(f"thresholds must be at most {MOST_THRESHOLDS}: use a larger step than {step}")
         if self.erosion and self.erosion % 2 == 0:
             raise ValueError(f"erosion must be odd (or 0 for none), not {self.erosion}")
         return self
@@ -253,7 +276,7 @@ class EvaluateConfig(Settings):
 class Config(Settings):
     """The whole pipeline. `load_config` (in `config.overrides`) is the one way to make one."""
 
-    seed: Annotated[int, Field(ge=0)] = 0
+    seed: Seed = 0
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     """Of matrix products under autocast, weights stay float32. It changes results, so it is part of every key."""
     data: DataConfig = DataConfig()

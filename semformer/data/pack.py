@@ -9,6 +9,7 @@ Masks are a file, and an artifact, of their own: a stage that may not see them i
 
 import hashlib
 import os
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ import pyarrow as pa
 from semformer.data.voc import Split, image_size, read_bytes, read_image
 from semformer.errors import UserError
 
+warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # of torch, and nobody writes
 LUMA = (0.2989, 0.587, 0.114)
 """Shares of R, G and B in what counts as grey."""
 MOST_DECODED = 24 * 2**30
@@ -80,7 +82,7 @@ class Table:
     """The rows of a file that `write_pack` wrote; its pixels are read when they are looked at, and not copied."""
 
     def __init__(self, path: Path):
-        self._file = np.memmap(path, np.uint8, mode="c")  # as torch wants writable arrays
+        self._file = np.memmap(path, np.uint8, mode="r")  # a writable map, even a private one, counts as memory in use
         table = pa.ipc.open_file(pa.py_buffer(self._file)).read_all()
         self.decoded = table.schema.metadata[b"decoded"] == b"True"
         self.ids = tuple(table["id"].to_pylist())

@@ -73,6 +73,10 @@ def open_devkit(root: str | Path) -> "Devkit":
     return Devkit(folder, (BACKGROUND, *_read_class_names(folder / "classes.txt")))
 
 
+UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
+"""What Pillow's readers raise for files that are damaged or none of theirs."""
+
+
 @dataclass(frozen=True)
 class Devkit:
     """An opened devkit: its VOC2012 folder and its K class names, "background" first."""
@@ -270,10 +274,15 @@ def read_image(path: str | Path, content: bytes | None = None) -> Image.Image:
     """
     try:
         with Image.open(path if content is None else BytesIO(content)) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16"):  # which Pillow would clip
+                upright = Image.fromarray((np.array(upright) / 257).round().astype(np.uint8))
+            elif upright.mode in ("I", "F"):
+                raise ValueError(f"it has 32 bits a pixel (mode {upright.mode}); save it with 8 bits a channel")
+            return upright.convert("RGB")
     except FileNotFoundError:
         raise UserError(f"The image {path} is missing.") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise UserError(f"The image {path} is damaged or no image: {error}.") from error
 
 
@@ -289,7 +298,7 @@ def read_mask(path: Path, image_path: Path, num_classes: int) -> np.ndarray:
             mask = np.array(image)
     except FileNotFoundError:
         raise UserError(f"The mask {path} is missing.") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise UserError(f"The mask {path} is damaged or no image: {error}.") from error
     height, width = mask.shape
     size = image_size(image_path)
@@ -328,8 +337,8 @@ def image_size(path: Path) -> tuple[int, int]:
     try:
         with Image.open(path) as image:
             width, height = image.size
-            return (height, width) if image.getexif().get(ExifTags.Base.Orientation, 1) >= 5 else (width, height)
+            return (height, width) if image.getexif().get(ExifTags.Base.Orientation) in range(5, 9) else (width, height)
     except FileNotFoundError:
         raise UserError(f"The image {path} is missing.") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except UNREADABLE as error:
         raise UserError(f"The image {path} is damaged or no image: {error}.") from error

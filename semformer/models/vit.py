@@ -6,12 +6,12 @@ Legend: B images, N patches, d token dimension, K classes, H W pixels, h w patch
 import math
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import timm
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, resample_abs_pos_embed
+from timm.layers import Attention, PatchEmbed, resample_abs_pos_embed
 from timm.models import VisionTransformer, register_model
 from timm.models.vision_transformer import Block
 from torch import Tensor, nn
@@ -68,8 +68,7 @@ class Backbone(nn.Module):
     def __init__(self, vit: VisionTransformer, image_size: int | None = None):
         """`image_size`: side of the training images, to whose grid the position embedding is resized once."""
         super().__init__()
-        if not all(isinstance(block, Block) and isinstance(block.attn, Attention) for block in vit.blocks):
-            raise UserError("only plain ViT / DeiT backbones of timm are supported (standard blocks and attention)")
+        assert _is_plain(vit)  # `backbone_shape` takes no other
         self.patch_embed = vit.patch_embed.proj
         self.norm_pre = vit.norm_pre
         self.blocks = vit.blocks
@@ -161,6 +160,18 @@ def _attention(block: nn.Module) -> Attention:
     return attention
 
 
+def _is_plain(vit: nn.Module) -> TypeGuard[VisionTransformer]:
+    """Whether what `Backbone` takes of it is all that its features go through."""
+    return (
+        isinstance(vit, VisionTransformer)
+        and type(vit.patch_embed) is PatchEmbed
+        and isinstance(vit.patch_embed.norm, nn.Identity)
+        and vit.pos_embed is not None
+        and isinstance(vit.norm, nn.LayerNorm)
+        and all(type(block) is Block and type(block.attn) is Attention for block in vit.blocks)
+    )
+
+
 @cache
 def backbone_shape(name: str) -> dict[str, int]:
     """depth, dim, num_heads and patch_size of a timm ViT, without allocating its weights."""
@@ -169,8 +180,11 @@ def backbone_shape(name: str) -> dict[str, int]:
         raise UserError(f"timm {timm.__version__} has no model {name!r}; similar names: {', '.join(near) or 'none'}")
     with torch.device("meta"):
         vit = timm.create_model(name, num_classes=0)
-    if not isinstance(vit, VisionTransformer) or vit.pos_embed is None:
-        raise UserError(f"{name} is no plain ViT: SemFormer needs timm's VisionTransformer with position embeddings")
+    if not _is_plain(vit):
+        raise UserError(
+            f"{name} is no plain ViT / DeiT of timm: SemFormer needs a VisionTransformer with one linear patch "
+            "embedding, position embeddings, standard blocks and a final LayerNorm"
+        )
     return {
         "depth": len(vit.blocks),
         "dim": vit.embed_dim,

@@ -27,6 +27,7 @@ from semformer.data.pack import Packed
 from semformer.errors import UserError, first_line
 from semformer.precision import autocast
 from semformer.stages.context import Context, Progress
+from semformer.store.storage import PARTIAL
 from semformer.weights import load_state
 
 log = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ Gradients = Callable[[Batch, torch.Generator, int], dict[str, Tensor]]
 """gradients(batch, generator, pieces): adds the gradients of the batch's loss to those of the parameters, taking the
 batch through the networks in so many pieces where memory is short, and returns the named terms; "total" is the loss."""
 DIVERGED = 1e4
-"""A loss of this size is no loss any more: similarities give at most about 20, a reconstruction starts near 1."""
+"""A loss of this size is no loss any more: similarities give at most about 20, a reconstruction starts near 1. And a
+weight of it is none."""
 
 
 class TrainingDiverged(UserError):
@@ -78,7 +80,9 @@ def train(
                 factor = lr_factor(meter.done, meter.total, config.optimizer)
                 set_rates(optimizer, factor)
                 meter.add(step(batch, generator), step.note)
-            values = meter.end() | {"lr": config.optimizer.lr * factor, "pieces": step.pieces}
+            means = meter.end()
+            check_weights(model, stage, epoch)
+            values = means | {"lr": config.optimizer.lr * factor, "pieces": step.pieces}
             if best and ctx.selection:
                 values |= best.keep(model, score(ctx.selection), history)
             history = {name: [*history.get(name, []), value] for name, value in values.items()}
@@ -200,6 +204,16 @@ class Meter:
         self.report(values)
 
 
+def check_weights(model: nn.Module, stage: str, epoch: int) -> None:
+    """Raises TrainingDiverged: the loss of an epoch's last step does not tell what became of the weights after it."""
+    largest = torch.stack([weight.detach().abs().max() for weight in model.parameters()]).max().item()
+    if not largest < DIVERGED:
+        raise TrainingDiverged(
+            f"{stage}: the weights diverged in epoch {epoch + 1} (one is {largest:.4g}). "
+            f"Try a smaller {stage}.optimizer.lr."
+        )
+
+
 def compiled(function: F, config: NetworkConfig) -> F:
     """A network or a function of one, for steps of few sizes; compiled if the config says so, with the same parameters.
 
@@ -240,7 +254,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, pretrained: nn.Mo
 
 def write_whole(tensors: dict[str, Tensor], path: Path, **metadata: str) -> None:
     """Write a safetensors file so that nobody sees a part of it, not even of one that two processes write at once."""
-    partial = path.with_suffix(f".{secrets.token_hex(4)}.partial")
+    partial = path.with_suffix(f".{secrets.token_hex(4)}{PARTIAL}")
     try:
         save_file(tensors, partial, metadata=metadata)
         os.replace(partial, path)
@@ -309,7 +323,7 @@ class Checkpoint:
             with safe_open(self.path, framework="pt") as file:
                 history = json.loads(file.metadata()["history"])
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, ValueError) as error:
+        except (SafetensorError, OSError, ValueError, TypeError, KeyError) as error:
             log.warning("starting again: the checkpoint %s cannot be read (%s)", self.path, error)
             return {}
         slots: dict[int, dict[str, Tensor]] = {}

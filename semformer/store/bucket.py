@@ -34,7 +34,7 @@ from semformer.machine import cache_folder
 from semformer.store.artifact import MANIFEST, Artifact, DamagedArtifact, aside, check_contents, check_size
 from semformer.store.cache import Cache
 from semformer.store.local import Local
-from semformer.store.storage import Entry, Storage, StorageUnreachable, T, patiently
+from semformer.store.storage import PARTIAL, Entry, Storage, StorageUnreachable, T, patiently
 
 try:
     import boto3
@@ -231,9 +231,10 @@ class Bucket(Storage):
         return folder
 
     def save_checkpoints(self, key: StageKey) -> None:
-        """In the order in which they were written: no newer one is there without an older."""
+        """In the order in which they were written: no newer one is there without an older. Not those half written."""
         files = (self.local.root / "checkpoints" / key.stage / key.digest).rglob("*")
-        for path in sorted(filter(Path.is_file, files), key=lambda path: path.stat().st_mtime_ns):
+        whole = [path for path in files if path.is_file() and path.suffix != PARTIAL]
+        for path in sorted(whole, key=lambda path: path.stat().st_mtime_ns):
             self.upload(path, path.relative_to(self.local.root).as_posix())
 
     def remove_checkpoints(self, key: StageKey) -> None:

@@ -22,6 +22,8 @@ from semformer.store.local import Local
 
 T = TypeVar("T")
 R = TypeVar("R")
+PARTIAL = ".partial"
+"""How the name of a checkpoint ends that is being written."""
 AT_ONCE = 16
 """Requests to a storage at the same time."""
 log = logging.getLogger(__name__)

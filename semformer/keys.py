@@ -100,13 +100,13 @@ def differences(
     find_spec: Callable[[str], Mapping[str, Any] | None],
     *,
     prefix: str = "",
-) -> tuple[int, str]:
-    """How many values differ between two specs of `stage`, those inside its inputs included, and a text of them.
+) -> str:
+    """What differs between two specs of `stage`, inside its inputs too; "" where nothing does.
 
-    `find_spec(digest)` gives the spec of an input, or None if unknown; such an input counts as one difference.
-    `prefix` is put before the names of changed parameters.
+    `find_spec(digest)` gives the spec of an input, or None if unknown. `prefix` is put before the names of changed
+    parameters.
     """
-    count, texts = 0, []
+    texts = []
     before, after = flat(old), flat(new)
     for path in sorted(before.keys() | after.keys()):
         a, b = before.get(path, "unset"), after.get(path, "unset")
@@ -115,15 +115,12 @@ def differences(
         section, _, name = path.partition(".")
         if path == "inputs":  # {} on one side
             continue
-        if section == "inputs":
-            a, b = find_spec(a), find_spec(b)
-            inner, inside = differences(name, a, b, find_spec) if a and b else (1, "")
-            count += inner
-            texts.append(f"input {name} changed" + (f" ({inside})" if inside else ""))
-            continue
-        count += 1
         change = f"{_brief(a)} -> {_brief(b)}"
-        if section == "data":
+        if section == "inputs":
+            old_input, new_input = find_spec(a), find_spec(b)
+            inside = differences(name, old_input, new_input, find_spec) if old_input and new_input else ""
+            texts.append(f"input {name} changed" + (f" ({inside})" if inside else ""))
+        elif section == "data":
             texts.append(f"{path.replace('.', ' ', 1)} changed")
         elif section == "params":
             texts.append(f"{prefix}{name} {change}")
@@ -132,7 +129,7 @@ def differences(
         else:
             texts.append(f"{path} {change}")
     more = [f"and {len(texts) - 4} more"] if len(texts) > 4 else []
-    return count, ", ".join(texts[:4] + more)
+    return ", ".join(texts[:4] + more)
 
 
 def flat(value: Any, path: str = "") -> dict[str, Any]:

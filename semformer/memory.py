@@ -62,8 +62,7 @@ def reset_peak(device: torch.device) -> None:
 def peak(device: torch.device) -> dict[str, Any]:
     """The most memory that this process has held since `reset_peak`: {"device", "name", "peak_bytes"}.
 
-    On a GPU what torch has reserved of it (without CUDA's own context); on the CPU the resident set of the process,
-    without the workers that load data.
+    On a GPU what torch has reserved of it (without CUDA's own context); on the CPU the resident set of the process.
     """
     if device.type == "cuda":
         name, used = torch.cuda.get_device_name(device), torch.cuda.max_memory_reserved(device)

@@ -29,8 +29,7 @@ from semformer.keys import StageKey, to_make
 from semformer.models.vit import backbone_shape
 from semformer.stages import caae, cams, evaluate, pack, segmentor
 from semformer.stages.context import Context, Progress
-from semformer.store import Artifact, Store
-from semformer.store.leases import Lease, LeaseHolder
+from semformer.store import Artifact, Lease, LeaseHolder, Store
 
 
 @dataclass(frozen=True)

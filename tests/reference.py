@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from semformer.config import SegmentorConfig
+from semformer.data.loading import Batch
 from semformer.models.caae import CAAE
 from semformer.models.segmentor import Segmentor
 
@@ -48,14 +49,13 @@ def segmentor_losses(
     model: Segmentor,
     caae: CAAE,
     options: SegmentorConfig,
-    images: Tensor,
-    regions: Tensor,
-    Y: Tensor,
+    batch: Batch,
     *,
     caae_size: int,
     generator: torch.Generator | None = None,
 ) -> dict[str, Tensor]:
     """Eq. 7 to 13, all five losses."""
+    images, regions, Y = batch.images, batch.regions, batch.Y
     B, K = Y.shape
     kept = model.draw_kept(images, generator)
     logits, E, _ = model(images, last_blocks=len(model.backbone.blocks), kept=kept)

@@ -13,6 +13,7 @@ from timm.models import VisionTransformer
 from semformer import losses
 from semformer.config import CaaeConfig, CamsConfig, SegmentorConfig
 from semformer.data.augment import valid_mask
+from semformer.data.loading import Batch
 from semformer.inference import multi_scale_maps
 from semformer.losses import Pairs, similarity
 from semformer.metrics import ThresholdCurve
@@ -138,9 +139,7 @@ def test_segmentation_losses_and_gradients(numbers, segmentor, guide):
         segmentor,
         guide,
         SegmentorConfig(),
-        numbers["images"],
-        numbers["crop_regions"],
-        numbers["labels"],
+        Batch(numbers["images"], numbers["crop_regions"], numbers["labels"]),
         caae_size=numbers["valid_masks"].shape[-1],
     )
     sigma = SegmentorConfig().sigma

@@ -1,5 +1,7 @@
 """Networks and losses: fast against plain, every variant forward and backward."""
 
+from dataclasses import replace
+
 import pytest
 import safetensors.torch
 import timm
@@ -39,7 +41,7 @@ def batch():
     torch.manual_seed(3)
     Y = torch.tensor([[1, 1, 1, 0], [1, 0, 0, 1], [1, 0, 0, 0]]).float()
     regions = torch.tensor([[0, 0, 64, 64], [8, 0, 64, 50], [0, 20, 40, 64]])
-    return torch.randn(3, 3, 64, 64), regions, Y
+    return Batch(torch.randn(3, 3, 64, 64), regions, Y)
 
 
 @pytest.mark.parametrize("pair_reduction", ["batch", "image"])
@@ -52,7 +54,7 @@ def test_segmentor_losses_and_gradients_equal_the_plain_ones(batch, pair_reducti
     gradients = []
     for compute in (segmentor_stage.loss_terms, reference.segmentor_losses):
         model.zero_grad()
-        terms = compute(model, guide, options, *batch, caae_size=32, generator=torch.Generator().manual_seed(5))
+        terms = compute(model, guide, options, batch, caae_size=32, generator=torch.Generator().manual_seed(5))
         terms["total"].backward()
         gradients.append((terms, [p.grad.clone() for p in model.parameters()]))
     (ours, our_gradients), (plain, plain_gradients) = gradients
@@ -77,8 +79,7 @@ def test_a_batch_in_pieces_has_the_same_losses_and_gradients(batch, pieces, drop
 
     def compute(pieces: int) -> dict[str, torch.Tensor]:
         generator = torch.Generator().manual_seed(5)
-        one = Batch(*batch)
-        return segmentor_stage.gradients(model, guide, SegmentorConfig(), one, generator, pieces, caae_size=32)
+        return segmentor_stage.gradients(model, guide, SegmentorConfig(), batch, generator, pieces, caae_size=32)
 
     whole, whole_gradients = gradients_of(lambda: compute(1), model)
     parts, gradients = gradients_of(lambda: compute(pieces), model)
@@ -102,7 +103,7 @@ def test_pieces_save_memory_where_it_counts(batch, monkeypatch):
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-            segmentor_stage.loss_terms(model, guide, SegmentorConfig(), *batch, caae_size=32, pieces=pieces)
+            segmentor_stage.loss_terms(model, guide, SegmentorConfig(), batch, caae_size=32, pieces=pieces)
         return sum(sizes.values())
 
     whole, parts = kept(1), kept(4)
@@ -115,8 +116,7 @@ def test_pieces_save_memory_where_it_counts(batch, monkeypatch):
 def test_a_batch_in_pieces_has_the_same_losses_and_gradients_for_the_caae(batch, reconstruction, pieces):
     torch.manual_seed(0)
     model = small_caae(reconstruction=reconstruction)
-    images, regions, Y = batch
-    one = Batch(images[..., :32, :32], regions, Y)
+    one = replace(batch, images=batch.images[..., :32, :32])
     whole, whole_gradients = gradients_of(lambda: caae_stage.gradients(model, one), model)
     parts, gradients = gradients_of(lambda: caae_stage.gradients(model, one, pieces), model)
     assert parts == pytest.approx(whole, abs=1e-5)
@@ -127,16 +127,16 @@ def test_a_batch_in_pieces_has_the_same_losses_and_gradients_for_the_caae(batch,
 def test_caae_loss_equals_the_plain_one(batch, reconstruction):
     torch.manual_seed(0)
     model = small_caae(reconstruction=reconstruction)
-    images = batch[0][..., :32, :32]
-    ours = caae_stage.loss_terms(model, images, batch[2])["total"]
-    torch.testing.assert_close(ours, reference.caae_loss(model, images, batch[2]))
+    images = batch.images[..., :32, :32]
+    ours = caae_stage.loss_terms(model, images, batch.Y)["total"]
+    torch.testing.assert_close(ours, reference.caae_loss(model, images, batch.Y))
 
 
 @pytest.mark.parametrize("losses", ["CF", "CB", "AS", "AC", "SS", "CF,CB", "CF,AS,SS"])
 def test_only_the_named_losses_are_computed(batch, losses):
     options = load_config("micro", {"segmentor.losses": losses}).segmentor
     model = Segmentor(small_backbone(64), n_classes=K, class_dim=D)
-    terms = segmentor_stage.loss_terms(model, small_caae().requires_grad_(False), options, *batch, caae_size=32)
+    terms = segmentor_stage.loss_terms(model, small_caae().requires_grad_(False), options, batch, caae_size=32)
     assert set(terms) == {"total", *losses.split(",")}
     terms["total"].backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
@@ -145,7 +145,7 @@ def test_only_the_named_losses_are_computed(batch, losses):
 def test_absent_classes_do_not_move_their_semantics(batch):
     model = small_caae()
     Y = torch.tensor([[1.0, 1, 0, 0]]).repeat(3, 1)
-    caae_stage.loss_terms(model, batch[0][..., :32, :32], Y)["total"].backward()
+    caae_stage.loss_terms(model, batch.images[..., :32, :32], Y)["total"].backward()
     assert model.semantics_weight.grad[:2].abs().sum() > 0
     assert model.semantics_weight.grad[2:].abs().sum() == 0
 

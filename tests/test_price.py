@@ -11,6 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from semformer import flops
 from semformer.config import load_config
+from semformer.data.loading import Batch
 from semformer.errors import UserError
 from semformer.inference import final_map
 from semformer.keys import StageKey
@@ -48,10 +49,10 @@ def networks(config):
     return encoder, model
 
 
-def batch(options):
+def batch(options) -> Batch:
     side = options.image_size
     regions = torch.empty(B, 4, dtype=torch.int64, device=META)
-    return torch.empty(B, 3, side, side, device=META), regions, torch.empty(B, K, device=META)
+    return Batch(torch.empty(B, 3, side, side, device=META), regions, torch.empty(B, K, device=META))
 
 
 SCRATCH = {"caae.pretrained": False, "segmentor.pretrained": False}
@@ -69,16 +70,15 @@ SCRATCH = {"caae.pretrained": False, "segmentor.pretrained": False}
 def test_work_is_that_of_real_training_steps(preset, changes):
     config = load_config(preset, changes)
     encoder, model = networks(config)
-    images, regions, Y = batch(config.caae)
-    step = counted(lambda: caae.loss_terms(encoder, images, Y)["total"].backward())
+    small, large = batch(config.caae), batch(config.segmentor)
+    step = counted(lambda: caae.loss_terms(encoder, small.images, small.Y)["total"].backward())
     assert flops.caae_training(config.caae, K) == pytest.approx(step / B, rel=1e-6)
 
     encoder.requires_grad_(False)
-    images, regions, Y = batch(config.segmentor)
 
     def train():
         side = config.caae.image_size
-        segmentor.loss_terms(model, encoder, config.segmentor, images, regions, Y, caae_size=side)["total"].backward()
+        segmentor.loss_terms(model, encoder, config.segmentor, large, caae_size=side)["total"].backward()
 
     work = flops.segmentor_training(config.segmentor, config.caae, K, PAIRS / B)
     assert work == pytest.approx(counted(train) / B, rel=1e-6)

@@ -152,7 +152,7 @@ def make_crops(images: Sequence[Tensor], lumas: Tensor, crops: Crops, rows: np.n
     """The crops of the images in `rows` of the split: (B, 3, S, S), ImageNet-normalised, zero where there is no image.
 
     images: (H, W, 3) uint8 of each row, `Crops.source` of the image, all on the device that the crops are for.
-    lumas: (B,) mean luma of the whole images in 0..1, about which the contrast changes.
+    lumas: (B,) mean luma of the whole images in 0..1, about which the contrast changes; on the host.
     """
     device = images[0].device
     batch = torch.zeros(len(rows), 3, crops.size, crops.size, device=device)
@@ -211,7 +211,7 @@ def jitter(images: Tensor, order: Tensor, amounts: Tensor, lumas: Tensor, adjust
     lumas: (B,) the luma about which an image's contrast changes: that of the whole photograph, of which these may be
     parts. Brightness changes it, too.
     """
-    images, lumas = images.clone(), lumas.to(images.device)[:, None, None, None]
+    images, lumas = images.clone(), lumas.to(images.device, non_blocking=True)[:, None, None, None]
     for turn in order.unbind(dim=1):
         for kind in adjusted:
             of = torch.nonzero(turn == kind)[:, 0]
@@ -225,7 +225,7 @@ def jitter(images: Tensor, order: Tensor, amounts: Tensor, lumas: Tensor, adjust
     return images
 
 
-def brightness(images: Tensor, factor: Tensor, grey: Tensor | None = None) -> Tensor:
+def brightness(images: Tensor, factor: Tensor, grey: Tensor) -> Tensor:
     return (images * factor).clamp(0, 1)
 
 
@@ -233,11 +233,11 @@ def contrast(images: Tensor, factor: Tensor, grey: Tensor) -> Tensor:
     return (grey + factor * (images - grey)).clamp(0, 1)
 
 
-def saturation(images: Tensor, factor: Tensor, grey: Tensor | None = None) -> Tensor:
+def saturation(images: Tensor, factor: Tensor, grey: Tensor) -> Tensor:
     return contrast(images, factor, luma(images))
 
 
-def hue(images: Tensor, shift: Tensor, grey: Tensor | None = None) -> Tensor:
+def hue(images: Tensor, shift: Tensor, grey: Tensor) -> Tensor:
     """Turns the hue by `shift` of a whole circle; brightest and darkest channel (HSV's value and chroma) stay."""
     R, G, B = images.split(1, dim=1)
     value = images.amax(dim=1, keepdim=True)
@@ -255,6 +255,7 @@ def luma(images: Tensor) -> Tensor:
 
 
 ADJUST: tuple[Callable[[Tensor, Tensor, Tensor], Tensor], ...] = (brightness, contrast, saturation, hue)
+"""Of images (B, 3, H, W) in 0..1, how much, and about which luma contrast turns (which it alone uses), (B, 1, 1, 1)."""
 
 
 def valid_mask(regions: Tensor, size: int, out_size: int) -> Tensor:

@@ -20,7 +20,7 @@ class Findings:
 
 
 def check_devkit(root: str | Path, progress: Callable[[int, int], None] | None = None) -> Findings:
-    """Look at every file of the splits train, val and trainaug: `semformer data check DIR`.
+    """Look at every file of the splits train, val and trainaug.
 
     Decodes each image, parses each annotation, and reads each mask (size, values). Goes on after a problem;
     each kind of problem is counted and its first case told. progress(done, total) is called after each image.

@@ -3,9 +3,8 @@
 Legend: n images of a split, B of a batch, S side of a crop, K classes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,20 +54,19 @@ class Loader:
         """Raises UserError for an image that cannot be read."""
         crops = self.crops(self.data.sizes, self.options, seed=self.seed, epoch=epoch)
         order = np.random.default_rng([self.seed, epoch, 1]).permutation(len(self.data))
-        batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
-        with ThreadPoolExecutor(1) as reader, self._decoders() as decode:
-            for read in in_order(
-                reader, lambda rows: self._read(crops, rows, decode), batches[: len(self)], ahead=AHEAD
-            ):
-                yield self._batch(crops, *read)
+        batches = order[: len(self) * self.batch_size].reshape(-1, self.batch_size)
+        with ThreadPoolExecutor(1) as reader, ThreadPoolExecutor(torch.get_num_threads()) as decoders:
+            run = map if self.data.decoded else decoders.map
 
-    def _decoders(self) -> AbstractContextManager[ThreadPoolExecutor | None]:
-        return nullcontext() if self.data.decoded else ThreadPoolExecutor(torch.get_num_threads())
+            def read(rows: np.ndarray) -> tuple:
+                return self._read(crops, rows, run(self.data.pixels, rows))
 
-    def _read(self, crops: Crops, rows: np.ndarray, decode: ThreadPoolExecutor | None) -> tuple:
+            for parts in in_order(reader, read, batches, ahead=AHEAD):
+                yield self._batch(crops, *parts)
+
+    def _read(self, crops: Crops, rows: np.ndarray, pixels: Iterable[np.ndarray]) -> tuple:
         """The rows, their images on the device, and what tells when they have arrived there."""
-        read = map if decode is None else decode.map
-        images = [cut(pixels, crops, row) for pixels, row in zip(read(self.data.pixels, rows), rows, strict=True)]
+        images = [cut(image, crops, row) for image, row in zip(pixels, rows, strict=True)]
         if self._copies is None:
             return rows, images, None
         sizes = [image.numel() for image in images]
@@ -83,9 +81,8 @@ class Loader:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(arrived)
             images[0].record_stream(stream)  # they share one block of memory
-        lumas = torch.from_numpy(self.data.luma[rows]).to(self.device, non_blocking=True)
         return Batch(
-            make_crops(images, lumas, crops, rows),
+            make_crops(images, torch.from_numpy(self.data.luma[rows]), crops, rows),
             torch.from_numpy(crops.regions[rows]).to(self.device, non_blocking=True),
             torch.from_numpy(self.data.labels[rows]),
         )

@@ -13,9 +13,8 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -50,17 +49,18 @@ def write_pack(split: Split, kind: Kind, path: Path, progress: Callable[[int, in
     decoded = kind == "masks" or _bytes_decoded(split) <= MOST_DECODED
     schema = SCHEMA.with_metadata({"kind": kind, "decoded": str(decoded)})
 
-    def row(i: int) -> tuple[bytes, tuple]:
+    def row(i: int) -> tuple[bytes, dict[str, Any]]:
         """The sha256 of the row's file, and the row."""
-        if kind == "masks":
-            mask = split.mask(i)
-            values = (split.ids[i], *mask.shape, 0.0, mask.tobytes())
-            return hashlib.sha256(read_bytes(split.mask_path(i))).digest(), values
-        content = read_bytes(split.image_path(i))
-        pixels = np.asarray(read_image(split.image_path(i), content))
-        luma = float(pixels.reshape(-1, 3).mean(axis=0) @ LUMA) / 255
+        content = read_bytes(split.image_path(i) if kind == "images" else split.mask_path(i))
+        if kind == "images":
+            pixels = np.asarray(read_image(split.image_path(i), content))
+            luma = float(pixels.reshape(-1, 3).mean(axis=0) @ LUMA) / 255
+        else:
+            pixels, luma = split.mask(i), 0.0
+        height, width = pixels.shape[:2]
         data = pixels.tobytes() if decoded else content
-        return hashlib.sha256(content).digest(), (split.ids[i], *pixels.shape[:2], luma, data)
+        row = {"id": split.ids[i], "height": height, "width": width, "luma": luma, "data": data}
+        return hashlib.sha256(content).digest(), row
 
     hashes: list[bytes] = []
     with (
@@ -71,8 +71,7 @@ def write_pack(split: Split, kind: Kind, path: Path, progress: Callable[[int, in
         for first in range(0, len(split), ROWS):
             read = list(cores.map(row, range(first, min(first + ROWS, len(split)))))
             hashes += [digest for digest, _ in read]
-            columns = zip(*(values for _, values in read), strict=True)
-            writer.write(pa.record_batch([pa.array(c, f.type) for c, f in zip(columns, schema, strict=True)], schema))
+            writer.write(pa.RecordBatch.from_pylist([values for _, values in read], schema))
             progress(len(hashes), len(split))
     if split.digest_of(hashes) != (split.digest if kind == "images" else split.mask_digest):
         raise UserError(f"files of split {split.name!r} in {split.folder} have changed since this began: start again")
@@ -126,9 +125,9 @@ class Packed(Split):
     def pixels(self, i: int) -> np.ndarray:
         if self.images is None:
             return super().pixels(i)
-        data = self._images.data(i)
-        if self._images.decoded:
-            return data.reshape(*self._images.sizes[i], 3)
+        data = self.images.data(i)
+        if self.images.decoded:
+            return data.reshape(*self.images.sizes[i], 3)
         return np.array(read_image(self.image_path(i), data.tobytes()))
 
     def mask(self, i: int) -> np.ndarray:
@@ -136,7 +135,7 @@ class Packed(Split):
             raise RuntimeError(f"split {self.name!r} was opened without its masks: this stage declares none")
         return self.masks.data(i).reshape(*self.masks.sizes[i])
 
-    @cached_property
+    @property
     def _images(self) -> Table:
         if self.images is None:
             raise RuntimeError(f"split {self.name!r} was opened without its images")

@@ -43,9 +43,7 @@ def run(config: Config, data: Packed, segmentor: Artifact, ctx: Context) -> dict
                 if len(pending) > 2:
                     pending.popleft().result()
                 done += len(together)
-                rate = done / (time.monotonic() - started)
-                left = (len(data) - done) / rate
-                ctx.progress(Progress("cams", done, len(data), images_per_second=rate, seconds_left=left))
+                ctx.progress(Progress.of_images("cams", done, len(data), started))
             names = {"ids": json.dumps([data.ids[i] for i in rows])}
             pending.append(writer.submit(save_file, shard, ctx.out / f"maps-{number:05d}.safetensors", names))
             ctx.check()

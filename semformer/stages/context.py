@@ -1,9 +1,10 @@
 """What a stage is given besides its config and inputs: nothing in here may change a result."""
 
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -27,6 +28,12 @@ class Progress:
     """What people should know of how the stage runs."""
     probe: Mapping[str, float] = field(default_factory=dict)
     """What `Context.probe` measured at the end of the epoch."""
+
+    @classmethod
+    def of_images(cls, stage: str, done: int, total: int, started: float, note: str = "") -> Self:
+        """Of a stage that goes through its images once, since `started` (`time.monotonic`)."""
+        rate = done / (time.monotonic() - started)
+        return cls(stage, done, total, images_per_second=rate, seconds_left=(total - done) / rate, note=note)
 
 
 @dataclass(frozen=True)

@@ -47,9 +47,7 @@ def run(config: Config, data: Packed, cams: Artifact, ctx: Context) -> dict[str,
         counted = in_order(cores, count, enumerate(read_maps(cams)), ahead=2 * n_cores)
         for done, counts in enumerate(counted, start=1):
             curve.include(*counts)
-            rate = done / (time.monotonic() - started)
-            left = (len(data) - done) / rate
-            ctx.progress(Progress("evaluate", done, len(data), images_per_second=rate, seconds_left=left))
+            ctx.progress(Progress.of_images("evaluate", done, len(data), started))
 
     scores, (metrics, chosen) = curve.scores(), reported(curve, options, data.name)
     (ctx.out / METRICS).write_text(json.dumps(metrics, indent=1) + "\n")

@@ -15,8 +15,7 @@ from semformer.data.voc import Split
 from semformer.keys import StageKey
 from semformer.machine import Note
 from semformer.stages.context import Progress
-from semformer.store import Artifact, DamagedArtifact, Store
-from semformer.store.leases import Lease, LeaseHolder
+from semformer.store import Artifact, DamagedArtifact, Lease, LeaseHolder, Store
 
 VERSION = 1
 
@@ -64,10 +63,7 @@ def find_or_pack(
 
         def told(done: int, total: int) -> None:
             lease.check()
-            rate = done / (time.monotonic() - started)
-            progress(
-                Progress("pack", done, total, images_per_second=rate, seconds_left=(total - done) / rate, note=kind)
-            )
+            progress(Progress.of_images("pack", done, total, started, note=kind))
 
         write_pack(split, kind, workspace / _name(kind), told)
         return {"split": split.name, "images": len(split), "seconds": time.monotonic() - started}

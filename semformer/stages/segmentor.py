@@ -4,7 +4,7 @@ Legend: B images, K classes (0 is background), P pairs of (image, present class)
 """
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -114,29 +114,23 @@ def patch_miou(model: Segmentor, data: Split, size: int, precision: str, *, batc
 def map_probe(data: Split, config: Config, *, n_images: int = 64) -> Callable[[Segmentor], dict[str, float]]:
     """Measures the final metrics (`metrics.reported`) on the single-scale maps of images spread over a split.
 
-    Reads pixel masks. Draws no random number, and leaves the network in the mode it was in.
+    Without flip or attention. Reads pixel masks. Draws no random number, and leaves the network in the mode it was in.
     """
-    options = config.evaluate
+    options, view = config.evaluate, CamsConfig(scales=(1.0,), flip=False, final_map="activation")
     indices = [i * len(data) // n_images for i in range(n_images)] if n_images < len(data) else range(len(data))
 
     def probe(model: Segmentor) -> dict[str, float]:
         was_training = model.training
+        model.eval()
         curve = ThresholdCurve(len(data.classes), options.scored_thresholds(), erosion=options.erosion)
-        add_single_scale(curve, model.eval(), data, indices, config.precision)
+        for i in indices:
+            pixels, objects = data.pixels(i), data.objects(i)
+            (maps,) = multi_scale_maps(model, [pixels], [objects], view, precision=config.precision)
+            curve.add(maps.full.cpu().numpy(), maps.classes, data.mask(i), name=data.ids[i])
         model.train(was_training)
         return reported(curve, options, data.name)[0]
 
     return probe
-
-
-def add_single_scale(
-    curve: ThresholdCurve, model: Segmentor, data: Split, indices: Sequence[int], precision: str
-) -> None:
-    """Count the activation maps of some images at one scale, without flip or attention."""
-    options = CamsConfig(scales=(1.0,), flip=False, final_map="activation")
-    for i in indices:
-        (maps,) = multi_scale_maps(model, [data.pixels(i)], [data.objects(i)], options, precision=precision)
-        curve.add(maps.full.cpu().numpy(), maps.classes, data.mask(i), name=data.ids[i])
 
 
 def gradients(
@@ -150,17 +144,7 @@ def gradients(
     caae_size: int,
 ) -> dict[str, Tensor]:
     """Adds the gradients of a batch's loss; returns its terms."""
-    terms = loss_terms(
-        model,
-        caae,
-        options,
-        batch.images,
-        batch.regions,
-        batch.Y,
-        caae_size=caae_size,
-        generator=generator,
-        pieces=pieces,
-    )
+    terms = loss_terms(model, caae, options, batch, caae_size=caae_size, generator=generator, pieces=pieces)
     terms["total"].backward()
     return {name: term.detach() for name, term in terms.items()}
 
@@ -169,9 +153,7 @@ def loss_terms(
     model: Segmentor,
     caae: CAAE,
     options: SegmentorConfig,
-    images: Tensor,
-    regions: Tensor,
-    Y: Tensor,
+    batch: Batch,
     *,
     caae_size: int,
     generator: torch.Generator | None = None,
@@ -179,13 +161,14 @@ def loss_terms(
 ) -> dict[str, Tensor]:
     """L_seg of Eq. 13, the terms that `options.losses` names.
 
-    images: (B, 3, H, H), regions: (B, 4) valid pixels of the crops, Y: (B, K), on the host. Activation maps live at the
-    size of the CAAE's image, s. The CAAE embeds the class-foreground and class-background images of all P pairs in so
-    many `pieces`; in more than one, what happens inside them and inside the blocks is computed twice to save memory.
+    Activation maps live at the size of the CAAE's image, s = `caae_size`. The CAAE embeds the class-foreground and
+    class-background images of all P pairs in so many `pieces`; in more than one, what happens inside them and inside
+    the blocks is computed twice to save memory.
     """
-    pairs = Pairs.of(Y).to(images.device)  # known from the labels, without waiting for the device
-    Y = Y.to(images.device, non_blocking=True)
-    valid = valid_mask(regions, images.shape[-1], caae_size)
+    images = batch.images
+    pairs = Pairs.of(batch.Y).to(images.device)  # known from the labels, without waiting for the device
+    Y = batch.Y.to(images.device, non_blocking=True)
+    valid = valid_mask(batch.regions, images.shape[-1], caae_size)
     I = F.interpolate(images, size=caae_size, mode="bilinear", align_corners=True)  # noqa: E741 (the paper's symbol)
     logits, E, _ = model(images, kept=model.draw_kept(images, generator), recompute=pieces > 1)
     M = activation_maps(logits, valid)

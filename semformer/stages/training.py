@@ -34,7 +34,8 @@ log = logging.getLogger(__name__)
 F = TypeVar("F", bound=Callable)
 Gradients = Callable[[Batch, torch.Generator, int], dict[str, Tensor]]
 """gradients(batch, generator, pieces): adds the gradients of the batch's loss to those of the parameters, taking the
-batch through the networks in so many pieces where memory is short, and returns the named terms; "total" is the loss."""
+batch through the networks in so many pieces where memory is short, and returns the named terms, detached; "total" is
+the loss."""
 DIVERGED = 1e4
 """A loss of this size is no loss any more: similarities give at most about 20, a reconstruction starts near 1. And a
 weight of it is none."""
@@ -148,7 +149,7 @@ class Meter:
     def add(self, terms: dict[str, Tensor], note: str) -> None:
         """The terms of the step after `done`. Raises TrainingDiverged for those of the step before."""
         self.note = note
-        there = torch.stack([term.detach().float() for term in terms.values()]).to("cpu", non_blocking=True)
+        there = torch.stack([term.float() for term in terms.values()]).to("cpu", non_blocking=True)
         arrived = torch.cuda.current_stream().record_event() if self.ctx.device.type == "cuda" else None
         self._read()
         self._pending = terms, there, arrived

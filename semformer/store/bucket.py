@@ -106,12 +106,6 @@ class Bucket(Storage):
         return found
 
     @patiently
-    def folders(self, prefix: str) -> list[str]:
-        start = len(self.prefix + prefix)
-        pages = self._pages(prefix, Delimiter="/")
-        return [item["Prefix"][start:-1] for page in pages for item in page.get("CommonPrefixes", [])]
-
-    @patiently
     def read(self, name: str) -> tuple[bytes, float]:
         found = self._client.get_object(**self._object(name))
         age = (_date(found) - found["LastModified"]).total_seconds()
@@ -166,8 +160,10 @@ class Bucket(Storage):
     def place(self, stage: str, digest: str, sha256: str) -> str:
         return f"{stage}/{digest}/{sha256[:16]}"
 
+    @patiently
     def stages(self) -> list[str]:
-        return self.folders("manifests/")
+        pages = self._pages("manifests/", Delimiter="/")
+        return [item["Prefix"].split("/")[-2] for page in pages for item in page.get("CommonPrefixes", [])]
 
     def digests(self, stage: str) -> Iterable[str]:
         return self.ages(stage)

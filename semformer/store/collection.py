@@ -1,8 +1,8 @@
 """The removal of what no root needs any more.
 
 What a root reaches, directly or as the input of something reached, is never removed, nor are the packs of the images
-and masks that it was made from. Leases stay: by their numbers, a
-holder that was away for long learns that another came after it.
+and masks that it was made from. Leases stay: by their numbers, a holder that was away for long learns that another
+came after it.
 """
 
 import re
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from semformer.errors import UserError
 from semformer.keys import DIGEST
 from semformer.store.artifact import Artifact
-from semformer.store.processes import is_alive, machine
+from semformer.store.local import worker
+from semformer.store.processes import is_alive
 from semformer.store.storage import Entry, Storage, at_once
 from semformer.store.store import Store
 
@@ -132,9 +133,8 @@ def _why(name: str, kind: str, digest: str, reached: set[str], places: Mapping[s
     if kind == "damaged":
         return "was damaged"
     if kind in ("tmp", "workspaces"):
-        _, *owner = name.split(".")
-        alive = len(owner) == 3 and owner[0] == machine() and is_alive(int(owner[1]))
-        return None if alive else "left by a process that has ended"
+        pid = worker(name)
+        return None if pid and is_alive(pid) else "left by a process that has ended"
     if digest not in reached:
         return "no root reaches it"
     if kind == "checkpoints":

@@ -57,11 +57,6 @@ class Folder(Storage):
         return found
 
     @patiently
-    def folders(self, prefix: str) -> list[str]:
-        self.root.stat()  # raises where it is away
-        return sorted(item.name for item in _children(self.root / prefix) if item.is_dir())
-
-    @patiently
     def read(self, name: str) -> tuple[bytes, float]:
         path = self.root / name
         changed = path.stat().st_mtime
@@ -115,10 +110,10 @@ class Folder(Storage):
         return f"{stage}/{digest}"
 
     def stages(self) -> list[str]:
-        return [name for name in self.folders("") if name not in RESERVED]
+        return [name for name in self._folders() if name not in RESERVED]
 
     def digests(self, stage: str) -> list[str]:
-        return [name for name in self.folders(f"{stage}/") if re.fullmatch(DIGEST, name)]
+        return [name for name in self._folders(stage) if re.fullmatch(DIGEST, name)]
 
     def ages(self, stage: str) -> dict[str, float]:
         ages = {}
@@ -204,6 +199,11 @@ class Folder(Storage):
 
     def remove_checkpoints(self, key: StageKey) -> None:
         shutil.rmtree(self.root / "checkpoints" / key.stage / key.digest, ignore_errors=True)
+
+    @patiently
+    def _folders(self, below: str = "") -> list[str]:
+        self.root.stat()  # raises where it is away
+        return sorted(item.name for item in _children(self.root / below) if item.is_dir())
 
     def _now(self) -> float:
         """By the file system's clock, which also stamps the files: hosts' clocks may differ."""

@@ -49,8 +49,7 @@ class Local:
                 f"Make it a writable folder with free space, or choose {self.instead}."
             ) from error
         for folder in (self.root / "tmp").iterdir():
-            _, *owner = folder.name.split(".")
-            if len(owner) == 3 and owner[0] == machine() and not is_alive(int(owner[1])):
+            if (pid := worker(folder.name)) and not is_alive(pid):
                 shutil.rmtree(folder, ignore_errors=True)
 
     def workspace(self, key: StageKey) -> Path:
@@ -106,3 +105,9 @@ class Local:
             f"{doing}{size} failed in {self.called} {self.root}: {cause.strerror}. {advice}, or choose {self.instead}; "
             "then run again. Published stages stay, an unfinished one resumes from its checkpoints."
         )
+
+
+def worker(workspace: str) -> int | None:
+    """The process of this `machine` that made a workspace, by its name; None where another machine did, or nobody."""
+    _, *owner = workspace.split(".")
+    return int(owner[1]) if len(owner) == 3 and owner[0] == machine() else None

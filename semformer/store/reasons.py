@@ -41,7 +41,7 @@ def reasons(store: Store, keys: Iterable[StageKey]) -> dict[StageKey, str]:
         if not others:
             return "nothing published for this stage yet"
         nearest = min(others, key=lambda digest: len(values(digest) ^ values(key.digest)))
-        return differences(key.stage, specs[nearest], key.spec, specs.get, prefix=f"{key.stage}.")[1]
+        return differences(key.stage, specs[nearest], key.spec, specs.get, prefix=f"{key.stage}.")
 
     return {key: reason(key) for key in keys}
 

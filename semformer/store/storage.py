@@ -90,10 +90,6 @@ class Storage(ABC):
         """All files whose names start with `prefix`."""
 
     @abstractmethod
-    def folders(self, prefix: str) -> list[str]:
-        """The next parts of all names that start with `prefix` ("" or "caae/"), where more follows; in order."""
-
-    @abstractmethod
     def read(self, name: str) -> tuple[bytes, float]:
         """Content and age; raises FileNotFoundError."""
 

@@ -247,7 +247,7 @@ def _check_same(name: str, old: Mapping[str, Any] | None, new: Mapping[str, Any]
     if old is None:
         raise UserError(f"--study {name}: this study is none of this program's: give another name")
     parts = (differences("search", {part: old[part]}, {part: new[part]}, lambda digest: None) for part in new)
-    if told := ", ".join(text for count, text in parts if count):
+    if told := ", ".join(filter(None, parts)):
         raise UserError(
             f"--study {name}: it was begun with something else ({told}): search with the same options, or give "
             "another name"

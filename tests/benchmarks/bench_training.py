@@ -9,11 +9,13 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from semformer.config import load_config
+from semformer.data.loading import Batch
 from semformer.stages import caae as caae_stage
 from semformer.stages import segmentor as segmentor_stage
 from tests import reference
@@ -38,7 +40,7 @@ def run(batch: int = 16) -> list[dict[str, float | str]]:
         Y[b, 1 + torch.randperm(K - 1)[: 1 + b % 3]] = 1
     s, S = config.caae.image_size, config.segmentor.image_size
     small, large = torch.randn(batch, 3, s, s), torch.randn(batch, 3, S, S)
-    regions = torch.tensor([[0, 0, S, S]]).repeat(batch, 1)
+    crops = Batch(large, torch.tensor([[0, 0, S, S]]).repeat(batch, 1), Y)
 
     rows = [
         _compare(
@@ -53,8 +55,7 @@ def run(batch: int = 16) -> list[dict[str, float | str]]:
 
     def step(compute, model, guide) -> Tensor:
         generator = torch.Generator().manual_seed(0)
-        terms = compute(model, guide, config.segmentor, large, regions, Y, caae_size=s, generator=generator)
-        return terms["total"]
+        return compute(model, guide, config.segmentor, crops, caae_size=s, generator=generator)["total"]
 
     rows.append(
         _compare(
@@ -64,9 +65,8 @@ def run(batch: int = 16) -> list[dict[str, float | str]]:
             lambda: step(reference.segmentor_losses, plain_segmentor, plain_caae),
         )
     )
-    options = {"caae_size": s, "pieces": 4}
-    arguments = (segmentor, caae, config.segmentor, large, regions, Y)
-    rows[-1]["in_pieces"] = kept(lambda: segmentor_stage.loss_terms(*arguments, **options)["total"])
+    in_pieces = partial(segmentor_stage.loss_terms, segmentor, caae, config.segmentor, crops, caae_size=s, pieces=4)
+    rows[-1]["in_pieces"] = kept(in_pieces)
     return rows
 
 
@@ -83,7 +83,7 @@ def _compare(name: str, batch: int, ours: Callable[[], Tensor], plain: Callable[
     return {"what": name, **rates, "ratio": ratio, "kept": kept(ours), "plain_kept": kept(plain)}
 
 
-def kept(compute: Callable[[], Tensor]) -> float:
+def kept(compute: Callable[[], object]) -> float:
     """MiB of tensors that a forward pass keeps for its gradients."""
     sizes: dict[int, int] = {}
 

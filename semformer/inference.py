@@ -76,6 +76,18 @@ def multi_scale_maps(
     return [Maps(*of_one) for of_one in zip(present, *parts, strict=True)]
 
 
+def maps_of_every_kind(
+    model: Segmentor, image: np.ndarray, classes: Sequence[int] | np.ndarray, options: CamsConfig, *, precision: str
+) -> dict[str, Tensor]:
+    """Full-size maps (C, H, W) of an image by each of `MAP_KINDS`, as `draw.figure4` shows them."""
+    found: dict[str, Tensor] = {}
+    for kind in MAP_KINDS:
+        view = options.model_copy(update={"final_map": kind})
+        (maps,) = multi_scale_maps(model, [image], [classes], view, precision=precision)
+        found[kind] = maps.full.cpu()
+    return found
+
+
 @torch.inference_mode()
 def present_classes(model: Segmentor, S: Tensor, image: np.ndarray, config: Config) -> np.ndarray:
     """Object classes (1..K-1, ascending) whose class token is more like its semantic than not.

@@ -5,13 +5,12 @@ images, labels ──> caae ──> segmentor ──> cams ──> evaluate <─
 
 import importlib.metadata
 import json
-import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +26,7 @@ from semformer.data.voc import BACKGROUND, VOC_CLASSES, Devkit, Split, open_devk
 from semformer.errors import UserError
 from semformer.keys import StageKey, to_make
 from semformer.models.vit import backbone_shape
+from semformer.precision import determinism
 from semformer.stages import caae, cams, evaluate, pack, segmentor
 from semformer.stages.context import Context, Progress
 from semformer.store import Artifact, Lease, LeaseHolder, Store
@@ -251,15 +251,15 @@ def run(
         with memory.explained(stage.name, device), determinism(device):
             memory.reset_peak(device)
             made = stage.run(config, splits[0], *inputs, ctx)
-        return {**made, "seconds": time.monotonic() - started, "memory": memory.peak(device)}
+        taken = {"seconds": time.monotonic() - started, "memory": memory.peak(device)}
+        return {**made, **taken, "versions": versions()}
 
     for stage in needed_stages(config, until):
+        found, key = True, keys[stage.name]
         if stage.name in missing:
-            stage_run = _find_or_make(stage, keys[stage.name], store, make, waiting)
-            done[stage.name] = stage_run.artifact
-            yield stage_run
-        elif artifact := done.get(stage.name):
-            yield StageRun(stage.name, artifact.key.digest, True, 0.0, artifact)
+            done[stage.name], found = store.find_or_make(key, partial(make, stage), wait=partial(waiting, key))
+        if artifact := done.get(stage.name):
+            yield StageRun(stage.name, key.digest, found, 0.0 if found else artifact.info["seconds"], artifact)
 
 
 def packs(config: Config) -> list[tuple[str, pack.Kind]]:
@@ -278,38 +278,6 @@ def find_or_pack(
     """Makes the packs that are missing; yields each with its split, of what it is, and whether it was there."""
     for name, kind in packs(config):
         yield name, kind, *pack.find_or_pack(data[name], kind, store, progress, waiting)
-
-
-def _find_or_make(
-    stage: Stage,
-    key: StageKey,
-    store: Store,
-    make: Callable[[Stage, Path, Lease], dict[str, Any]],
-    waiting: Callable[[StageKey, LeaseHolder], None],
-) -> StageRun:
-    def make_here(workspace: Path, lease: Lease) -> dict[str, Any]:
-        return {**make(stage, workspace, lease), "versions": versions()}
-
-    artifact, found = store.find_or_make(key, make_here, wait=lambda holder: waiting(key, holder))
-    return StageRun(stage.name, key.digest, found, 0.0 if found else artifact.info["seconds"], artifact)
-
-
-@contextmanager
-def determinism(device: torch.device) -> Iterator[None]:
-    """Makes torch choose what gives the same digits again, on a GPU where there is such a choice (it warns otherwise).
-
-    Nothing of it is left behind: a stage gives the same whether another was made before it in the process or not.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
 
 
 def _is_imported(stage: Stage, config: Config) -> bool:

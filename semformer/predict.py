@@ -14,7 +14,7 @@ from semformer import draw, memory, pipeline
 from semformer.config import Config
 from semformer.data.voc import read_image
 from semformer.errors import UserError
-from semformer.inference import MAP_KINDS, multi_scale_maps, present_classes
+from semformer.inference import maps_of_every_kind, present_classes
 from semformer.stages import caae, segmentor
 from semformer.store import Artifact, Store
 
@@ -125,12 +125,9 @@ def draw_maps(
             note += f", shrunk to {photo.width}x{photo.height}: the network was trained on at most {longest}"
         image = np.array(photo)
         present = present_classes(model, S, image, config) if indices is None else np.array(indices)
-        maps: dict[str, np.ndarray] = {}
         with memory.explained("cams", device):
-            for kind in MAP_KINDS:
-                view = config.cams.model_copy(update={"final_map": kind})
-                (found,) = multi_scale_maps(model, [image], [present], view, precision=config.precision)
-                maps[kind] = found.full.cpu().numpy()
+            found = maps_of_every_kind(model, image, present, config.cams, precision=config.precision)
+        maps = {kind: one.numpy() for kind, one in found.items()}
         picture = draw.figure4(image, maps, present, classes, threshold=config.evaluate.fixed_threshold)
         try:
             picture.save(target)

@@ -15,8 +15,8 @@ K counts the classes with the background, which is class 0 and present in every 
 import difflib
 import hashlib
 import xml.etree.ElementTree as ET
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from io import BytesIO
@@ -71,10 +71,6 @@ def open_devkit(root: str | Path) -> "Devkit":
         if not (folder / part).is_dir():
             raise UserError(f"The data folder {folder} has no {part}. {HOW_TO_GET_DATA}")
     return Devkit(folder, (BACKGROUND, *_read_class_names(folder / "classes.txt")))
-
-
-UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError)
-"""What Pillow's readers raise for files that are damaged or none of theirs."""
 
 
 @dataclass(frozen=True)
@@ -272,34 +268,31 @@ def read_image(path: str | Path, content: bytes | None = None) -> Image.Image:
 
     `content`: the file's bytes, where they have been read already.
     """
-    try:
-        with Image.open(path if content is None else BytesIO(content)) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16"):  # which Pillow would clip
-                upright = Image.fromarray((np.array(upright) / 257).round().astype(np.uint8))
-            elif upright.mode in ("I", "F"):
-                raise ValueError(f"it has 32 bits a pixel (mode {upright.mode}); save it with 8 bits a channel")
-            return upright.convert("RGB")
-    except FileNotFoundError:
-        raise UserError(f"The image {path} is missing.") from None
-    except UNREADABLE as error:
-        raise UserError(f"The image {path} is damaged or no image: {error}.") from error
+    with _opened("image", path, content) as image:
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I;16"):  # which Pillow would clip
+            upright = Image.fromarray((np.array(upright) / 257).round().astype(np.uint8))
+        elif upright.mode in ("I", "F"):
+            raise ValueError(f"it has 32 bits a pixel (mode {upright.mode}); save it with 8 bits a channel")
+        return upright.convert("RGB")
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Width and height of an image, upright, from its header. Raises UserError as `read_image` does."""
+    with _opened("image", path) as image:
+        width, height = image.size
+        turned = image.getexif().get(ExifTags.Base.Orientation) in range(5, 9)
+        return (height, width) if turned else (width, height)
 
 
 def read_mask(path: Path, image_path: Path, num_classes: int) -> np.ndarray:
     """A mask PNG (palette or grey): (H, W) uint8. Raises UserError as `Split.mask` does."""
-    try:
-        with Image.open(path) as image:
-            if image.mode not in ("P", "L"):
-                raise UserError(
-                    f"The mask {path} has colour mode {image.mode}; "
-                    "it must hold class indices (palette or 8-bit grey PNG)."
-                )
-            mask = np.array(image)
-    except FileNotFoundError:
-        raise UserError(f"The mask {path} is missing.") from None
-    except UNREADABLE as error:
-        raise UserError(f"The mask {path} is damaged or no image: {error}.") from error
+    with _opened("mask", path) as image:
+        if image.mode not in ("P", "L"):
+            raise UserError(
+                f"The mask {path} has colour mode {image.mode}; it must hold class indices (palette or 8-bit grey PNG)."
+            )
+        mask = np.array(image)
     height, width = mask.shape
     size = image_size(image_path)
     if (width, height) != size:
@@ -316,6 +309,18 @@ def read_mask(path: Path, image_path: Path, num_classes: int) -> np.ndarray:
     return mask
 
 
+@contextmanager
+def _opened(what: str, path: str | Path, content: bytes | None = None) -> Iterator[Image.Image]:
+    """A file as Pillow opens it. Raises UserError if it is missing, or shows to be damaged by what is done with it."""
+    try:
+        with Image.open(path if content is None else BytesIO(content)) as image:
+            yield image
+    except FileNotFoundError:
+        raise UserError(f"The {what} {path} is missing.") from None
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
+        raise UserError(f"The {what} {path} is damaged or no image: {error}.") from error
+
+
 def _read_class_names(path: Path) -> tuple[str, ...]:
     if not path.is_file():
         return VOC_CLASSES
@@ -330,15 +335,3 @@ def _read_class_names(path: Path) -> tuple[str, ...]:
     if twice is not None:
         raise UserError(f"{path} names the class {twice!r} twice.")
     return tuple(names)
-
-
-def image_size(path: Path) -> tuple[int, int]:
-    """Width and height of an image, upright, from its header. Raises UserError as `read_image` does."""
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            return (height, width) if image.getexif().get(ExifTags.Base.Orientation) in range(5, 9) else (width, height)
-    except FileNotFoundError:
-        raise UserError(f"The image {path} is missing.") from None
-    except UNREADABLE as error:
-        raise UserError(f"The image {path} is damaged or no image: {error}.") from error

@@ -13,9 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from semformer import memory
-from semformer.config import DRAWABLE, Config, FinalMap
+from semformer.config import DRAWABLE, Config
 from semformer.data.pack import Packed
-from semformer.inference import MAP_KINDS, Maps, multi_scale_maps
+from semformer.inference import Maps, maps_of_every_kind, multi_scale_maps
 from semformer.models.segmentor import Segmentor
 from semformer.stages import segmentor as segmentor_stage
 from semformer.stages.context import Context, Progress
@@ -38,7 +38,7 @@ def run(config: Config, data: Packed, segmentor: Artifact, ctx: Context) -> dict
             rows = range(first, min(first + SHARD, len(data)))
             shard: dict[str, Tensor] = {}
             for together in of_one_size(data, rows):
-                found = _maps(model, data, together, config, config.cams.final_map)
+                found = _maps(model, data, together, config)
                 pending.append(writer.submit(_keep, shard, [data.ids[i] for i in together], found))
                 if len(pending) > 2:
                     pending.popleft().result()
@@ -49,7 +49,11 @@ def run(config: Config, data: Packed, segmentor: Artifact, ctx: Context) -> dict
             ctx.check()
         for one in pending:
             one.result()
-    save_file(_maps_to_draw(model, data, config), ctx.out / PICTURES)
+    pictures: dict[str, Tensor] = {}
+    for i in range(min(DRAWABLE, len(data))):
+        drawn = maps_of_every_kind(model, data.pixels(i), data.objects(i), config.cams, precision=config.precision)
+        pictures |= {f"{i}/{kind}": maps.half().contiguous() for kind, maps in drawn.items()}
+    save_file(pictures, ctx.out / PICTURES)
     return {"images": len(data)}
 
 
@@ -64,17 +68,16 @@ def of_one_size(data: Packed, rows: Sequence[int]) -> Iterator[list[int]]:
     yield from by_size.values()
 
 
-def _maps(model: Segmentor, data: Packed, rows: Sequence[int], config: Config, kind: FinalMap) -> list[Maps]:
+def _maps(model: Segmentor, data: Packed, rows: Sequence[int], config: Config) -> list[Maps]:
     """Of images of one size; where they do not fit into memory together, of fewer at a time."""
-    options = config.cams.model_copy(update={"final_map": kind})
     images, classes = [data.pixels(i) for i in rows], [data.objects(i) for i in rows]
     try:
-        return multi_scale_maps(model, images, classes, options, precision=config.precision)
+        return multi_scale_maps(model, images, classes, config.cams, precision=config.precision)
     except (RuntimeError, MemoryError) as error:
         if len(rows) == 1 or not memory.is_exhausted(error):
             raise
     half = len(rows) // 2
-    return [maps for part in (rows[:half], rows[half:]) for maps in _maps(model, data, part, config, kind)]
+    return [maps for part in (rows[:half], rows[half:]) for maps in _maps(model, data, part, config)]
 
 
 def _keep(shard: dict[str, Tensor], ids: list[str], found: list[Maps]) -> None:
@@ -82,15 +85,6 @@ def _keep(shard: dict[str, Tensor], ids: list[str], found: list[Maps]) -> None:
         shard[f"{image_id}/classes"] = torch.from_numpy(maps.classes)
         shard[f"{image_id}/strided"] = maps.strided.half().cpu()
         shard[f"{image_id}/full"] = maps.full.half().cpu().contiguous()
-
-
-def _maps_to_draw(model: Segmentor, data: Packed, config: Config) -> dict[str, Tensor]:
-    tensors = {}
-    for i in range(min(DRAWABLE, len(data))):
-        for kind in MAP_KINDS:
-            (maps,) = _maps(model, data, [i], config, kind)
-            tensors[f"{i}/{kind}"] = maps.full.half().cpu().contiguous()
-    return tensors
 
 
 def read_maps(artifact: Artifact) -> Iterator[tuple[str, Maps]]:

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def find_or_pack(
         write_pack(split, kind, workspace / _name(kind), told)
         return {"split": split.name, "images": len(split), "seconds": time.monotonic() - started}
 
-    artifact, found = store.find_or_make(key, make, wait=lambda holder: waiting(key, holder))
+    artifact, found = store.find_or_make(key, make, wait=partial(waiting, key))
     if note and found:
         note.write("intact")
     return artifact, found

@@ -17,7 +17,7 @@ from semformer.data.loading import Loader
 from semformer.data.pack import Packed
 from semformer.flops import Images
 from semformer.inference import multi_scale_maps
-from semformer.pipeline import determinism
+from semformer.precision import determinism
 from semformer.stages import caae, segmentor
 from semformer.stages.cams import TOGETHER
 from semformer.stages.training import Step, build_optimizer, compiled

@@ -222,7 +222,7 @@ def run(
 
     missing = {key.stage for key in to_make(keys, is_there)}
     unread = [key for name, key in keys.items() if name not in missing | done.keys()]
-    with suppress(UserError):  # nothing needs them
+    with suppress(UserError):  # looked up for the report alone: nothing missing reads them
         done |= {key.stage: artifact for key, artifact in store.find_many(unread).items()}
 
     def packed(name: str, *kinds: pack.Kind) -> Packed:

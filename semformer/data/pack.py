@@ -90,7 +90,7 @@ class Table:
         self._bounds = np.concatenate([self._places(chunk) for chunk in table["data"].chunks])
 
     def _places(self, chunk: pa.LargeBinaryArray) -> np.ndarray:
-        """(rows, 2): where each row's data begins and ends in the file."""
+        """(rows, 2): where each row's data begins and ends in the file (pyarrow's own way to a row copies it)."""
         _, offsets, data = chunk.buffers()
         ends = np.frombuffer(offsets, np.int64)[chunk.offset : chunk.offset + len(chunk) + 1]
         return np.stack([ends[:-1], ends[1:]], axis=1) + (data.address - self._file.ctypes.data)

@@ -1,5 +1,7 @@
 """What the networks are given of an image: resized, and ImageNet-normalised, on the device that the image is on.
 
+`resize` is quick, for crops; `resize_exactly` has the digits of the published maps, for the views of inference.
+
 Legend: B images, C channels, H W pixels.
 """
 
@@ -50,7 +52,10 @@ def resize_axis(images: Tensor, axis: Literal[2, 3], length: int, resample: Resa
 
 
 def resize_exactly(images: Tensor, size: Sequence[int]) -> Tensor:
-    """(B, C, H, W) of whole values in 0..255 to a size (height, width), to the digit as Pillow's bicubic resize."""
+    """(B, C, H, W) of whole values in 0..255 to a size (height, width), to the digit as Pillow's bicubic resize.
+
+    Rows first, then columns, as every Pillow does to 12; 13 begins with the columns of some tall images.
+    """
     height, width = (_weights(*lengths).to(images.device) for lengths in zip(images.shape[2:], size, strict=True))
     images = _rounded(images.double() @ width.T)
     return _rounded(height @ images).float()

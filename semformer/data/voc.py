@@ -218,7 +218,7 @@ class Split:
 
     def _digest(self, paths: Sequence[Path]) -> str:
         try:
-            note = Note(paths, about=self.digest_of([]))
+            note = Note(paths, about=self.digest_of([]))  # the names, ids and labels, without files
         except OSError as error:
             raise UserError(f"{error.filename} cannot be read: {error.strerror}.") from error
         digest = note.read()

@@ -54,7 +54,7 @@ def resize_axis(images: Tensor, axis: Literal[2, 3], length: int, resample: Resa
 def resize_exactly(images: Tensor, size: Sequence[int]) -> Tensor:
     """(B, C, H, W) of whole values in 0..255 to a size (height, width), to the digit as Pillow's bicubic resize.
 
-    Rows first, then columns, as every Pillow does to 12; 13 begins with the columns of some tall images.
+    Along the rows first; Pillow 13 begins with the columns of some tall images.
     """
     height, width = (_weights(*lengths).to(images.device) for lengths in zip(images.shape[2:], size, strict=True))
     images = _rounded(images.double() @ width.T)

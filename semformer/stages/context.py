@@ -41,9 +41,9 @@ class Context:
     """device, progress callback, and folders: `out` for what the stage makes, `checkpoints` to resume from.
 
     `probe` measures a segmentation network after each of its epochs; its scores are reported, and kept nowhere.
-    `check` raises when the stage must stop (its lease was taken over); it is called between epochs or shards. `saved` is called,
-    in any thread, when there is something new in `checkpoints`. `selection` is the split by which the stage chooses
-    the epoch that it keeps, if it does.
+    `check` raises when the stage must stop (its lease was taken over); it is called between epochs or shards. `saved`
+    is called, in any thread, when there is something new in `checkpoints`. `selection` is the split by which the stage
+    chooses the epoch that it keeps, if it does.
     """
 
     device: torch.device

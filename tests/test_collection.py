@@ -11,6 +11,7 @@ from semformer.keys import StageKey
 from semformer.store import Store, open_store
 from semformer.store.collection import collect
 from semformer.store.leases import Lease
+from semformer.store.storage import Entry
 from tests.artifacts import build, caae, damage, eventually, flip_a_bit, make_weights, segmentor, visible
 
 KEPT, DROPPED = caae(), caae(decoder_depth=4)
@@ -241,3 +242,18 @@ def test_workspaces_of_other_hosts_are_removed_when_old(tmp_path):
     (collected,) = collect(store, apply=True)
     assert collected.why == "left by a process that has ended"
     assert (mine.exists(), theirs.exists()) == (True, False)
+
+
+def test_an_artifact_of_which_the_manifest_alone_is_young_stays(bucket, monkeypatch):
+    store = open_store(bucket)
+    build(store, caae(), make_weights)
+    store.roots.keep("mine", [])
+    entries, ages = store.storage.entries, {"manifests": 0.0}
+
+    def aged(prefix: str) -> dict[str, Entry]:
+        return {name: Entry(one.size, ages.get(name.split("/")[0], 7200.0)) for name, one in entries(prefix).items()}
+
+    monkeypatch.setattr(store.storage, "entries", aged)
+    assert not [item for item in collect(store, grace=1800) if item.stage]
+    ages.clear()
+    assert [item.digest for item in collect(store, grace=1800) if item.stage] == [caae().digest]

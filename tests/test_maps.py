@@ -1,0 +1,182 @@
+"""Maps of many images of many sizes, and their scores by brute force from the maps that are kept."""
+
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from timm.models import VisionTransformer
+
+from semformer import pipeline
+from semformer.config import load_config
+from semformer.data.voc import open_devkit
+from semformer.errors import UserError
+from semformer.inference import multi_scale_maps, present_classes
+from semformer.keys import StageKey
+from semformer.metrics import ThresholdCurve, reported, scores
+from semformer.models.segmentor import Segmentor
+from semformer.models.vit import Backbone
+from semformer.stages import cams, evaluate, segmentor
+from semformer.stages.context import Context
+from semformer.stages.pack import packed
+from semformer.store import Artifact
+from tests.test_metrics import obvious_confusion
+
+CPU = torch.device("cpu")
+
+
+def small_segmentor(n_classes: int = 4) -> Segmentor:
+    torch.manual_seed(0)
+    vit = VisionTransformer(32, 8, embed_dim=16, depth=2, num_heads=2, num_classes=0)
+    return Segmentor(Backbone(vit), n_classes=n_classes, class_dim=8).eval()
+
+
+@pytest.mark.parametrize(
+    ("side", "scale", "seen"), [(33, 0.5, 16), (17, 0.5, 8), (47, 0.5, 24), (35, 0.5, 24), (21, 1.5, 32)]
+)
+def test_scaled_sides_are_rounded_half_to_even_before_they_become_multiples(side, scale, seen, monkeypatch):
+    model, sizes, tokens = small_segmentor(), [], Backbone.tokens
+    monkeypatch.setattr(
+        Backbone, "tokens", lambda self, images: sizes.append(images.shape[-2:]) or tokens(self, images)
+    )
+    options = load_config("micro", {"cams.scales": (scale,), "cams.last_blocks": 1}).cams
+    multi_scale_maps(model, [np.zeros((side, 40, 3), np.uint8)], [[1]], options)
+    assert [size[0] for size in sizes] == [seen]
+
+
+def test_images_made_together_have_the_maps_that_each_has_alone():
+    model, rng = small_segmentor(), np.random.default_rng(0)
+    images, classes = [rng.integers(0, 256, (30, 40, 3), np.uint8) for _ in range(3)], [[1, 3], [2], [1, 2, 3]]
+    options = load_config("micro", {"cams.scales": "0.5,1.5", "cams.last_blocks": 2}).cams
+    for together, image, present in zip(
+        multi_scale_maps(model, images, classes, options), images, classes, strict=True
+    ):
+        (alone,) = multi_scale_maps(model, [image], [present], options)
+        assert together.classes.tolist() == present
+        torch.testing.assert_close((together.full, together.strided), (alone.full, alone.strided), atol=1e-5, rtol=0)
+
+
+def test_groups_are_of_one_size_and_have_every_image_once():
+    rng = np.random.default_rng(0)
+    data = SimpleNamespace(sizes=np.array([(30, 40), (40, 30), (20, 60), (40, 40)])[rng.integers(0, 4, 70)])
+    groups = list(cams.of_one_size(data, range(70)))
+    assert sorted(i for group in map(list, groups) for i in group) == list(range(70))
+    assert max(map(len, groups)) == cams.TOGETHER
+    assert all(len({tuple(data.sizes[i]) for i in group}) == 1 for group in groups)
+
+
+def test_maps_of_many_files_are_read_in_the_split_s_order(shapes, store, tmp_path, monkeypatch):
+    data = packed(open_devkit(shapes).split("train"), ["images"], store)
+    monkeypatch.setattr(segmentor, "load", lambda *_, **__: small_segmentor(9))
+    config = load_config("micro", {"cams.last_blocks": 1})
+    made = []
+    for images_a_file in (1, 5, 256):
+        monkeypatch.setattr(cams, "SHARD", images_a_file)
+        out = tmp_path / str(images_a_file)
+        out.mkdir()
+        cams.run(config, data, None, Context(CPU, lambda told: None, out, out))
+        artifact = Artifact(StageKey("cams", {}), out, {}, {path.name: {} for path in out.iterdir()})
+        made.append(list(cams.read_maps(artifact)))
+        assert [image_id for image_id, _ in made[-1]] == list(data.ids)
+    for parts in zip(*made, strict=True):
+        for _, maps in parts:
+            torch.testing.assert_close(maps.full, parts[0][1].full, atol=2e-3, rtol=0)
+
+
+@pytest.mark.parametrize("rule", ["oracle", "fixed"])
+def test_scores_are_those_of_the_maps_that_are_kept(shapes, store, rule):
+    """Eroded at each threshold, pixel by pixel; the table, the classes' IoU and the metrics tell the same."""
+    options = {"erosion": 3, "thresholds": "0.2,0.6,0.1", "fixed_threshold": 0.1, "rule": rule, "pictures": 0}
+    config = load_config("micro", {f"evaluate.{name}": value for name, value in options.items()})
+    data = pipeline.open_data(config, shapes)
+    made = {
+        run.stage: run.artifact for run in pipeline.run(config, data, store, device=CPU, progress=lambda told: None)
+    }
+    images = [
+        (maps.full.numpy(), maps.classes, data["val"].mask(i))
+        for i, (_, maps) in enumerate(cams.read_maps(made["cams"]))
+    ]
+    wanted = scores(obvious_confusion(images, 9, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], 3))
+    table = pq.read_table(made["evaluate"].file("threshold_curve.parquet")).to_pydict()
+    for name in ("miou", "fp", "fn"):
+        assert table[name] == pytest.approx(getattr(wanted, name).tolist())
+    chosen = 0 if rule == "fixed" else 1 + int(wanted.miou[1:].argmax())
+    metrics = json.loads(made["evaluate"].file("metrics.json").read_text())
+    told = {name: metrics[f"cam/val/{name}"] for name in ("miou", "fp", "fn")}
+    assert told == pytest.approx({name: float(getattr(wanted, name)[chosen]) for name in told})
+    assert metrics["cam/val/threshold"] == table["threshold"][chosen]
+    class_iou = pq.read_table(made["evaluate"].file("class_iou.parquet"))["iou"].to_pylist()
+    assert class_iou == pytest.approx(wanted.iou[chosen].tolist())
+
+
+def test_the_best_threshold_is_one_of_those_that_are_tried():
+    options = load_config("micro", {"evaluate.thresholds": "0.2,0.6,0.2", "evaluate.fixed_threshold": 0.1}).evaluate
+    curve = ThresholdCurve(2, options.scored_thresholds())
+    curve.add(np.array([[[0.15, 0.15, 0.5, 0.0]]], np.float32), [1], np.array([[1, 1, 1, 0]], np.uint8))
+    told, chosen = reported(curve, options, "val")
+    assert (told["cam/val/miou_fixed"], told["cam/val/threshold"], chosen) == (100, 0.2, 1)
+
+
+def test_classes_are_seen_where_they_are_more_like_their_semantics_than_not():
+    E = torch.tensor([[0.0, 1.0], [0.9, 0.1], [0.3, 0.9], [0.0, 1.0], [1.0, 0.0]])[None]
+    S = torch.tensor([[1.0, 0.0]]).repeat(5, 1)
+    config = load_config("micro")
+    seen = present_classes(lambda view: (None, E, []), S, np.zeros((20, 30, 3), np.uint8), config)
+    assert seen.tolist() == [1, 4]
+
+
+def test_the_choice_of_the_epoch_takes_every_image_whatever_the_batches(shapes):
+    split, model = open_devkit(shapes).split("train"), small_segmentor(9)
+    whole = segmentor.patch_miou(model, split, 48, "float32")
+    assert segmentor.patch_miou(model, split, 48, "float32", batch_size=5) == pytest.approx(whole, abs=1e-3)
+    assert segmentor.patch_miou(model, split, 48, "float32", batch_size=1) == pytest.approx(whole, abs=1e-3)
+
+
+@pytest.mark.parametrize(("option", "value"), [("flip", False), ("last_blocks", 1), ("scales", "1.5")])
+def test_maps_are_made_as_the_options_say(shapes, store, tmp_path, monkeypatch, option, value):
+    data = packed(open_devkit(shapes).split("val"), ["images"], store)
+    model = small_segmentor(9)
+    monkeypatch.setattr(segmentor, "load", lambda *_, **__: model)
+    config = load_config("micro", {"cams.last_blocks": 2, f"cams.{option}": value})
+    cams.run(config, data, None, Context(CPU, lambda told: None, tmp_path, tmp_path))
+    artifact = Artifact(StageKey("cams", {}), tmp_path, {}, {path.name: {} for path in tmp_path.glob("maps*")})
+    for i, (_, kept) in enumerate(cams.read_maps(artifact)):
+        (wanted,) = multi_scale_maps(model, [data.pixels(i)], [data.objects(i)], config.cams)
+        torch.testing.assert_close(kept.full, wanted.full, atol=2e-3, rtol=0)
+
+
+def test_the_maximum_of_a_map_is_that_within_the_image():
+    """The frame of the maps at full size is larger than an image of 33 x 35 pixels."""
+    model, rng = small_segmentor(), np.random.default_rng(0)
+    options = load_config("micro", {"cams.scales": "1", "cams.last_blocks": 1, "cams.final_map": "attention"}).cams
+    images = [rng.integers(0, 256, (33, 35, 3), np.uint8) for _ in range(8)]
+    for maps in multi_scale_maps(model, images, [[1, 2, 3]] * 8, options):
+        for kept in (maps.full, maps.strided):
+            assert kept.amax(dim=(1, 2)) == pytest.approx(1, abs=1e-3)
+
+
+def test_activation_maps_are_interpolated_in_full_precision():
+    logits, valid = torch.randn(2, 4, 7, 7).bfloat16(), torch.ones(2, 1, 32, 32)
+    maps = segmentor.activation_maps(logits, valid)
+    assert maps.dtype == torch.float32
+    torch.testing.assert_close(maps, segmentor.activation_maps(logits.float(), valid))
+
+
+def test_maps_are_not_measured_on_the_mask_of_another_image(shapes, store, tmp_path):
+    config = load_config("micro")
+    data = pipeline.open_data(config, shapes)
+    made = {
+        run.stage: run.artifact
+        for run in pipeline.run(config, data, store, device=CPU, progress=lambda told: None, until="cams")
+    }
+    backwards = replace(data["val"], ids=data["val"].ids[::-1], labels=data["val"].labels[::-1])
+    with pytest.raises(UserError, match="holds maps of val_000000 where split val has val_000005"):
+        evaluate.run(
+            config,
+            packed(backwards, ["masks"], store),
+            made["cams"],
+            Context(CPU, lambda told: None, tmp_path, tmp_path),
+        )

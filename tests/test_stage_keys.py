@@ -1,0 +1,177 @@
+"""Every field and every file that can change a result is in the keys of what it changes, and of nothing else."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from semformer import pipeline
+from semformer.config import field_names, load_config
+from semformer.store import Store
+from semformer.store.leases import LeaseLost
+
+CPU = torch.device("cpu")
+STAGES = ["caae", "segmentor", "cams", "evaluate"]
+BASE = {"caae.optimizer.name": "sgd", "segmentor.optimizer.name": "sgd", "segmentor.selection": "best_miou"}
+OPTIMIZER = {
+    "name": "adamw",
+    "lr": 0.5,
+    "momentum": 0.5,
+    "weight_decay": 0.5,
+    "power": 0.5,
+    "warmup_steps": 7,
+    "new_multiplier": 3.0,
+    "bias_multiplier": 3.0,
+}
+NETWORK = {
+    "pretrained": True,
+    "compile": True,
+    "epochs": 7,
+    "batch_size": 7,
+    "color_jitter": "0.1,0,0,0",
+    "image_size": 64,
+}
+CHANGED = {
+    "caae": {
+        **NETWORK,
+        **{f"optimizer.{name}": value for name, value in OPTIMIZER.items()},
+        "backbone": "vit_wiring_patch8_48",
+        "class_dim": 4,
+        "merge": "max",
+        "decoder_depth": 1,
+        "decoder_width": 48,
+        "reconstruction": False,
+        "enlarge": "1,2",
+        "crop_area": "0.1,1",
+        "selection": "best_ap",
+    },
+    "segmentor": {
+        **NETWORK,
+        **{f"optimizer.{name}": value for name, value in OPTIMIZER.items()},
+        "backbone": "vit_shapes_patch8_64",
+        "losses": "CF,CB,AS,AC",
+        "sigma": 0.3,
+        "pair_reduction": "image",
+        "suppress": "all",
+        "complement": "all",
+        "token_dropout": 0.1,
+        "long_side": "40,70",
+        "selection": "last",
+    },
+    "cams": {"scales": "1", "flip": False, "final_map": "attention", "last_blocks": 2},
+    "evaluate": {"thresholds": "0.1,0.4,0.1", "rule": "fixed", "fixed_threshold": 0.3, "erosion": 3, "pictures": 1},
+}
+FIELDS = [
+    (f"{stage}.{name}", value, STAGES[i:]) for i, stage in enumerate(STAGES) for name, value in CHANGED[stage].items()
+]
+FIELDS += [("seed", 1, STAGES), ("precision", "bfloat16", STAGES)]
+
+
+def keys(folder, **changes) -> dict[str, str]:
+    config = load_config("micro", BASE | {name.replace("__", "."): value for name, value in changes.items()})
+    return {name: key.digest for name, key in pipeline.stage_keys(config, pipeline.open_data(config, folder)).items()}
+
+
+def remade(before: dict[str, str], after: dict[str, str]) -> list[str]:
+    return [stage for stage in STAGES if before[stage] != after[stage]]
+
+
+@pytest.mark.parametrize(("field", "value", "stages"), FIELDS)
+def test_a_field_is_in_the_key_of_its_stage_and_of_those_after_it(shapes, field, value, stages):
+    assert remade(keys(shapes), keys(shapes, **{field: value})) == stages
+
+
+def test_no_field_has_been_forgotten_above():
+    files = {f"{stage}.{name}" for stage in ("caae", "segmentor") for name in ("weights", "checkpoint")}
+    of_data = {name for name in field_names() if name.startswith("data")}
+    assert {field for field, *_ in FIELDS} == set(field_names()) - files - of_data
+
+
+@pytest.mark.parametrize("losses", ["CF", "CB", "AS", "AC", "SS", "CF,AS", "AC,SS"])
+def test_an_option_counts_where_a_loss_uses_it(losses):
+    def key(**changes):
+        return load_config("micro", {"segmentor.losses": losses, **changes}).segmentor.key_parameters()
+
+    users = {
+        "pair_reduction": ("image", "CF,CB"),
+        "complement": ("all", "AC"),
+        "suppress": ("all", "AS"),
+        "sigma": (9, "AS"),
+    }
+    for option, (value, used_by) in users.items():
+        used = bool(set(losses.split(",")) & set(used_by.split(",")))
+        assert (key(**{f"segmentor.{option}": value}) != key()) is used, option
+
+
+def test_an_imported_caae_counts_by_all_that_decides_its_embeddings(tmp_path):
+    (file := tmp_path / "caae.pth").write_bytes(b"weights")
+
+    def key(**changes):
+        return load_config("micro", {"caae.checkpoint": str(file), **changes}).caae.key_parameters()
+
+    for field in ("class_dim", "merge", "reconstruction", "decoder_depth", "decoder_width", "image_size", "backbone"):
+        assert key(**{f"caae.{field}": CHANGED["caae"][field]}) != key(), field
+
+
+@pytest.fixture
+def folder(shapes, tmp_path):
+    return shutil.copytree(shapes, tmp_path / "shapes")
+
+
+def test_images_and_masks_are_in_the_keys_of_what_reads_them(folder):
+    def change(part: str, name: str, pixel) -> list[str]:
+        before = keys(folder, data__selection_split="val", data__eval_split="train")
+        Image.fromarray(np.full((48, 48, *np.shape(pixel)), pixel, np.uint8)).save(folder / "VOC2012" / part / name)
+        return remade(before, keys(folder, data__selection_split="val", data__eval_split="train"))
+
+    assert change("JPEGImages", "train_000001.jpg", (1, 2, 3)) == STAGES
+    assert change("SegmentationClass", "train_000001.png", 0) == ["evaluate"]
+    assert change("SegmentationClass", "val_000001.png", 0) == ["segmentor", "cams", "evaluate"]
+    assert change("JPEGImages", "val_000001.jpg", (1, 2, 3)) == ["segmentor", "cams", "evaluate"]
+
+
+def test_the_names_of_the_classes_count(folder):
+    """A network tells the classes that it knows: with other names, it is another."""
+    before = keys(folder)
+    for path in (folder / "VOC2012" / "classes.txt", *(folder / "VOC2012" / "Annotations").glob("*.xml")):
+        path.write_text(path.read_text().replace("disc", "wheel"))
+    assert remade(before, keys(folder)) == STAGES
+
+
+def test_a_training_sees_no_masks_of_its_own_images_though_it_is_measured_on_others(shapes, store, monkeypatch):
+    opened, real = [], pipeline.pack.packed
+
+    def packed(split, kinds, *arguments, **options):
+        opened.append((split.name, *kinds))
+        return real(split, kinds, *arguments, **options)
+
+    monkeypatch.setattr(pipeline.pack, "packed", packed)
+    config = load_config("micro", {**BASE, "data.selection_split": "val", "caae.optimizer.name": "adamw"})
+    list(pipeline.run(config, pipeline.open_data(config, shapes), store, device=CPU, progress=lambda told: None))
+    assert [names for names in opened if names[0] == "train"] == [("train", "images")] * 2
+
+
+def test_who_was_overtaken_saves_no_checkpoint(shapes, store, monkeypatch):
+    saved, lost = [], []
+    monkeypatch.setattr(Store, "save_checkpoints", lambda self, key: saved.append(key.stage))
+    check = pipeline.Lease.check
+
+    def checked(lease):
+        if lost:
+            raise LeaseLost("taken over")
+        check(lease)
+
+    monkeypatch.setattr(pipeline.Lease, "check", checked)
+    config = load_config("micro")
+    runs = pipeline.run(
+        config,
+        pipeline.open_data(config, shapes),
+        store,
+        device=CPU,
+        progress=lambda told: lost.append(1) if told.stage == "caae" else None,
+    )
+    with pytest.raises(LeaseLost):
+        list(runs)
+    assert not saved

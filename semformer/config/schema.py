@@ -294,7 +294,7 @@ def file_digest(path: str | Path) -> str:
     """sha256 of a file's bytes, read again only when it has changed. Raises UserError when it cannot be read."""
     try:
         there = os.stat(path)
-        return _digest(os.path.abspath(path), there.st_ino, there.st_size, there.st_mtime_ns)
+        return _digest(os.path.abspath(path), there.st_ino, there.st_size, there.st_mtime_ns, there.st_ctime_ns)
     except OSError as error:
         raise UserError(f"cannot read the weights file {path}: {error.strerror}") from error
 

@@ -112,9 +112,9 @@ def differences(
         a, b = before.get(path, "unset"), after.get(path, "unset")
         if a == b and type(a) is type(b):
             continue
-        section, _, name = path.partition(".")
-        if path == "inputs":  # {} on one side
+        if {} in (a, b):  # what is in it on the other side has paths of its own
             continue
+        section, _, name = path.partition(".")
         change = f"{_brief(a)} -> {_brief(b)}"
         if section == "inputs":
             old_input, new_input = find_spec(a), find_spec(b)

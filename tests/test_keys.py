@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from semformer.keys import StageKey
+from semformer.keys import StageKey, differences
 from semformer.store import Store
 from semformer.store.reasons import reasons
 from tests.artifacts import SPEC, build, caae, make_weights, segmentor, visible, why
@@ -131,3 +131,36 @@ def test_why_of_many_asks_the_store_for_none_of_them(either, monkeypatch):
     told = reasons(either, [caae(lr=n) for n in range(100)])
     assert {why.partition(" 0.1 -> ")[0] for why in told.values()} == {"caae.lr"}
     assert len(requests) < 10
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ({"params": {"a": 1}}, {"params": {}}, "net.a 1 -> unset"),
+        ({"params": {}}, {"params": {"a": 1}}, "net.a unset -> 1"),
+        ({"params": {"a": 1}}, {"params": {"a": 1.0}}, "net.a 1 -> 1.0"),
+        (
+            {"inputs": {}, "params": {"a": 1}},
+            {"inputs": {"x": "0"}, "params": {"a": 2}},
+            "input x changed, net.a 1 -> 2",
+        ),
+        ({"data": {"images.of": 1}}, {"data": {"images.of": 2}}, "data images.of changed"),
+        ({"version": 1, "seed": 0}, {"version": 2, "seed": 1}, "seed 0 -> 1, net code version 1 -> 2"),
+        ({"seed": "x" * 40}, {"seed": "y" * 41}, f"seed {'x' * 40} -> {'y' * 37}..."),
+    ],
+)
+def test_what_differs_is_told_in_words(old, new, told):
+    assert differences("net", old, new, lambda digest: None, prefix="net.") == told
+
+
+@pytest.mark.parametrize(("n", "more"), [(3, ""), (4, ""), (5, ", and 1 more"), (7, ", and 3 more")])
+def test_four_differences_are_told_and_how_many_more_there_are(n, more):
+    specs = [{"params": dict.fromkeys("abcdefg"[:n], value)} for value in (0, 1)]
+    four = ", ".join(f"{name} 0 -> 1" for name in "abcd"[:n])
+    assert differences("net", *specs, lambda digest: None) == four + more
+
+
+def test_differences_of_an_input_are_told_inside_it_under_its_own_name():
+    specs = {"0": {"version": 1}, "1": {"version": 2}}
+    told = differences("net", {"inputs": {"caae": "0"}}, {"inputs": {"caae": "1"}}, specs.get)
+    assert told == "input caae changed (caae code version 1 -> 2)"

@@ -7,6 +7,7 @@ import safetensors.torch
 import timm
 import torch
 import torch.nn.functional as F
+from timm.layers import resample_abs_pos_embed
 from timm.models import VisionTransformer
 
 from semformer import losses
@@ -286,7 +287,13 @@ def test_local_weights_are_loaded_and_position_embeddings_resized(tmp_path):
     torch.save({"model": donor.state_dict()}, tmp_path / "weights.pth")
     backbone = build_backbone("vit_shapes_patch8_64", weights=str(tmp_path / "weights.pth"), image_size=64)
     torch.testing.assert_close(backbone.blocks[0].attn.qkv.weight, donor.blocks[0].attn.qkv.weight)
-    assert backbone.pos_embed.shape[1] == 64
+    assert torch.equal(backbone.pos_embed, donor.pos_embed[:, 1:])
+    larger = timm.create_model("vit_shapes_patch8_64", img_size=96)
+    torch.save(larger.state_dict(), tmp_path / "larger.pth")
+    backbone = build_backbone("vit_shapes_patch8_64", weights=str(tmp_path / "larger.pth"), image_size=64)
+    resized = resample_abs_pos_embed(larger.pos_embed, [8, 8], num_prefix_tokens=1)
+    torch.testing.assert_close(backbone.pos_embed, resized[:, 1:])
+    torch.testing.assert_close(backbone.class_position, larger.pos_embed[:, :1])
     wrong = timm.create_model("vit_wiring_patch8_48")
     torch.save(wrong.state_dict(), tmp_path / "wrong.pth")
     with pytest.raises(UserError, match=r"wrong.pth.*another architecture"):

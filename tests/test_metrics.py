@@ -218,3 +218,23 @@ def test_ap_of_labels_is_that_of_scikit_learn_at_the_best_threshold():
     assert label_ap(similarities, labels) == pytest.approx(100 * max(ap))
     assert max(ap) > ap[0] + 0.05
     assert max(ap) > ap[-1] + 0.05
+
+
+@pytest.mark.parametrize(
+    ("similarities", "best"),
+    [
+        ((0.015, 0.005), 100),  # the first threshold, 0.01, is between them
+        ((0.995, 0.985), 100),  # the last, 0.99
+        ((0.005, 0.0), 50),  # none
+        ((0.01, 0.0), 50),  # none: what equals a threshold does not exceed it
+        ((0.4, 0.4), 50),
+    ],
+)
+def test_thresholds_of_the_ap_of_labels(similarities, best):
+    assert label_ap(np.array([similarities]), np.array([[1, 0]])) == best
+
+
+def test_labels_of_a_map_end_before_the_number_of_classes():
+    truth = np.zeros((2, 2), np.uint8)
+    with pytest.raises(UserError, match=r"image: the prediction has labels 0..3; expected 0..2$"):
+        confusion_matrix(np.array([[0, 3], [0, 0]]), truth, 3)

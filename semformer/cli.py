@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -29,7 +30,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         return 2
     except KeyboardInterrupt:
-        console.print("stopped; run the same command again to go on from the last epoch")
+        console.print("stopped; what had been finished is kept, and the same command goes on from there")
         return 130
 
 
@@ -260,10 +261,12 @@ def _device(name: str):
 
 
 class _Display:
-    """One live line per stage in a terminal; one printed line per epoch elsewhere."""
+    """One live line per stage in a terminal; elsewhere a printed line per epoch, and every `EVERY` seconds."""
+
+    EVERY = 30.0
 
     def __init__(self):
-        self.live = console.is_terminal
+        self.live, self.printed = console.is_terminal, time.monotonic()
         columns = (
             TextColumn("{task.description:10}"),
             BarColumn(20),
@@ -292,13 +295,14 @@ class _Display:
 
     def stage(self, report) -> None:
         losses = " ".join(f"{name} {report.values[name]:.3f}" for name in LOSSES if name in report.values)
-        epoch = f"epoch {report.epoch}/{report.epochs}" if report.epochs else ""
+        epoch = f"epoch {report.epoch}/{report.epochs}" if report.epochs else f"{report.done}/{report.total}"
         rate = report.images_per_second
         speed = f"{rate:.{0 if rate >= 10 else 1}f} img/s, {report.seconds_left:.0f} s left"
         told = " ".join(filter(None, (epoch, losses, speed, report.note)))
         self._update(report.stage, report.done, report.total, told)
-        if not self.live and (report.end_of_epoch or (not report.epochs and report.done == report.total)):
+        if not self.live and (report.end_of_epoch or time.monotonic() > self.printed + self.EVERY):
             console.print(f"{report.stage}: {told}", highlight=False, soft_wrap=True)
+            self.printed = time.monotonic()
 
     def waiting(self, key, holder) -> None:
         self._update(key.stage, 0, 1, f"waiting: {holder} makes it")

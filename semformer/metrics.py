@@ -166,6 +166,10 @@ class ThresholdCurve:
             )
 
 
+METRICS = ("miou", "fp", "fn", "threshold", "miou_oracle", "miou_fixed")
+"""What `reported` tells of maps."""
+
+
 def reported(curve: ThresholdCurve, options: EvaluateConfig, split: str) -> tuple[dict[str, float], int]:
     """The final metrics of maps, and the index of the threshold that they are reported at.
 
@@ -177,15 +181,9 @@ def reported(curve: ThresholdCurve, options: EvaluateConfig, split: str) -> tupl
     searched = np.flatnonzero(np.isin(thresholds, options.threshold_values()))
     oracle = int(searched[scores.miou[searched].argmax()])
     chosen = oracle if options.rule == "oracle" else fixed
-    values = {
-        "miou": scores.miou[chosen],
-        "fp": scores.fp[chosen],
-        "fn": scores.fn[chosen],
-        "threshold": thresholds[chosen],
-        "miou_oracle": scores.miou[oracle],
-        "miou_fixed": scores.miou[fixed],
-    }
-    return {f"cam/{split}/{name}": float(value) for name, value in values.items()}, chosen
+    at_chosen = scores.miou[chosen], scores.fp[chosen], scores.fn[chosen], thresholds[chosen]
+    values = zip(METRICS, (*at_chosen, scores.miou[oracle], scores.miou[fixed]), strict=True)
+    return {f"cam/{split}/{name}": float(value) for name, value in values}, chosen
 
 
 def label_ap(similarities: np.ndarray, labels: np.ndarray) -> float:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from semformer import draw, memory, pipeline
 from semformer.config import Config
-from semformer.data.voc import read_image
+from semformer.data.voc import image_size, read_image
 from semformer.errors import UserError
 from semformer.inference import maps_of_every_kind, present_classes
 from semformer.stages import caae, segmentor
@@ -104,6 +104,7 @@ def draw_maps(
     config, classes = network.config, network.classes
     targets = [out / f"{path.stem}.png" for path in images]
     for target, path in zip(targets, images, strict=True):
+        image_size(path)  # raises before any work for what is no image
         if targets.count(target) > 1 or target.resolve() in {image.resolve() for image in images}:
             raise UserError(f"{path}: its picture would be {target}, where another is or will be. Choose another --out")
     model = segmentor.load(config.segmentor, network.segmentor, device=device)

@@ -19,7 +19,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise UserError(f"no weights file {path}") from error
     except Exception as error:
-        raise UserError(f"cannot read weights from {path}: {first_line(error)}") from error
+        raise UserError(
+            f"cannot read weights from {path}: it is no .safetensors and no PyTorch file of tensors "
+            f"({type(error).__name__}: {first_line(error)})"
+        ) from error
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]

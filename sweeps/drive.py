@@ -338,6 +338,16 @@ class Drive:
         for path in write(search, self.folder.path / "report"):
             self.tracker.log_file(path, path.name)
             self._print(f"wrote {escape(str(path))}")
+        for trial in search.best():
+            scores = zip(search.objectives, trial.values, strict=True)
+            told = ", ".join(f"{name} {value:.4g}" for name, value in scores)
+            params = ", ".join(
+                f"{axis} {value:.4g}" if isinstance(value, float) else f"{axis} {value}"
+                for axis, value in trial.params.items()
+            )
+            is_start = trial.user_attrs["trial_key"] == search.start_key
+            what = "the preset's own config" if is_start else params
+            self._print(f"[bold]best[/]: trial {trial.number}, {escape(f'{told}: {what}')}")
         saving = search.saving() | {"held_seconds": search.spent(self._held())}
         spent, unshared = saving["spent_seconds"], saving["unshared_seconds"]
         self._print(

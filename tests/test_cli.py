@@ -13,6 +13,7 @@ from optuna.trial import TrialState
 from analysis.cli import main as analysis_main
 from semformer import cli as single
 from sweeps import cli
+from sweeps.plan.table import load_table
 from sweeps.tracking.folder import SweepFolder
 from tests.artifacts import eventually
 from tests.servers import mlflow_server
@@ -88,6 +89,10 @@ def test_the_best_config_of_a_search_is_a_table_that_is_planned_from_the_store(p
     told = place.call("plan", best, "--json").json()
     scores = [trial.value for trial in study(place, "search-micro").trials]
     assert told["rows"] == 1 + (max(scores) > scores[0])
+    assert load_table(best).name == "search-micro-best", "a sweep of its own, not the search's"
+    said = re.search(r"best: trial (\d+), cam/val/miou ([\d.]+): \S+", searched.answer.err)
+    assert float(said[2]) == pytest.approx(max(scores), abs=0.01)
+    assert scores[int(said[1])] == max(scores)
     assert told["trials"] == told["rows"]
     for count in told["stages"].values():
         assert count["cached"] == count["distinct"]

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -442,6 +443,19 @@ def test_checkpoint_of_another_architecture_names_what_does_not_fit(finished, sh
     assert "another architecture" in capsys.readouterr().err
     assert main(["import-checkpoint", str(file), "--kind", "segmentor", *arguments]) == 2
     assert "is this file of another kind?" in " ".join(capsys.readouterr().err.split())
+
+
+@pytest.mark.parametrize("every", [0.0, 100.0])
+def test_where_there_is_no_terminal_a_long_stage_tells_now_and_then_how_far_it_is(
+    finished, shapes, tmp_path, capsys, monkeypatch, every
+):
+    monkeypatch.setattr("semformer.cli._Display.EVERY", every)
+    store = shutil.copytree(finished[0].root, tmp_path / "store")
+    for stage in ("cams", "evaluate"):
+        shutil.rmtree(store / stage)
+    assert main(["run", "--preset", "micro", "--data", str(shapes), "--store", str(store)]) == 0
+    told = re.findall(r"cams: (\d+)/(\d+) [\d.]+ img/s, \d+ s left", capsys.readouterr().err)
+    assert bool(told) == (every == 0)
 
 
 def test_predict_draws_a_picture_per_image(finished, shapes, tmp_path):

@@ -49,6 +49,18 @@ def mine(tmp_path):
     return write
 
 
+def test_a_metric_that_there_is_not_is_told_before_anything_is_trained(mine):
+    with pytest.raises(UserError, match=r"mine.yaml:3: metrics: 'mious' is none of miou, fp, fn, "):
+        load_table(mine("name: miou", "name: mious"))
+
+
+def test_a_mark_is_the_value_that_its_field_is_set_to(mine):
+    told = r"mine.yaml:10: row 'small': mark 'D' says 16, but caae.class_dim is set to 32"
+    with pytest.raises(UserError, match=told):
+        load_table(mine("marks: {D: 32}", "marks: {D: 16}"))
+    assert load_table(mine("marks: {D: 32}", "marks: {D: few}")), "words say what they like"
+
+
 # ---- the paper's tables ----
 
 

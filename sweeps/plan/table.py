@@ -18,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from semformer.config import PRESETS, Config, field_names, load_config, unknown_field
 from semformer.errors import UserError
+from semformer.metrics import METRICS
 
 TABLES = Path(__file__).parents[1] / "tables"
 SEVERAL = "tables"
@@ -293,6 +294,10 @@ def _mistakes(table: Table) -> Iterator[str]:
     for section, names in (("metrics", metrics), ("layout", marks)):
         if twice := next((name for name in names if names.count(name) > 1), None):
             yield f"{table.where(section)}: {section}: {twice!r} is there twice"
+    for i, name in enumerate(metrics):
+        if name not in METRICS:
+            place = table.where("metrics", i, "name")
+            yield f"{place}: metrics: {name!r} is none of {', '.join(METRICS)}"
     for i, mark in enumerate(table.layout.marks):
         if mark.field and mark.field not in field_names():
             place = table.where("layout", "marks", i, "field")
@@ -312,7 +317,13 @@ def _mistakes(table: Table) -> Iterator[str]:
                         place = table.where(section, i, part, name)
                         known = "metrics" if part == "paper" else "marks of the layout"
                         yield f"{place}: row {row.id!r}: {name!r} is none of the {known} ({', '.join(valid) or 'none'})"
+    marked = {mark.name: mark.field for mark in table.layout.marks if mark.field}
     for i, row in enumerate(table.rows):
+        for name, field in marked.items():
+            told, used = row.marks.get(name), row.set.get(field)
+            if _is_number(told) and _is_number(used) and told != used:
+                place = table.where("rows", i, "marks", name)
+                yield f"{place}: row {row.id!r}: mark {name!r} says {told}, but {field} is set to {used}"
         for name in row.set:
             if mistake := _field_mistake(name):
                 yield f"{table.where('rows', i, 'set', name)}: row {row.id!r}: {mistake}"
@@ -324,6 +335,10 @@ def _mistakes(table: Table) -> Iterator[str]:
                 if name not in row.set:
                     place = table.where("rows", i, "presets", preset, name)
                     yield f"{place}: row {row.id!r}: {name!r} of preset {preset} replaces nothing in `set`"
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _field_mistake(name: str) -> str:

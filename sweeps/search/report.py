@@ -69,7 +69,7 @@ def best_table(search: "Search") -> str:
             fields = search.fields(trial.params)
             rows.append(row(f"trial-{trial.number}", f"trial {trial.number}", trial.params, fields))
     table = {
-        "name": search.name,
+        "name": f"{search.name}-best",  # a sweep of its rows is not the search's own
         "title": f"Best of a {search.title}",
         "source": f"Optuna study {search.name}; the rows are meant for --preset {search.preset}",
         "baseline": dict(search.overrides),

@@ -1,5 +1,7 @@
 """What all tests share."""
 
+import functools
+import gc
 import os
 import secrets
 import socket
@@ -23,6 +25,13 @@ from tests.servers import S3Server
 ROOT = Path(__file__).parents[1]
 torch.set_num_threads(1)
 os.environ |= {"RAY_worker_niceness": "0"}  # else the trials of one test starve beside the other tests
+
+
+def pytest_sessionstart(session):
+    """What the process has cached is not of this session: a mutation run forks one in which tests have run."""
+    for one in gc.get_objects():
+        if isinstance(one, functools._lru_cache_wrapper) and str(one.__module__).startswith("semformer"):
+            one.cache_clear()
 
 
 @pytest.fixture(scope="session")

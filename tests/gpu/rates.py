@@ -76,7 +76,9 @@ def report(
         yield f"| {stage}, its crops alone | {_data_rate(stage, config, data, device, seconds):.0f} | | | | |"
     one_core = host_rate(data, lambda epoch: caae_crops(data.sizes, config.caae, seed=0, epoch=epoch))
     yield f"| the host's share of a CAAE crop, one core | {one_core:.0f} | | | | |"
-    yield "\n" + _price(measured, folder)
+    yield "\n" + (
+        price(measured, folder) if preset == "paper" else "All tables are priced at the rates of preset paper."
+    )
 
 
 def _caae_rate(config: Config, data: Packed, device: torch.device, seconds: float) -> Rate:
@@ -189,7 +191,7 @@ def _data_rate(stage: str, config: Config, data: Packed, device: torch.device, s
     return done / (time.perf_counter() - started)
 
 
-def _price(measured: dict[str, Rate], folder: Path) -> str:
+def price(measured: dict[str, Rate], folder: Path) -> str:
     """Of all tables of the paper on VOC, each distinct stage once."""
     if importlib.util.find_spec("yaml") is None:
         return "The price of all tables needs PyYAML, which is not installed."

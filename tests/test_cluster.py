@@ -23,8 +23,9 @@ from ray.autoscaler._private.util import prepare_config
 
 from semformer.data.shapes import make_shapes
 from semformer.data.voc import open_devkit
-from semformer.errors import UserError
+from semformer.errors import MachineError, UserError
 from semformer.store import Store
+from sweeps.cluster.connect import connect
 from sweeps.cluster.file import check_cluster_file
 
 ROOT = Path(__file__).parents[1]
@@ -109,12 +110,40 @@ def drive(env: dict[str, str], address: str, folder: Path, **options) -> subproc
 
 def raylets(folder: Path) -> list[psutil.Process]:
     """The process of the node that was started in `folder`."""
-    found = [p for p in psutil.process_iter(["name"]) if p.info["name"] == "raylet" and p.cwd() == str(folder)]
+    everything = psutil.process_iter(["name", "cwd"])
+    found = [p for p in everything if (p.info["name"], p.info["cwd"]) == ("raylet", str(folder))]
     assert found
     return found
 
 
 # Connecting
+
+
+@pytest.mark.parametrize("failures", [0, 1, 2])
+def test_a_ray_that_does_not_come_up_is_started_once_more(monkeypatch, failures):
+    tries = []
+
+    def init(**options):
+        tries.append(options)
+        if len(tries) <= failures:
+            raise Exception("The current node timed out during startup. The GCS may be overloaded.")
+
+    monkeypatch.setattr("ray.init", init)
+    if failures < 2:
+        with connect(None):
+            assert len(tries) == 1 + failures
+    else:
+        with pytest.raises(MachineError, match=r"Ray does not start .*timed out .*too busy: run again"), connect(None):
+            pass
+
+
+def test_another_error_of_ray_s_start_is_told_as_it_is(monkeypatch):
+    def init(**options):
+        raise ValueError("no such resource")
+
+    monkeypatch.setattr("ray.init", init)
+    with pytest.raises(ValueError, match="no such resource"), connect(None):
+        pass
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,7 @@ from typing import Any
 
 import ray
 
-from semformer.errors import UserError
+from semformer.errors import MachineError, UserError, first_line
 
 log = logging.getLogger(__name__)
 ENVIRONMENT = {
@@ -48,7 +48,7 @@ def connect(address: str | None, *, timeout: float = 20.0) -> Iterator[None]:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
     if address is None:
-        ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE, **quiet)
+        _start_ray(**quiet)
     else:
         address = _resolve(address)
         _try(address, timeout)
@@ -57,6 +57,22 @@ def connect(address: str | None, *, timeout: float = 20.0) -> Iterator[None]:
         yield
     finally:
         _shut_down()
+
+
+def _start_ray(**options: Any) -> None:
+    """A Ray of our own. Tried twice: on a busy machine one of its processes may not come up in time."""
+    for is_last in (False, True):
+        try:
+            ray.init(address="local", include_dashboard=False, object_store_memory=OBJECT_STORE, **options)
+            return
+        except Exception as error:  # Ray has no class for it
+            if "timed out during startup" not in str(error):
+                raise
+            _shut_down()
+            if is_last:
+                raise MachineError(
+                    f"Ray does not start on this machine ({first_line(error)}). It may be too busy: run again"
+                ) from error
 
 
 def _shut_down() -> None:

@@ -30,7 +30,7 @@ os.environ |= {"RAY_worker_niceness": "0"}  # else the trials of one test starve
 def pytest_sessionstart(session):
     """What the process has cached is not of this session: a mutation run forks one in which tests have run."""
     for one in gc.get_objects():
-        if isinstance(one, functools._lru_cache_wrapper) and str(one.__module__).startswith("semformer"):
+        if type(one) is functools._lru_cache_wrapper and str(one.__module__).startswith("semformer"):
             one.cache_clear()
 
 

@@ -166,7 +166,7 @@ class ThresholdCurve:
             )
 
 
-METRICS = ("miou", "fp", "fn", "threshold", "miou_oracle", "miou_fixed")
+REPORTED = ("miou", "fp", "fn", "threshold", "miou_oracle", "miou_fixed")
 """What `reported` tells of maps."""
 
 
@@ -182,7 +182,7 @@ def reported(curve: ThresholdCurve, options: EvaluateConfig, split: str) -> tupl
     oracle = int(searched[scores.miou[searched].argmax()])
     chosen = oracle if options.rule == "oracle" else fixed
     at_chosen = scores.miou[chosen], scores.fp[chosen], scores.fn[chosen], thresholds[chosen]
-    values = zip(METRICS, (*at_chosen, scores.miou[oracle], scores.miou[fixed]), strict=True)
+    values = zip(REPORTED, (*at_chosen, scores.miou[oracle], scores.miou[fixed]), strict=True)
     return {f"cam/{split}/{name}": float(value) for name, value in values}, chosen
 
 

@@ -14,10 +14,12 @@ import numpy as np
 import pytest
 import torch
 
+from semformer.config import load_config
 from semformer.data.shapes import make_shapes
 from semformer.store import Store, open_store
 from sweeps.search.search import Search
 from tests.devkits import paper_splits
+from tests.pipelines import run
 from tests.records import Recorded, make_folder
 from tests.searches import open_search
 from tests.servers import S3Server
@@ -83,6 +85,13 @@ def search(shapes, store, tmp_path) -> Iterator[Callable[..., Search]]:
 @pytest.fixture(scope="session")
 def devkit(tmp_path_factory) -> Path:
     return paper_splits(tmp_path_factory.mktemp("voc"))
+
+
+@pytest.fixture(scope="module")
+def finished(shapes, tmp_path_factory):
+    """A store in which the micro pipeline has run once, and what happened to each stage."""
+    store = Store(tmp_path_factory.mktemp("finished") / "store")
+    return store, run(load_config("micro"), shapes, store)
 
 
 @pytest.fixture(scope="session")

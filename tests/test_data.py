@@ -197,7 +197,7 @@ def test_sixteen_bits_become_eight_and_more_are_refused(tmp_path):
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
     assert (np.array(voc_file.read_image(tmp_path / "16.png")) == grey[..., None]).all()
     Image.fromarray(grey.astype(np.float32) / 255).save(tmp_path / "32.tiff")
-    with pytest.raises(UserError, match=r"32.tiff .*32 bits a pixel \(mode F\); save it with 8 bits a channel"):
+    with pytest.raises(UserError, match=r"32.tiff has 32 bits a pixel \(mode F\); save it with 8 bits a channel"):
         voc_file.read_image(tmp_path / "32.tiff")
 
 

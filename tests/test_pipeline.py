@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import load_file
 from sklearn.metrics import average_precision_score
 
 from semformer import pipeline
@@ -25,36 +24,9 @@ from semformer.stages import caae, segmentor
 from semformer.stages.training import TrainingDiverged
 from semformer.store import Store
 from semformer.store.leases import LeaseLost
+from tests.pipelines import CPU, damage, run, weights
 
-CPU = torch.device("cpu")
 NAMES = [stage.name for stage in pipeline.STAGES]
-
-
-@pytest.fixture(scope="module")
-def finished(shapes, tmp_path_factory):
-    """A store in which the micro pipeline has run once, and what happened to each stage."""
-    store = Store(tmp_path_factory.mktemp("finished") / "store")
-    return store, run(load_config("micro"), shapes, store)
-
-
-def run(config, folder, store, progress=lambda report: None, **options):
-    data = pipeline.open_data(config, folder)
-    runs = pipeline.run(config, data, store, device=CPU, progress=progress, **options)
-    return {stage_run.stage: stage_run for stage_run in runs}
-
-
-def weights(stage_run):
-    """Of all files: the CAAE's decoder is apart from what later stages need."""
-    names = [name for name in stage_run.artifact.files if name.endswith(".safetensors")]
-    return {key: value for name in names for key, value in load_file(stage_run.artifact.file(name)).items()}
-
-
-def damage(store, stage_run, name):
-    """Change the last byte of a file of an artifact."""
-    path = store.root / stage_run.stage / stage_run.key / name
-    content = bytearray(path.read_bytes())
-    content[-1] ^= 1
-    path.write_bytes(content)
 
 
 def test_every_stage_is_made_once_then_found(finished, shapes):
@@ -388,63 +360,6 @@ def test_bfloat16_rounds_the_matrix_products_and_little_else(finished, shapes, t
         assert {value.dtype for value in weights(runs[stage]).values()} == {torch.float32}
 
 
-def to_published(kind: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Our micro weights under the names of a published file, with some that the method does not use."""
-    vit = {"caae": ("encoder.", "encoder.vit_backbone."), "segmentor": ("backbone.", "segmentor.backbone.")}[kind]
-    heads = {
-        "caae": {
-            "primary.weight": "convert.0.weight",
-            "semantics_weight": "crs.0.weight",
-            "decoder.recover.": "re_convert.0.",
-            "decoder.recover_norm.": "re_convert.1.",
-            "decoder.embed.": "mlp.",
-            "decoder.project.": "decoder.mlp.",
-        },
-        "segmentor": {
-            "class_tokens": "segmentor.cls_token",
-            "class_positions": "segmentor.cls_posembed",
-            "class_head_": "segmentor.cls_head.",
-            "patch_head.": "segmentor.seg_head.1.",
-        },
-    }[kind]
-    published = {f"module.{vit[1]}model.cls_token": torch.zeros(1, 1, 24)}
-    for name, value in state.items():
-        if name.startswith(vit[0]):
-            inner = name.removeprefix(vit[0]).replace("patch_embed.", "patch_embed.proj.")
-            name = vit[1] + ("grid_posembed" if inner == "pos_embed" else f"model.{inner}")
-        else:
-            for ours, theirs in heads.items():
-                name = name.replace(ours, theirs) if name.startswith(ours) else name
-        published[f"module.{name}"] = value
-    return published
-
-
-@pytest.mark.parametrize("kind", ["caae", "segmentor"])
-def test_import_checkpoint_gives_the_same_weights_and_they_are_used(finished, shapes, tmp_path, kind, capsys):
-    _, trained = finished
-    file = tmp_path / f"{kind}.pth"
-    torch.save(to_published(kind, weights(trained[kind])), file)
-    arguments = ["--preset", "micro", "--data", str(shapes), "--store", str(tmp_path / "store")]
-    assert main(["import-checkpoint", str(file), "--kind", kind, *arguments]) == 0
-    assert main(["run", *arguments, "--set", f"{kind}.checkpoint={file}", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert result["metrics"] == trained["evaluate"].artifact.info["metrics"]
-    found = {stage["stage"]: stage["found"] for stage in result["stages"]}
-    assert found[kind] is True
-    assert ("caae" in found) is (kind == "caae"), "an imported segmentation network needs no CAAE"
-
-
-def test_checkpoint_of_another_architecture_names_what_does_not_fit(finished, shapes, tmp_path, capsys):
-    _, trained = finished
-    file = tmp_path / "caae.pth"
-    torch.save(to_published("caae", weights(trained["caae"])), file)
-    arguments = ["--preset", "micro", "--data", str(shapes), "--store", str(tmp_path / "store")]
-    assert main(["import-checkpoint", str(file), "--kind", "caae", "--set", "caae.class_dim=4", *arguments]) == 2
-    assert "another architecture" in capsys.readouterr().err
-    assert main(["import-checkpoint", str(file), "--kind", "segmentor", *arguments]) == 2
-    assert "is this file of another kind?" in " ".join(capsys.readouterr().err.split())
-
-
 @pytest.mark.parametrize("every", [0.0, 100.0])
 def test_where_there_is_no_terminal_a_long_stage_tells_now_and_then_how_far_it_is(
     finished, shapes, tmp_path, capsys, monkeypatch, every
@@ -456,114 +371,6 @@ def test_where_there_is_no_terminal_a_long_stage_tells_now_and_then_how_far_it_i
     assert main(["run", "--preset", "micro", "--data", str(shapes), "--store", str(store)]) == 0
     told = re.findall(r"cams: (\d+)/(\d+) [\d.]+ img/s, \d+ s left", capsys.readouterr().err)
     assert bool(told) == (every == 0)
-
-
-def test_predict_draws_a_picture_per_image(finished, shapes, tmp_path):
-    store, _ = finished
-    image = shapes / "VOC2012" / "JPEGImages" / "val_000000.jpg"
-    common = ["--preset", "micro", "--data", str(shapes), "--store", str(store.root), "--out", str(tmp_path)]
-    assert main(["predict", str(image), "--classes", "star,disc", *common]) == 0
-    assert (tmp_path / "val_000000.png").stat().st_size > 1000
-    assert main(["predict", str(image), *common]) == 0
-    assert main(["predict", str(image), "--classes", "dragon", *common]) == 2
-
-
-def test_predict_touches_no_image_and_gives_each_its_own_picture(finished, tmp_path, capsys):
-    store, runs = finished
-    photo, other = tmp_path / "photo.png", tmp_path / "other" / "photo.jpg"
-    other.parent.mkdir()
-    for path in (photo, other):
-        Image.new("RGB", (60, 40), "red").save(path)
-    before = photo.read_bytes()
-    network = ["--network", runs["segmentor"].key, "--store", str(store.root), "--classes", "disc"]
-    for images, out in (([photo], tmp_path), ([photo, other], tmp_path / "out")):
-        assert main(["predict", *map(str, images), "--out", str(out), *network]) == 2
-        assert "where another is or will be. Choose another --out" in " ".join(capsys.readouterr().err.split())
-    assert photo.read_bytes() == before
-    assert not (tmp_path / "out").exists()
-    (tmp_path / "out" / "photo.png").mkdir(parents=True)
-    assert main(["predict", str(photo), "--out", str(tmp_path / "out"), *network]) == 2
-    assert "photo.png cannot be written: Is a directory" in " ".join(capsys.readouterr().err.split())
-
-
-@pytest.mark.parametrize(("size", "seen"), [((600, 150), "60x15"), ((60, 50), ""), ((1, 1), ""), ((1, 60), "")])
-def test_predict_shrinks_what_is_larger_than_anything_trained_on_and_says_so(finished, tmp_path, capsys, size, seen):
-    store, runs = finished
-    photo = tmp_path / "photo.jpg"
-    Image.new("RGB", size, "red").save(photo)
-    network = ["--network", runs["segmentor"].key, "--store", str(store.root), "--classes", "disc"]
-    assert main(["predict", str(photo), "--out", str(tmp_path / "out"), *network]) == 0
-    told = " ".join("".join(capsys.readouterr()).split())
-    wanted = f"{size[0]}x{size[1]} pixels, shrunk to {seen}: the network was trained on at most 60"
-    assert (wanted in told) == bool(seen)
-
-
-def test_predict_takes_a_network_by_its_key_without_the_data(finished, tmp_path, capsys):
-    """As whoever has a trial's key from MLflow, or from a registered version, and the store."""
-    store, runs = finished
-    image = tmp_path / "photo.png"
-    Image.new("RGB", (70, 50), "red").save(image)
-    arguments = ["predict", str(image), "--store", str(store.root), "--network"]
-    for stage in ("segmentor", "evaluate"):
-        assert main([*arguments, runs[stage].key[:16], "--out", str(tmp_path / stage)]) == 0
-        assert (tmp_path / stage / "photo.png").stat().st_size > 1000
-    assert main([*arguments, "0123"]) == 2
-    told = " ".join(capsys.readouterr().err.split())
-    assert "--network 0123: in " in told
-    assert "no segmentation network, maps or scores have a key that begins so" in told
-
-
-def test_predict_by_a_key_that_leads_nowhere_says_where_it_ends(finished, tmp_path, capsys):
-    store = Store(shutil.copytree(finished[0].root, tmp_path / "store"))
-    runs = finished[1]
-
-    def told(stage, *options) -> str:
-        key = runs[stage].key[:20].upper()
-        image = tmp_path / "photo.png"
-        Image.new("RGB", (70, 50)).save(image)
-        assert main(["predict", str(image), "--network", key, "--store", str(store.root), *options]) == 2
-        return " ".join(capsys.readouterr().err.split())
-
-    (tmp_path / "file").touch()
-    assert "cannot be a folder" in told("segmentor", "--out", str(tmp_path / "file"))
-    shutil.rmtree(store.root / "caae")
-    assert "name the --classes in the images" in told("segmentor", "--out", str(tmp_path / "out"))
-    shutil.rmtree(store.root / "cams")
-    assert "its cams has gone from" in told("evaluate")
-    damage(store, runs["segmentor"], "segmentor.safetensors")
-    assert "its segmentor has gone from" in told("segmentor")
-
-
-def test_predict_with_an_imported_network_needs_no_images(finished, shapes, tmp_path, capsys, monkeypatch):
-    file = tmp_path / "segmentor.pth"
-    torch.save(to_published("segmentor", weights(finished[1]["segmentor"])), file)
-    store = ["--preset", "micro", "--store", str(tmp_path / "store")]
-    assert main(["import-checkpoint", str(file), "--kind", "segmentor", "--data", str(shapes), *store]) == 0
-    monkeypatch.setattr(pipeline, "open_data", lambda *_: pytest.fail("images were looked for"))
-    arguments = ["predict", str(shapes / "VOC2012/JPEGImages/val_000000.jpg"), *store, "--out", str(tmp_path / "maps")]
-    arguments += ["--set", f"segmentor.checkpoint={file}"]
-    assert main([*arguments, "--classes", "disc"]) == 0
-    assert main(arguments) == 2
-    assert "name the --classes in the images" in " ".join(capsys.readouterr().err.split())
-
-
-def test_an_import_needs_no_images(finished, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pipeline, "open_data", lambda *_: pytest.fail("images were looked for"))
-    file = tmp_path / "caae.pth"
-    torch.save(to_published("caae", weights(finished[1]["caae"])), file)
-    fields = ("backbone", "image_size", "class_dim", "decoder_depth", "decoder_width")
-    micro = load_config("micro").caae
-    same = [f"--set=caae.{name}={getattr(micro, name)}" for name in fields]
-    command = ["import-checkpoint", str(file), "--kind", "caae", "--store", str(tmp_path / "store")]
-    assert main([*command, "--preset", "paper", *same]) == 2
-    assert "another architecture" in capsys.readouterr().err, "VOC has 21 classes"
-    assert main([*command, "--preset", "micro"]) == 0
-
-
-def test_predict_without_a_trained_network_says_how_to_get_one(shapes, tmp_path, capsys):
-    arguments = ["--preset", "micro", "--data", str(shapes), "--store", str(tmp_path / "empty")]
-    assert main(["predict", "photo.jpg", *arguments]) == 2
-    assert "semformer run" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

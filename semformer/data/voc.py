@@ -273,7 +273,9 @@ def read_image(path: str | Path, content: bytes | None = None) -> Image.Image:
         if upright.mode.startswith("I;16"):  # which Pillow would clip
             upright = Image.fromarray((np.array(upright) / 257).round().astype(np.uint8))
         elif upright.mode in ("I", "F"):
-            raise ValueError(f"it has 32 bits a pixel (mode {upright.mode}); save it with 8 bits a channel")
+            raise UserError(
+                f"The image {path} has 32 bits a pixel (mode {upright.mode}); save it with 8 bits a channel."
+            )
         return upright.convert("RGB")
 
 

@@ -3,7 +3,6 @@
 Legend: B images, K classes (0 is background), P pairs of (image, present class), s side of the CAAE's image.
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -36,7 +35,6 @@ from semformer.store import Artifact
 from semformer.weights import load_published, load_state
 
 WEIGHTS = "segmentor.safetensors"
-log = logging.getLogger(__name__)
 COMPILED = 16
 """Compiled, the CAAE embeds multiples of so many images at once."""
 
@@ -52,8 +50,9 @@ def run(config: Config, data: Packed, caae: Artifact, ctx: Context) -> dict[str,
         load_published(model, "segmentor", options.checkpoint)
     else:
         guide = caae_stage.load(config.caae, caae, device=ctx.device)
-        guide.embed = compiled(guide.embed, options)  # type: ignore[method-assign]
         network = compiled(model, options)
+        if options.compile:
+            guide.embed = compiled(guide.embed, options)  # type: ignore[method-assign]
 
         def progress(told: Progress) -> None:
             """Probes beside the training: neither the weights nor the history depend on it."""

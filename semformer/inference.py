@@ -89,6 +89,32 @@ def maps_of_every_kind(
 
 
 @torch.inference_mode()
+def class_cosines(
+    model: Segmentor, image: np.ndarray, classes: Sequence[int] | np.ndarray, options: CamsConfig, *, precision: str
+) -> dict[str, float]:
+    """How alike the maps of an image's `classes` are: the mean cosine over their pairs, by kind, at the image's scale.
+
+    "activation" is of ReLU(logits), "attention" of A' of Eq. 6. Near 1, a map tells that something is there, not what.
+    image: (H, W, 3) uint8; two classes or more.
+    """
+    H, W = image.shape[:2]
+    size = [_round_up(side, model.backbone.patch_size) for side in (H, W)]
+    view = normalized(resize_exactly(as_batch(torch.from_numpy(image).to(model.patch_head.weight.device)), size))
+    with autocast(view.device, precision):
+        logits, _, attention = model(view, last_blocks=options.last_blocks)
+    maps = {
+        "activation": logits.float().relu(),
+        "attention": class_relative_attention([A.float() for A in attention]),
+    }
+    of_pairs = torch.triu_indices(len(classes), len(classes), offset=1)
+    found = {}
+    for kind, of_all in maps.items():
+        unit = F.normalize(of_all[0, torch.as_tensor(classes)].flatten(1), dim=1)
+        found[kind] = float((unit @ unit.T)[*of_pairs].mean())
+    return found
+
+
+@torch.inference_mode()
 def present_classes(model: Segmentor, S: Tensor, image: np.ndarray, config: Config) -> np.ndarray:
     """Object classes (1..K-1, ascending) whose class token is more like its semantic than not.
 

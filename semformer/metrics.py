@@ -168,6 +168,8 @@ class ThresholdCurve:
 
 REPORTED = ("miou", "fp", "fn", "threshold", "miou_oracle", "miou_fixed")
 """What `reported` tells of maps."""
+COSINES = ("cosine_activation", "cosine_attention")
+"""What stage cams tells of them (`inference.class_cosines`)."""
 
 
 def reported(curve: ThresholdCurve, options: EvaluateConfig, split: str) -> tuple[dict[str, float], int]:

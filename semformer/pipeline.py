@@ -75,9 +75,15 @@ STAGES = (
         selects=segmentor.selects,
         split_of_masks="selection_split",
     ),
-    Stage("cams", cams.run, inputs=("segmentor",), split="eval_split", version=2),
+    Stage("cams", cams.run, inputs=("segmentor",), split="eval_split", version=3),
     Stage(
-        "evaluate", evaluate.run, inputs=("cams",), split="eval_split", reads_images=False, split_of_masks="eval_split"
+        "evaluate",
+        evaluate.run,
+        inputs=("cams",),
+        split="eval_split",
+        version=2,
+        reads_images=False,
+        split_of_masks="eval_split",
     ),
 )
 

@@ -12,9 +12,10 @@ from timm.models import VisionTransformer
 
 from semformer import pipeline
 from semformer.config import load_config
+from semformer.data.pixels import normalized
 from semformer.data.voc import open_devkit
 from semformer.errors import UserError
-from semformer.inference import multi_scale_maps, present_classes
+from semformer.inference import class_cosines, final_map, multi_scale_maps, present_classes
 from semformer.keys import StageKey
 from semformer.metrics import ThresholdCurve, reported, scores
 from semformer.models.segmentor import Segmentor
@@ -180,3 +181,31 @@ def test_maps_are_not_measured_on_the_mask_of_another_image(shapes, store, tmp_p
             made["cams"],
             Context(CPU, lambda told: None, tmp_path, tmp_path),
         )
+
+
+def test_cosines_are_those_of_each_pair_of_classes_at_the_images_own_scale():
+    model, options = small_segmentor(), load_config("micro", {"cams.last_blocks": 1}).cams
+    image = np.random.default_rng(0).integers(0, 256, (32, 40, 3), np.uint8)
+    view = normalized(torch.from_numpy(image).permute(2, 0, 1)[None])
+    told = class_cosines(model, image, [1, 2, 3], options, precision="float32")
+    for kind in ("activation", "attention"):
+        maps = final_map(model, view, kind, 1)[0].detach().double().flatten(1).numpy()
+        pairs = [
+            maps[a] @ maps[b] / np.linalg.norm(maps[a]) / np.linalg.norm(maps[b]) for a, b in ((1, 2), (1, 3), (2, 3))
+        ]
+        assert told[kind] == pytest.approx(np.mean(pairs), abs=1e-5)
+    assert told["attention"] > 0.99 > told["activation"]  # all class tokens start as copies of one
+
+
+def test_a_run_tells_how_alike_the_maps_of_an_images_classes_are(finished, shapes):
+    (store, runs), config = finished, load_config("micro")
+    model = segmentor.load(config.segmentor, runs["segmentor"].artifact, device=CPU)
+    split = packed(open_devkit(shapes).split("val"), ["images"], store)
+    several = [i for i in range(len(split)) if len(split.objects(i)) > 1]
+    assert 0 < len(several) < len(split)
+    for kind in ("activation", "attention"):
+        each = [
+            class_cosines(model, split.pixels(i), split.objects(i), config.cams, precision="float32")[kind]
+            for i in several
+        ]
+        assert runs["evaluate"].artifact.info["metrics"][f"cam/val/cosine_{kind}"] == pytest.approx(np.mean(each))

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -15,7 +16,7 @@ from torch import Tensor
 from semformer import memory
 from semformer.config import DRAWABLE, Config
 from semformer.data.pack import Packed
-from semformer.inference import Maps, maps_of_every_kind, multi_scale_maps
+from semformer.inference import Maps, class_cosines, maps_of_every_kind, multi_scale_maps
 from semformer.models.segmentor import Segmentor
 from semformer.stages import segmentor as segmentor_stage
 from semformer.stages.context import Context, Progress
@@ -25,11 +26,16 @@ SHARD = 256
 """Images per file."""
 TOGETHER = 8
 """Images of one size that go through the network together, at most."""
+COMPARED = 64
+"""Images with several classes whose maps are compared, spread over the split."""
 PICTURES = "pictures.safetensors"
 
 
 def run(config: Config, data: Packed, segmentor: Artifact, ctx: Context) -> dict[str, Any]:
-    """Makes `maps-*.safetensors` (float16), and all kinds of maps of the first images, to be drawn."""
+    """Makes `maps-*.safetensors` (float16), and all kinds of maps of the first images, to be drawn.
+
+    Returns the number of images, and how alike the maps of an image's classes are, in the mean over images.
+    """
     model = segmentor_stage.load(config.segmentor, segmentor, device=ctx.device)
     started, done = time.monotonic(), 0
     with ThreadPoolExecutor(1) as writer:  # which waits for the device, so that this thread need not
@@ -54,7 +60,17 @@ def run(config: Config, data: Packed, segmentor: Artifact, ctx: Context) -> dict
         drawn = maps_of_every_kind(model, data.pixels(i), data.objects(i), config.cams, precision=config.precision)
         pictures |= {f"{i}/{kind}": maps.half().contiguous() for kind, maps in drawn.items()}
     save_file(pictures, ctx.out / PICTURES)
-    return {"images": len(data)}
+    return {"images": len(data), "cosine": _mean_cosines(model, data, config)}
+
+
+def _mean_cosines(model: Segmentor, data: Packed, config: Config) -> dict[str, float]:
+    """By kind of map; nothing where no image has two classes."""
+    several = [i for i in range(len(data)) if len(data.objects(i)) > 1]
+    compared = several[:: -(-len(several) // COMPARED)] if several else []
+    found = [
+        class_cosines(model, data.pixels(i), data.objects(i), config.cams, precision=config.precision) for i in compared
+    ]
+    return {kind: float(np.mean([one[kind] for one in found])) for kind in (found[0] if found else ())}
 
 
 def of_one_size(data: Packed, rows: Sequence[int]) -> Iterator[list[int]]:

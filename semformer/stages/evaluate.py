@@ -30,7 +30,8 @@ METRICS = "metrics.json"
 def run(config: Config, data: Packed, cams: Artifact, ctx: Context) -> dict[str, Any]:
     """Makes `metrics.json`, the threshold curve, the per-class IoU at the reported threshold, and pictures.
 
-    Reads pixel masks. Returns {"metrics": {...}}, see `metrics.reported`.
+    Reads pixel masks. Returns {"metrics": {...}}, see `metrics.reported`; beside these, the mean cosine between the
+    maps of an image's classes.
     """
     options = config.evaluate
     curve = ThresholdCurve(len(data.classes), options.scored_thresholds(), erosion=options.erosion)
@@ -50,6 +51,7 @@ def run(config: Config, data: Packed, cams: Artifact, ctx: Context) -> dict[str,
             ctx.progress(Progress.of_images("evaluate", done, len(data), started))
 
     scores, (metrics, chosen) = curve.scores(), reported(curve, options, data.name)
+    metrics |= {f"cam/{data.name}/cosine_{kind}": value for kind, value in cams.info["cosine"].items()}
     (ctx.out / METRICS).write_text(json.dumps(metrics, indent=1) + "\n")
     curve_table = {"threshold": curve.thresholds, "miou": scores.miou, "fp": scores.fp, "fn": scores.fn}
     pq.write_table(pa.table(curve_table), ctx.out / CURVE)

@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
 from semformer.config import PRESETS, Config, field_names, load_config, unknown_field
 from semformer.errors import UserError
-from semformer.metrics import REPORTED
+from semformer.metrics import COSINES, REPORTED
 
 TABLES = Path(__file__).parents[1] / "tables"
 SEVERAL = "tables"
@@ -295,9 +295,9 @@ def _mistakes(table: Table) -> Iterator[str]:
         if twice := next((name for name in names if names.count(name) > 1), None):
             yield f"{table.where(section)}: {section}: {twice!r} is there twice"
     for i, name in enumerate(metrics):
-        if name not in REPORTED:
+        if name not in REPORTED + COSINES:
             place = table.where("metrics", i, "name")
-            yield f"{place}: metrics: {name!r} is none of {', '.join(REPORTED)}"
+            yield f"{place}: metrics: {name!r} is none of {', '.join(REPORTED + COSINES)}"
     for i, mark in enumerate(table.layout.marks):
         if mark.field and mark.field not in field_names():
             place = table.where("layout", "marks", i, "field")

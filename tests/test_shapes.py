@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from semformer.data import shapes
+from semformer.data import drawing, other_shapes, shapes
 from semformer.data.check import check_devkit
 from semformer.data.shapes import CLASSES, cached_shapes, make_shapes, render
 from semformer.data.voc import open_devkit, voc_palette
@@ -137,7 +137,7 @@ def test_a_part_covers_a_small_share_of_its_object(monkeypatch):
         if len(visible) > 1:
             continue
         with monkeypatch.context() as patch:
-            patch.setattr(shapes, "PART_AREA_RANGE", (0.0, 0.0))
+            patch.setattr(drawing, "PART_AREA_RANGE", (0.0, 0.0))
             without, *_ = render("train", i, seed=0, size=96)
         part = np.any(image != without, axis=-1)
         assert (part <= visible[0][1]).mean() > 0.99
@@ -153,6 +153,44 @@ def test_no_colour_tells_the_class_and_all_are_shared_with_the_backgrounds():
     for colour in colours:
         assert sum(colour in object_class.fills for object_class in shapes.CLASSES.values()) == 2
     assert len({object_class.fills for object_class in shapes.CLASSES.values()}) == len(shapes.CLASSES)
+
+
+@pytest.fixture(scope="module")
+def others() -> list:
+    return [other_shapes.render("train", i, seed=0, size=96) for i in range(600)]
+
+
+def test_images_to_pretrain_on_show_one_object_of_one_of_64_classes_each(others, tmp_path):
+    shown = np.bincount([k for *_, ((k, _),) in others], minlength=65)
+    assert shown[0] == 0
+    assert shown[1:].min() > 0
+    assert all((np.unique(mask) == [0, k]).all() for _, mask, ((k, _),) in others)
+    split = open_devkit(make_shapes(tmp_path / "set", train=3, val=2, size=96, kind="pretraining")).split("train")
+    assert split.classes == ("background", *other_shapes.CLASSES)
+    assert [np.flatnonzero(row).tolist() for row in split.labels] == [[0, k] for *_, ((k, _),) in others[:3]]
+
+
+def test_what_is_pretrained_on_tells_nothing_of_the_classes_to_be_learnt(others):
+    y, x = np.mgrid[:144, :144] - 72.0
+    known = [texture(x, y, 8.0) for texture in shapes.TEXTURES.values()]
+    for name, texture in other_shapes.TEXTURES.items():
+        assert max(likeness(texture(x, y, 8.0)[40:104, 40:104], one) for one in known) < 0.75, name
+    assert likeness(known[0][42:106, 40:104], known[0]) > 0.99
+    grid = np.mgrid[-0.6:0.6:48j, -0.6:0.6:48j]
+    ours = [outline(grid[1], grid[0]) < 0 for outline in shapes.OUTLINES.values()]
+    for outline in other_shapes.OUTLINES.values():
+        body = outline(grid[1], grid[0]) < 0
+        assert max((body & one).sum() / (body | one).sum() for one in ours) < 0.9
+    colours = [np.median(image[mask > 0], axis=0) for image, mask, _ in others]
+    assert np.std(colours, axis=0).min() > 20  # of any class
+
+
+def likeness(part: np.ndarray, whole: np.ndarray) -> float:
+    """The highest correlation of a part with any place of a whole, or with its negative."""
+    windows = np.lib.stride_tricks.sliding_window_view(whole, part.shape)[::2, ::2].reshape(-1, part.size)
+    windows = windows - windows.mean(axis=1, keepdims=True)
+    flat = part.ravel() - part.mean()
+    return float(np.abs(windows @ flat / np.linalg.norm(windows, axis=1) / np.linalg.norm(flat)).max())
 
 
 def test_an_existing_set_is_kept_and_never_overwritten(made, tmp_path):

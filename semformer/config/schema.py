@@ -80,6 +80,7 @@ class ShapesConfig(Settings):
     val: Count = 200
     size: Count = 96
     seed: Seed = 0
+    kind: Literal["scenes", "pretraining"] = "scenes"
 
 
 class DataConfig(Settings):

@@ -15,13 +15,32 @@ import shutil
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
+from semformer.data import other_shapes
+from semformer.data.drawing import (
+    BACKGROUND_TEXTURE_CONTRAST,
+    Array,
+    Body,
+    Outline,
+    Texture,
+    blend,
+    box,
+    finished,
+    gradient,
+    grid,
+    petals,
+    place,
+    polygon,
+    put_emblem,
+    smooth_noise,
+    textured,
+    wave,
+)
 from semformer.data.voc import IGNORE, voc_palette
 from semformer.errors import UserError
 from semformer.machine import cache_folder
@@ -31,18 +50,12 @@ VERSION = 4
 NUM_OBJECTS_PROBABILITIES = (0.25, 0.45, 0.30)  # of one, two, three objects
 SAME_CLASS_PROBABILITY = 0.08  # that a further object repeats the class of an earlier one
 EXTENT_RANGE = (0.35, 0.62)  # object's extent / image's side
-CUT_OFF = 0.08  # how far an object may reach out of the image / its extent
 MIN_VISIBLE_PIXELS = 60  # of each object, in a 96-pixel image
 MIN_VISIBLE_FRACTION = 0.7  # of each object's own area; the rest may be hidden by a later object
 CONTEXT_PROBABILITY = 0.6  # that the background is the first object's preferred context
-BODY_TEXTURE_CONTRAST = 0.35  # swing of the body's texture, on a scale where black to white is 1
-BACKGROUND_TEXTURE_CONTRAST = 0.12
-NOISE_CONTRAST = 0.10  # swing of the background's low-frequency noise
-PIXEL_NOISE = 0.02  # standard deviation, everywhere
 COLOUR_JITTER = 0.03  # standard deviation, of every colour drawn from PALETTE
-PART_AREA_RANGE = (0.08, 0.14)  # part's area / body's area
 
-Array = np.ndarray
+Colour = tuple[float, float, float]
 
 PALETTE = np.array(
     [
@@ -79,7 +92,7 @@ class ObjectClass:
     texture: str
     period: float
     place: tuple[float, float]
-    colours: tuple[tuple[float, float, float], tuple[float, float, float]]
+    colours: tuple[Colour, Colour]
     fills: tuple[int, int]
     context: str
 
@@ -106,55 +119,27 @@ CLASSES = {
     "flower": ObjectClass("flower", "zigzag", 8.0, (0.22, 0.125), (NAVY, WHITE), (7, 2), "sky"),
 }
 
-# Approximate signed distances to the outlines, negative inside. x, y: (h, w) in units of the extent, origin
-# at the centre, y downwards. Every outline lies within REACH of the centre.
-REACH = 0.6
-
-
-def _polygon(x: Array, y: Array, corners: list[tuple[float, float]]) -> Array:
-    distance = np.full(x.shape, -np.inf)
-    for (ax, ay), (bx, by) in zip(corners, [*corners[1:], corners[0]], strict=True):
-        length = np.hypot(bx - ax, by - ay)
-        distance = np.maximum(distance, ((by - ay) * (x - ax) - (bx - ax) * (y - ay)) / length)
-    return distance
-
-
-def _box(x: Array, y: Array, half_width: float, half_height: float) -> Array:
-    return np.maximum(np.abs(x) - half_width, np.abs(y) - half_height)
-
-
-def _petals(x: Array, y: Array, n: int, mean: float, swing: float) -> Array:
-    return np.hypot(x, y) - (mean + swing * np.cos(n * np.arctan2(x, -y)))
-
-
-OUTLINES: dict[str, Callable[[Array, Array], Array]] = {
+OUTLINES: dict[str, Outline] = {
     "disc": lambda x, y: np.hypot(x, y) - 0.5,
-    "square": lambda x, y: _box(x, y, 0.42, 0.42),
-    "triangle": lambda x, y: _polygon(x, y, [(0.0, -0.5), (0.48, 0.36), (-0.48, 0.36)]),
-    "star": lambda x, y: 0.8 * _petals(x, y, 5, 0.36, 0.14),
-    "cross": lambda x, y: np.minimum(_box(x, y, 0.17, 0.5), _box(x, y, 0.5, 0.17)),
+    "square": lambda x, y: box(x, y, 0.42, 0.42),
+    "triangle": lambda x, y: polygon(x, y, [(0.0, -0.5), (0.48, 0.36), (-0.48, 0.36)]),
+    "star": lambda x, y: 0.8 * petals(x, y, 5, 0.36, 0.14),
+    "cross": lambda x, y: np.minimum(box(x, y, 0.17, 0.5), box(x, y, 0.5, 0.17)),
     "crescent": lambda x, y: np.maximum(np.hypot(x, y) - 0.5, 0.34 - np.hypot(x - 0.28, y)),
-    "bar": lambda x, y: _box(x, y, 0.5, 0.2),
-    "flower": lambda x, y: 0.8 * _petals(x, y, 3, 0.38, 0.12),
+    "bar": lambda x, y: box(x, y, 0.5, 0.2),
+    "flower": lambda x, y: 0.8 * petals(x, y, 3, 0.38, 0.12),
 }
 
-# Textures: values in -1..1 at x, y, in pixels of a 96-pixel image, origin near the object's centre. They stay
-# upright when the body turns, so that their orientation tells the class. No two are mirror images.
-
-
-def _wave(t: Array, period: float) -> Array:
-    return np.sin(2 * np.pi * t / period)
-
-
-TEXTURES: dict[str, Callable[[Array, Array, float], Array]] = {
-    "horizontal": lambda x, y, p: _wave(y, p),
-    "vertical": lambda x, y, p: _wave(x, p),
-    "diagonal": lambda x, y, p: _wave((x + y) * np.sqrt(0.5), p),
-    "checker": lambda x, y, p: np.clip(3 * _wave(x, p) * _wave(y, p), -1, 1),
-    "diamonds": lambda x, y, p: np.clip(3 * _wave((x + y) * np.sqrt(0.5), p) * _wave((x - y) * np.sqrt(0.5), p), -1, 1),
-    "dots": lambda x, y, p: np.clip(2 * (_wave(x, p) + _wave(y, p)) - 1.6, -1, 1),
-    "rings": lambda x, y, p: _wave(np.hypot(x, y), p),
-    "zigzag": lambda x, y, p: _wave(y + 0.6 * np.abs(x % (2 * p) - p), p),
+# Their orientation tells the class; no two are mirror images.
+TEXTURES: dict[str, Texture] = {
+    "horizontal": lambda x, y, p: wave(y, p),
+    "vertical": lambda x, y, p: wave(x, p),
+    "diagonal": lambda x, y, p: wave((x + y) * np.sqrt(0.5), p),
+    "checker": lambda x, y, p: np.clip(3 * wave(x, p) * wave(y, p), -1, 1),
+    "diamonds": lambda x, y, p: np.clip(3 * wave((x + y) * np.sqrt(0.5), p) * wave((x - y) * np.sqrt(0.5), p), -1, 1),
+    "dots": lambda x, y, p: np.clip(2 * (wave(x, p) + wave(y, p)) - 1.6, -1, 1),
+    "rings": lambda x, y, p: wave(np.hypot(x, y), p),
+    "zigzag": lambda x, y, p: wave(y + 0.6 * np.abs(x % (2 * p) - p), p),
 }
 
 
@@ -172,33 +157,12 @@ def render(split: str, index: int, *, seed: int, size: int) -> tuple[Array, Arra
     image = _draw_background(rng, classes[0].context, size)
     for object_class, body in zip(classes, bodies, strict=True):
         _paint(rng, image, object_class, body)
-    image += PIXEL_NOISE * rng.standard_normal(image.shape)
+    drawn = finished(rng, image)
     indices = [list(CLASSES).index(name) + 1 for name in names]
     mask = np.array([0, *indices], dtype=np.uint8)[instances]
     mask[_ring(instances)] = IGNORE
     visible = [(k, instances == n) for n, k in enumerate(indices, start=1)]
-    return (255 * np.clip(image, 0, 1) + 0.5).astype(np.uint8), mask, visible
-
-
-@dataclass(frozen=True)
-class Body:
-    """A placed object: the window of the image it may cover, and grids over that window, (h, w) each.
-
-    x, y: pixels from the centre; upright_x, upright_y: the same turned upright, in units of the extent;
-    distance: signed distance to the outline in pixels.
-    """
-
-    window: tuple[slice, slice]
-    extent: float
-    x: Array
-    y: Array
-    upright_x: Array
-    upright_y: Array
-    distance: Array
-
-    @property
-    def area(self) -> int:
-        return int(np.count_nonzero(self.distance < 0))
+    return drawn, mask, visible
 
 
 def _draw_classes(rng: np.random.Generator) -> list[str]:
@@ -218,7 +182,7 @@ def _draw_layout(rng: np.random.Generator, classes: list[ObjectClass], size: int
     """
     min_pixels = MIN_VISIBLE_PIXELS * (size / 96) ** 2
     while True:
-        bodies = [_place(rng, c, size) for c in classes]
+        bodies = [place(rng, OUTLINES[c.outline], EXTENT_RANGE, size) for c in classes]
         instances = np.zeros((size, size), dtype=np.int64)
         for n, body in enumerate(bodies, start=1):
             instances[body.window][body.distance < 0] = n
@@ -227,22 +191,6 @@ def _draw_layout(rng: np.random.Generator, classes: list[ObjectClass], size: int
         own = np.array([body.area for body in bodies])
         if (in_mask >= min_pixels).all() and (visible >= MIN_VISIBLE_FRACTION * own).all():
             return bodies, instances
-
-
-def _place(rng: np.random.Generator, object_class: ObjectClass, size: int) -> Body:
-    extent = rng.uniform(*EXTENT_RANGE) * size
-    margin = (0.5 - CUT_OFF) * extent
-    centre_x, centre_y = rng.uniform(margin, size - margin, 2)
-    angle = rng.uniform(0, 2 * np.pi)
-    reach = REACH * extent
-    rows, columns = (
-        slice(max(0, int(centre - reach)), min(size, int(centre + reach) + 1)) for centre in (centre_y, centre_x)
-    )
-    y, x = _grid(size)[0][rows] - centre_y, _grid(size)[1][:, columns] - centre_x
-    upright_x = (np.cos(angle) * x + np.sin(angle) * y) / extent
-    upright_y = (np.cos(angle) * y - np.sin(angle) * x) / extent
-    distance = extent * OUTLINES[object_class.outline](upright_x, upright_y)
-    return Body((rows, columns), extent, x, y, upright_x, upright_y, distance)
 
 
 def _choose_context(rng: np.random.Generator, preferred: str) -> str:
@@ -254,47 +202,29 @@ def _draw_background(rng: np.random.Generator, preferred: str, size: int) -> Arr
     """The image to paint on, (size, size, 3) in 0..1."""
     context = CONTEXTS[_choose_context(rng, preferred)]
     top, bottom = (PALETTE[c] + COLOUR_JITTER * rng.standard_normal(3) for c in rng.permutation(context.colours))
-    grid_y, grid_x = _grid(size)
-    slope = rng.uniform(-0.5, 0.5)
-    t = np.clip((grid_y + slope * (grid_x - size / 2)) / size, 0, 1)[..., None]
-    image = (1 - t) * top + t * bottom
-    image += NOISE_CONTRAST / 2 * _smooth_noise(rng, size, (4, 4))[..., None]
+    image = gradient(rng, top, bottom, size)
+    grid_y, grid_x = grid(size)
     y, x = 96 / size * grid_y, 96 / size * grid_x
     if context.texture == "waves":
         phase = rng.uniform(0, 20)
-        texture = _wave(y + 3 * _wave(x + phase, 48) + phase, 12)
+        texture = wave(y + 3 * wave(x + phase, 48) + phase, 12)
     elif context.texture == "blades":
-        texture = _smooth_noise(rng, size, (12, 48))
+        texture = smooth_noise(rng, size, (12, 48))
     elif context.texture == "grain":
-        texture = _smooth_noise(rng, size, (48, 48))
+        texture = smooth_noise(rng, size, (48, 48))
     else:
-        texture = np.clip(2 * _smooth_noise(rng, size, (5, 3)), -1, 1)
-    image += BACKGROUND_TEXTURE_CONTRAST / 2 * texture[..., None]
-    return image
+        texture = np.clip(2 * smooth_noise(rng, size, (5, 3)), -1, 1)
+    return image + BACKGROUND_TEXTURE_CONTRAST / 2 * texture[..., None]
 
 
 def _paint(rng: np.random.Generator, image: Array, object_class: ObjectClass, body: Body) -> None:
     """Paint a body and its part onto `image`."""
-    fill = PALETTE[rng.choice(object_class.fills)] + COLOUR_JITTER * rng.standard_normal(3)
-
-    scale = 96 / len(image)
-    period = object_class.period * rng.uniform(0.9, 1.1)
-    shift_x, shift_y = rng.uniform(-2, 2, 2)
-    texture = TEXTURES[object_class.texture](scale * body.x + shift_x, scale * body.y + shift_y, period)
-    fill = fill + BODY_TEXTURE_CONTRAST / 2 * texture[..., None]
-
-    radius = np.sqrt(rng.uniform(*PART_AREA_RANGE) * body.area / np.pi)
+    colour = PALETTE[rng.choice(object_class.fills)] + COLOUR_JITTER * rng.standard_normal(3)
+    fill = textured(rng, colour, TEXTURES[object_class.texture], object_class.period, body, len(image))
     place_x, place_y = object_class.place
     from_part = body.extent * np.hypot(body.upright_x - place_x, body.upright_y - place_y)
-    for colour, r in zip(object_class.colours, (radius, 0.55 * radius), strict=True):
-        fill = _blend(fill, np.array(colour), from_part - r)
-    image[body.window] = _blend(image[body.window], fill, body.distance)
-
-
-def _blend(below: Array, above: Array, distance: Array) -> Array:
-    """`above` where the signed distance is negative, else `below`, with an edge one pixel soft: (h, w, 3)."""
-    cover = np.clip(0.5 - distance, 0, 1)[..., None]
-    return below + cover * (above - below)
+    fill = put_emblem(fill, from_part, body.emblem(rng), object_class.colours)
+    image[body.window] = blend(image[body.window], fill, body.distance)
 
 
 def _ring(instances: Array) -> Array:
@@ -304,17 +234,8 @@ def _ring(instances: Array) -> Array:
     return instances > np.minimum.reduce(neighbours)
 
 
-def _smooth_noise(rng: np.random.Generator, size: int, cells: tuple[int, int]) -> Array:
-    """Noise in -1..1, (size, size), with so many independent values down and across."""
-    values = rng.uniform(-1, 1, cells).astype(np.float32)
-    return np.asarray(Image.fromarray(values).resize((size, size), Image.Resampling.BICUBIC), dtype=np.float64)
-
-
-@cache
-def _grid(size: int) -> tuple[Array, Array]:
-    """Pixel centres: y (size, 1) and x (1, size)."""
-    centres = np.arange(size) + 0.5
-    return centres[:, None], centres[None, :]
+Kind = Literal["scenes", "pretraining"]
+"""scenes: those of this module. pretraining: those of `other_shapes`."""
 
 
 def make_shapes(
@@ -324,6 +245,7 @@ def make_shapes(
     val: int,
     size: int = 96,
     seed: int = 0,
+    kind: Kind = "scenes",
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write `train` + `val` images of size x size pixels to root/VOC2012 and return root.
@@ -340,7 +262,8 @@ def make_shapes(
     if seed < 0:
         raise UserError(f"make-shapes needs a seed of at least 0, not {seed}.")
     root = Path(root).expanduser()
-    parameters = {"version": VERSION, "train": train, "val": val, "size": size, "seed": seed}
+    parameters: dict[str, int | str] = {"version": VERSION, "kind": kind}
+    parameters |= {"train": train, "val": val, "size": size, "seed": seed}
     if _is_made(root, parameters):
         return root
     making = root.parent / f".{root.name}.{uuid.uuid4().hex}"
@@ -359,14 +282,19 @@ def make_shapes(
 
 
 def cached_shapes(
-    train: int, val: int, size: int = 96, seed: int = 0, progress: Callable[[int, int], None] | None = None
+    train: int,
+    val: int,
+    size: int = 96,
+    seed: int = 0,
+    kind: Kind = "scenes",
+    progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """`make_shapes` into $SEMFORMER_CACHE, or ~/.cache/semformer. Several processes may call it at once."""
-    name = f"shapes-v{VERSION}-train{train}-val{val}-size{size}-seed{seed}"
-    return make_shapes(cache_folder() / name, train=train, val=val, size=size, seed=seed, progress=progress)
+    name = f"shapes-v{VERSION}-{kind}-train{train}-val{val}-size{size}-seed{seed}"
+    return make_shapes(cache_folder() / name, train=train, val=val, size=size, seed=seed, kind=kind, progress=progress)
 
 
-def _is_made(root: Path, parameters: dict[str, int]) -> bool:
+def _is_made(root: Path, parameters: dict[str, int | str]) -> bool:
     """Whether `root` holds this very data set. Raises UserError if it holds something else."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
@@ -387,19 +315,20 @@ def _write(root: Path, parameters: dict[str, Any], progress: Callable[[int, int]
     splits = folder / "ImageSets" / "Segmentation"
     for part in (folder / "JPEGImages", folder / "Annotations", folder / "SegmentationClass", splits):
         part.mkdir(parents=True)
-    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in CLASSES), encoding="utf-8")
+    draw, names = (render, CLASSES) if parameters["kind"] == "scenes" else (other_shapes.render, other_shapes.CLASSES)
+    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
     size, seed = parameters["size"], parameters["seed"]
     palette = voc_palette()
     done, total = 0, parameters["train"] + parameters["val"]
     for split in ("train", "val"):
         ids = [f"{split}_{i:06d}" for i in range(parameters[split])]
         for i, image_id in enumerate(ids):
-            image, mask, visible = render(split, i, seed=seed, size=size)
+            image, mask, visible = draw(split, i, seed=seed, size=size)
             Image.fromarray(image).save(folder / "JPEGImages" / f"{image_id}.jpg", quality=95, subsampling=0)
             palette_mask = Image.fromarray(mask)
             palette_mask.putpalette(palette)
             palette_mask.save(folder / "SegmentationClass" / f"{image_id}.png")
-            annotation = _annotation(image_id, size, visible)
+            annotation = _annotation(image_id, size, visible, list(names))
             (folder / "Annotations" / f"{image_id}.xml").write_text(annotation, encoding="utf-8")
             done += 1
             if progress is not None:
@@ -408,7 +337,7 @@ def _write(root: Path, parameters: dict[str, Any], progress: Callable[[int, int]
     (root / "shapes.json").write_text(json.dumps(parameters, indent=2) + "\n", encoding="utf-8")
 
 
-def _annotation(image_id: str, size: int, visible: list[tuple[int, Array]]) -> str:
+def _annotation(image_id: str, size: int, visible: list[tuple[int, Array]], names: list[str]) -> str:
     lines = [
         "<annotation>",
         "\t<folder>VOC2012</folder>",
@@ -420,7 +349,7 @@ def _annotation(image_id: str, size: int, visible: list[tuple[int, Array]]) -> s
         rows, columns = np.flatnonzero(pixels.any(axis=1)) + 1, np.flatnonzero(pixels.any(axis=0)) + 1
         lines += [
             "\t<object>",
-            f"\t\t<name>{list(CLASSES)[k - 1]}</name>",
+            f"\t\t<name>{names[k - 1]}</name>",
             "\t\t<difficult>0</difficult>",
             f"\t\t<bndbox><xmin>{columns[0]}</xmin><ymin>{rows[0]}</ymin>"
             f"<xmax>{columns[-1]}</xmax><ymax>{rows[-1]}</ymax></bndbox>",

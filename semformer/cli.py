@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import sys
 import time
 from collections.abc import Sequence
@@ -14,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-from semformer.config import PRESETS, Config, LossName, load_config, parse_overrides
+from semformer.config import PRESETS, Config, LossName, PretrainConfig, load_config, parse_overrides
 from semformer.errors import UserError, first_line
 
 STORE = Path("runs/store")
@@ -73,6 +74,20 @@ def _parser() -> argparse.ArgumentParser:
     importer.add_argument("--kind", required=True, choices=("caae", "segmentor"), help="which network it is of")
     add_config_arguments(importer)
     importer.set_defaults(command=_import_checkpoint)
+
+    pretrain = commands.add_parser(
+        "pretrain", help="train a backbone to tell other shapes apart, for the embedded data set", allow_abbrev=False
+    )
+    pretrain.add_argument("backbone", metavar="BACKBONE", help="a plain ViT, by its name in timm")
+    pretrain.add_argument("--out", type=Path, required=True, metavar="FILE", help="for its weights (.safetensors)")
+    pretrain.add_argument("--images", type=_count(1), default=20_000, help="to learn from (%(default)s)")
+    pretrain.add_argument("--epochs", type=_count(1), default=30, help="(%(default)s)")
+    pretrain.add_argument("--image-size", type=_count(32), default=64, help="side in pixels (%(default)s)")
+    pretrain.add_argument("--seed", type=_count(0), default=0)
+    pretrain.add_argument("--device", default="auto", help="as for run")
+    pretrain.add_argument("--threads", type=_count(1), default=1, help="as for run")
+    add_store_argument(pretrain)
+    pretrain.set_defaults(command=_pretrain)
 
     data = commands.add_parser("data", help="make or check a data set").add_subparsers(required=True, metavar="COMMAND")
     shapes = data.add_parser("make-shapes", help="write the embedded data set in VOC layout", allow_abbrev=False)
@@ -179,6 +194,36 @@ def _predict(options: argparse.Namespace) -> int:
         told = f"{one.image}: {', '.join(one.classes) or 'no object class'} -> {one.picture}"
         told += f" ({one.note})" if one.note else ""
         console.print(told, highlight=False, markup=False, soft_wrap=True)
+    return 0
+
+
+def _pretrain(options: argparse.Namespace) -> int:
+    import torch
+
+    from semformer.data.shapes import cached_shapes
+    from semformer.data.voc import open_devkit
+    from semformer.pretrain import WEIGHTS, pretrain
+    from semformer.store import open_store
+
+    config = PretrainConfig(backbone=options.backbone, image_size=options.image_size, epochs=options.epochs)
+    device = _device(options.device)
+    torch.set_num_threads(options.threads)
+    with _Display() as display:
+        folder = cached_shapes(options.images, 2000, options.image_size, kind="pretraining", progress=display.data)
+        artifact, found = pretrain(
+            config,
+            open_devkit(folder),
+            open_store(options.store),
+            seed=options.seed,
+            device=device,
+            progress=display.stage,
+            waiting=display.waiting,
+        )
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(artifact.file(WEIGHTS), options.out)
+    told = f"{options.backbone}, {artifact.info['accuracy']:.1f} % right on new images"
+    console.print(f"{told} ({'found' if found else 'made'}, {artifact.key.short}): {options.out}", highlight=False)
+    console.print(f"use it with --weights {options.out}, in a sweep with --weights {options.backbone}={options.out}")
     return 0
 
 

@@ -13,8 +13,11 @@ from semformer.config.schema import (
     LossName,
     NetworkConfig,
     OptimizerConfig,
+    PretrainConfig,
     SegmentorConfig,
     Settings,
+    ShapesConfig,
+    TrainingConfig,
     file_digest,
 )
 
@@ -30,8 +33,11 @@ __all__ = [
     "LossName",
     "NetworkConfig",
     "OptimizerConfig",
+    "PretrainConfig",
     "SegmentorConfig",
     "Settings",
+    "ShapesConfig",
+    "TrainingConfig",
     "field_names",
     "file_digest",
     "flatten",

@@ -114,17 +114,13 @@ class OptimizerConfig(Settings):
         return self.model_dump(mode="json", exclude={"momentum"} if self.name == "adamw" else None)
 
 
-class NetworkConfig(Settings):
-    """What the two trained stages have in common."""
-
-    ARCHITECTURE: ClassVar[tuple[str, ...]] = ("backbone", "image_size")
+class TrainingConfig(Settings):
+    """What all trainings have in common."""
 
     backbone: str
     pretrained: bool = True
     weights: str = ""
-    """A file with backbone weights (timm's names; .safetensors or .pth) instead of the download."""
-    checkpoint: str = ""
-    """A file with this whole network's weights under the published names: imported instead of trained."""
+    """A file with backbone weights (timm's names; .safetensors or .pth) instead of those that timm has."""
     image_size: Count
     epochs: Count
     batch_size: Count
@@ -136,17 +132,48 @@ class NetworkConfig(Settings):
 
     @property
     def files(self) -> tuple[str, ...]:
-        return tuple(filter(None, (self.weights, self.checkpoint)))
+        return tuple(filter(None, (self.weights,)))
 
     def key_parameters(self) -> dict[str, Any]:
-        """As for every stage; a file counts by its content, not its path. An import depends on no training option."""
-        if self.checkpoint:
-            architecture = self.model_dump(mode="json", include=set(self.ARCHITECTURE))
-            return architecture | {"checkpoint": file_digest(self.checkpoint)}
+        """As for every stage; a file counts by its content, not its path."""
         parameters = super().key_parameters()
         parameters["optimizer"] = self.optimizer.key_parameters()
         parameters["weights"] = file_digest(self.weights) if self.weights else ""
         return parameters
+
+
+class PretrainConfig(TrainingConfig):
+    """Classification of other images than the method's, from which its backbones start (`semformer pretrain`)."""
+
+    pretrained: bool = False
+    batch_size: Count = 64
+    optimizer: OptimizerConfig = OptimizerConfig(
+        name="adamw", lr=2e-3, weight_decay=0.05, warmup_steps=300, new_multiplier=1.0, bias_multiplier=1.0
+    )
+    color_jitter: Jitter = (0.0, 0.0, 0.0, 0.0)
+    enlarge: Range = (1.0, 1.0)
+    crop_area: Annotated[Range, AfterValidator(_at_most_one)] = (0.5, 1.0)
+    """Area of the random resized crop, as a fraction of the image."""
+
+
+class NetworkConfig(TrainingConfig):
+    """What the two networks of the method have in common."""
+
+    ARCHITECTURE: ClassVar[tuple[str, ...]] = ("backbone", "image_size")
+
+    checkpoint: str = ""
+    """A file with this whole network's weights under the published names: imported instead of trained."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (*super().files, *filter(None, (self.checkpoint,)))
+
+    def key_parameters(self) -> dict[str, Any]:
+        """An import depends on no training option."""
+        if self.checkpoint:
+            architecture = self.model_dump(mode="json", include=set(self.ARCHITECTURE))
+            return architecture | {"checkpoint": file_digest(self.checkpoint)}
+        return super().key_parameters()
 
 
 class CaaeConfig(NetworkConfig):

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from semformer.config import CaaeConfig, SegmentorConfig
+from semformer.config import CaaeConfig, PretrainConfig, SegmentorConfig
 from semformer.data.pack import LUMA
 from semformer.data.pixels import Resample, as_batch, normalized, resize, resize_axis
 
@@ -54,7 +54,7 @@ class Crops:
         return np.concatenate([first, first + self.shown[:, ::-1]], axis=1)
 
 
-def caae_crops(sizes: np.ndarray, config: CaaeConfig, *, seed: int, epoch: int) -> Crops:
+def caae_crops(sizes: np.ndarray, config: CaaeConfig | PretrainConfig, *, seed: int, epoch: int) -> Crops:
     """Random enlargement, random resized crop, flip, colour jitter. sizes: (n, 2), height and width of the images.
 
     Enlarged sizes are truncated; boxes are whole pixels of the enlarged image.

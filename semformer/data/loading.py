@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from semformer.config import NetworkConfig
+from semformer.config import TrainingConfig
 from semformer.data.augment import Crops, make_crops
 from semformer.data.pack import Packed
 from semformer.threads import in_order
@@ -39,7 +39,7 @@ class Loader:
     """The batches of an epoch, in an order that depends on seed and epoch alone; what is left over is dropped."""
 
     def __init__(
-        self, data: Packed, crops: Callable[..., Crops], options: NetworkConfig, *, seed: int, device: torch.device
+        self, data: Packed, crops: Callable[..., Crops], options: TrainingConfig, *, seed: int, device: torch.device
     ):
         """crops: `caae_crops` or `segmentor_crops`, with the `options` that they take."""
         self.data, self.crops, self.options, self.seed, self.device = data, crops, options, seed, device

@@ -52,7 +52,9 @@ def vit_wiring_patch8_48(pretrained: bool = False, **kwargs) -> VisionTransforme
 
 def _small_vit(pretrained: bool, options: dict[str, Any], **defaults: int) -> VisionTransformer:
     if pretrained:
-        raise UserError("the shapes backbones have no pretrained weights: set pretrained=false")
+        raise UserError(
+            "this backbone has no pretrained weights: set pretrained=false, or make some with `semformer pretrain`"
+        )
     hub_options = ("pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")
     chosen = {name: value for name, value in options.items() if name not in hub_options}
     return VisionTransformer(**{"patch_size": 8, **defaults, **chosen})
@@ -132,14 +134,23 @@ def class_to_patch_attention(block: nn.Module, tokens: Tensor, n_class: int) -> 
 def build_backbone(name: str, *, pretrained: bool = False, weights: str = "", image_size: int) -> Backbone:
     """A timm ViT by name, with random, downloaded (`pretrained`) or local (`weights`) parameters.
 
-    Raises UserError for an unknown name, a model that is no plain ViT, an image size that the patches do not tile,
-    a download that is impossible, and a weights file of another architecture.
+    Raises UserError as `build_vit` does, and for an image size that the patches do not tile.
     """
     shape = backbone_shape(name)  # which takes plain ViTs alone
     if image_size % shape["patch_size"]:
         raise UserError(f"image_size {image_size} is no multiple of {name}'s patch size {shape['patch_size']}")
+    return Backbone(build_vit(name, pretrained=pretrained, weights=weights, num_classes=0), image_size)
+
+
+def build_vit(name: str, *, pretrained: bool, weights: str, **options: Any) -> VisionTransformer:
+    """As timm makes it, with random, downloaded (`pretrained`) or local (`weights`) parameters; the head is always new.
+
+    Raises UserError for an unknown name, a model that is no plain ViT, a download that is impossible, and a weights
+    file of another architecture.
+    """
+    backbone_shape(name)  # which takes plain ViTs alone
     try:
-        vit = timm.create_model(name, pretrained=pretrained and not weights, num_classes=0)
+        vit = timm.create_model(name, pretrained=pretrained and not weights, **options)
     except UserError:
         raise
     except Exception as error:  # hub libraries raise a dozen kinds when they are offline
@@ -151,7 +162,7 @@ def build_backbone(name: str, *, pretrained: bool = False, weights: str = "", im
     assert isinstance(vit, VisionTransformer)
     if weights:
         _load_weights(vit, name, Path(weights))
-    return Backbone(vit, image_size)
+    return vit
 
 
 def _attention(block: nn.Module) -> Attention:
@@ -202,4 +213,7 @@ def _load_weights(vit: VisionTransformer, name: str, path: Path) -> None:
             new_size=list(vit.patch_embed.grid_size),
             num_prefix_tokens=0 if vit.no_embed_class else vit.num_prefix_tokens,
         )
-    load_state(vit, {key: value for key, value in state.items() if not key.startswith("head")}, f"{path} ({name})")
+    head = {key: value for key, value in wanted.items() if key.startswith("head")}  # which is new
+    load_state(
+        vit, {key: value for key, value in state.items() if not key.startswith("head")} | head, f"{path} ({name})"
+    )

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from semformer import memory
-from semformer.config import NetworkConfig, OptimizerConfig
+from semformer.config import OptimizerConfig, TrainingConfig
 from semformer.data.loading import Batch, Loader
 from semformer.data.pack import Packed
 from semformer.errors import UserError, first_line
@@ -49,7 +49,7 @@ def train(
     model: nn.Module,
     *,
     stage: str,
-    config: NetworkConfig,
+    config: TrainingConfig,
     loader: Loader,
     gradients: Gradients,
     pretrained: nn.Module | None,
@@ -215,7 +215,7 @@ def check_weights(model: nn.Module, stage: str, epoch: int) -> None:
         )
 
 
-def compiled(function: F, config: NetworkConfig) -> F:
+def compiled(function: F, config: TrainingConfig) -> F:
     """A network or a function of one, for steps of few sizes; compiled if the config says so, with the same parameters.
 
     What is not a step (maps of all sizes, say) takes the network as it was.

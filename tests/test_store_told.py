@@ -1,0 +1,232 @@
+"""What a store tells people, and what it records for them: faults, warnings, roots; and who is told in a race."""
+
+import errno
+import os
+from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
+
+import pytest
+from botocore.exceptions import ClientError
+
+from semformer.errors import MachineError, StoreError, UserError
+from semformer.keys import StageKey
+from semformer.store import Store, open_store
+from semformer.store.collection import collect
+from semformer.store.storage import Entry
+from tests.artifacts import build, caae, make_weights, publish, segmentor, visible
+
+DIGEST = "a" * 64
+
+
+def full(*arguments, **options):
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.fixture
+def store(tmp_path) -> Store:
+    return Store(tmp_path / "store")
+
+
+def test_a_root_tells_when_it_was_written_and_what_for(either):
+    before = datetime.now(UTC) - timedelta(seconds=1)
+    either.roots.keep("mine", [DIGEST])
+    root = either.roots.kept("mine")
+    assert before <= datetime.fromisoformat(root.kept) <= datetime.now(UTC)
+    assert root.about == {}
+    either.roots.keep("mine", [], {"preset": "tiny"})
+    assert either.roots.kept("mine").about == {"preset": "tiny"}
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        either.roots.keep("mine", [], {"sigma": float("nan")})
+
+
+def test_a_root_that_cannot_be_written_says_whose_it_is(store, monkeypatch):
+    monkeypatch.setattr(store.storage, "write", full)
+    with pytest.raises(UserError, match="recording what mine needs failed in"):
+        store.roots.keep("mine", [DIGEST])
+
+
+def test_a_root_that_cannot_be_read_is_named_in_the_warning(store, caplog):
+    store.storage.write("roots/mine.json", b'{"kept": 1}')
+    assert store.roots.kept("mine") is None
+    (record,) = caplog.records
+    assert record.args[:2] == ("roots/mine.json", store.location)
+    assert isinstance(record.args[2], KeyError)
+
+
+def test_roots_are_told_though_one_goes_meanwhile(store, monkeypatch):
+    for name in ("a", "b"):
+        store.roots.keep(name, [DIGEST])
+    read = store.storage.read
+
+    def gone(name):
+        if name == "roots/a.json":
+            raise FileNotFoundError(name)
+        return read(name)
+
+    monkeypatch.setattr(store.storage, "read", gone)
+    assert list(store.roots.all()) == ["b"]
+
+
+def test_a_sweep_that_has_no_root_is_told_whose_there_are(store):
+    with pytest.raises(UserError, match="keeps nothing for 'mine', only for nobody"):
+        store.roots.drop("mine")
+
+
+def test_a_patient_store_keeps_roots_in_the_same_place(either):
+    either.patient(1.0).roots.keep("mine", [DIGEST])
+    assert either.roots.kept("mine").digests == {DIGEST}
+
+
+def test_a_damaged_artifact_is_skipped_with_its_name(store, caplog):
+    publish(store, caae())
+    (store.root / "caae" / caae().digest / "manifest.json").write_text("{")
+    assert visible(store) == []
+    (record,) = caplog.records
+    assert record.args[:2] == ("caae", caae().digest)
+    assert "manifest" in str(record.args[2])
+
+
+@pytest.mark.parametrize("written", [0, 2_500_000])
+def test_a_full_disk_says_how_much_was_written_and_how_much_is_free(store, monkeypatch, written):
+    free = 12_340_000
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+
+    def make(workspace, checkpoints, lease):
+        (workspace / "weights.bin").write_bytes(bytes(written))
+        full()
+
+    with pytest.raises(UserError) as told:
+        build(store, caae(), make)
+    size = " (which takes at least 2.5 MB)" if written else ""
+    assert f"writing {caae()}{size} failed in" in str(told.value)
+    assert "12.3 MB are free there now" in str(told.value)
+
+
+def test_where_the_size_is_not_known_none_is_told(store, monkeypatch):
+    with pytest.raises(UserError, match=r"^doing it failed in"), store.storage.local.errors("doing it"):
+        full()
+
+
+def refusal(code: str, status: int) -> ClientError:
+    answer = {"Error": {"Code": code, "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+    return ClientError(answer, "PutObject")
+
+
+@pytest.mark.parametrize(
+    ("error", "kind", "advice"),
+    [
+        (refusal("NoSuchBucket", 404), StoreError, "Make the bucket tests, or check its name"),
+        (refusal("InvalidRequest", 400), StoreError, "Check the credentials"),
+        (refusal("InvalidAccessKeyId", 401), StoreError, "Check the credentials"),
+        (refusal("AccessDenied", 403), StoreError, "Check the credentials"),
+        (ValueError("Unable to locate credentials"), MachineError, "Check the credentials"),
+        (refusal("Teapot", 418), StoreError, "Check the endpoint (AWS_ENDPOINT_URL)"),
+        (ValueError("bad proxy"), MachineError, "Check the endpoint (AWS_ENDPOINT_URL)"),
+    ],
+)
+def test_what_a_bucket_refuses_comes_with_what_to_do(bucket, error, kind, advice):
+    told = open_store(bucket).storage._explain(error)
+    assert type(told) is kind
+    assert advice in str(told)
+
+
+def test_what_is_withdrawn_from_a_bucket_leaves_none_of_its_files(bucket):
+    store = open_store(bucket)
+    store.storage.withdraw(publish(store, caae()))
+    assert [name for name in store.storage.entries("") if name.startswith("caae/")] == []
+
+
+# Collecting
+
+
+def test_what_is_being_built_is_kept_with_its_inputs_though_no_root_reaches_it(either):
+    build(either, caae(), make_weights)
+    build(either, segmentor(caae()), make_weights)
+    either.roots.keep("other", [])
+    with either.lease(segmentor(caae())):
+        assert collect(either, apply=True, grace=-1) == []
+    assert {item.stage for item in collect(either, grace=-1)} >= {"caae", "segmentor"}
+
+
+def test_what_is_published_has_no_use_for_its_checkpoints(either):
+    build(either, caae(), make_weights)
+    either.roots.keep("mine", [caae().digest])
+    either.storage.write(f"checkpoints/caae/{caae().digest}", b"1234")
+    (found,) = [item for item in collect(either, grace=-1) if item.stage]
+    assert (found.why, found.bytes) == ("checkpoints of what is published", 4)
+
+
+def test_a_bucket_loses_manifests_before_the_files_that_they_name(bucket, monkeypatch):
+    store = open_store(bucket)
+    build(store, caae(), make_weights)
+    store.roots.keep("mine", [])
+    removed, remove = [], store.storage.remove
+    monkeypatch.setattr(store.storage, "remove", lambda name: (removed.append(name), remove(name)))
+    collect(store, apply=True, grace=-1)
+    manifests = [name.startswith("manifests/") for name in removed]
+    assert sorted(manifests, reverse=True) == manifests
+    assert set(manifests) == {True, False}
+
+
+def test_the_bytes_of_what_is_left_are_those_of_its_files(store):
+    store.roots.keep("mine", [])
+    publish(store, caae())
+    folder = store.root / "caae" / caae().digest
+    (found,) = [item for item in collect(store, grace=-1) if item.stage == "caae"]
+    assert found.bytes == sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+
+
+def test_what_dead_processes_left_goes_and_what_live_ones_use_stays(store):
+    store.roots.keep("mine", [])
+    store.storage.write("tmp/write-" + "0" * 16, b"x")
+    reasons = {item.names: item.why for item in collect(store, grace=-1)}
+    assert reasons[("tmp/write-" + "0" * 16,)] == "left by a process that has ended"
+
+
+def test_keys_without_data_are_collected_like_the_others(store):
+    bare = StageKey("caae", {"stage": "caae", "inputs": {}})
+    publish(store, bare)
+    store.roots.keep("mine", [bare.digest])
+    assert collect(store, grace=-1) == []
+
+
+# Leases
+
+
+def test_a_lease_lives_until_it_is_older_than_its_expiry(store, monkeypatch):
+    with store.lease(caae()):
+        entries = store.storage.entries
+        for age, live in ((store.leases.expiry, True), (store.leases.expiry + 0.1, False)):
+            monkeypatch.setattr(
+                store.storage,
+                "entries",
+                lambda prefix, age=age: {name: Entry(one.size, age) for name, one in entries(prefix).items()},
+            )
+            assert (caae().digest in store.leases.live()) == live
+
+
+def test_a_lease_that_is_released_between_two_looks_is_not_live(store, monkeypatch):
+    with store.lease(caae()):
+        monkeypatch.setattr(store.storage, "read", raise_not_found)
+        assert store.leases.live() == {}
+
+
+def raise_not_found(name):
+    raise FileNotFoundError(name)
+
+
+def test_a_heartbeat_does_not_wait_for_a_store_that_is_away(store, monkeypatch):
+    waited = []
+    with store.lease(caae()) as lease:
+        patient = store.storage.patient
+        monkeypatch.setattr(store.storage, "patient", lambda seconds: (waited.append(seconds), patient(seconds))[1])
+        lease.renew()
+        assert waited == [0.0]
+
+
+def test_an_artifact_that_goes_while_ages_are_read_is_left_out(store, monkeypatch):
+    for key in (caae(), caae(decoder_depth=4)):
+        publish(store, key)
+    digests = store.storage.digests
+    monkeypatch.setattr(store.storage, "digests", lambda stage: [*digests(stage), "0" * 64])
+    assert set(store.storage.ages("caae")) == {caae().digest, caae(decoder_depth=4).digest}

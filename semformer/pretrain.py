@@ -76,7 +76,7 @@ def pretrain(
             model = build_vit(
                 options.backbone,
                 pretrained=options.pretrained,
-                weights=options.weights,
+                weights=options.weights_file,
                 num_classes=len(data.classes) - 1,
                 img_size=options.image_size,
             ).to(device)

@@ -114,6 +114,10 @@ class OptimizerConfig(Settings):
         return self.model_dump(mode="json", exclude={"momentum"} if self.name == "adamw" else None)
 
 
+OWN_WEIGHTS = Path(__file__).parents[1] / "models" / "weights"
+"""Pretrained weights of the small backbones, as `semformer pretrain` made them."""
+
+
 class TrainingConfig(Settings):
     """What all trainings have in common."""
 
@@ -131,14 +135,20 @@ class TrainingConfig(Settings):
     """Train with torch.compile: faster where steps are long, after a minute or two; rounds differently."""
 
     @property
+    def weights_file(self) -> str:
+        """The file that the backbone starts from: `weights`, or the project's own. "": there is none."""
+        own = OWN_WEIGHTS / f"{self.backbone}.safetensors"
+        return self.weights or (str(own) if self.pretrained and own.exists() else "")
+
+    @property
     def files(self) -> tuple[str, ...]:
-        return tuple(filter(None, (self.weights,)))
+        return tuple(filter(None, (self.weights_file,)))
 
     def key_parameters(self) -> dict[str, Any]:
         """As for every stage; a file counts by its content, not its path."""
         parameters = super().key_parameters()
         parameters["optimizer"] = self.optimizer.key_parameters()
-        parameters["weights"] = file_digest(self.weights) if self.weights else ""
+        parameters["weights"] = file_digest(self.weights_file) if self.weights_file else ""
         return parameters
 
 

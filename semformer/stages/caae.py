@@ -106,7 +106,7 @@ def build(options: CaaeConfig, *, n_classes: int) -> CAAE:
     encoder = build_backbone(
         options.backbone,
         pretrained=options.pretrained and not options.checkpoint,
-        weights=options.weights,
+        weights=options.weights_file,
         image_size=options.image_size,
     )
     return CAAE(

@@ -211,7 +211,7 @@ def build(options: SegmentorConfig, *, n_classes: int, class_dim: int) -> Segmen
     backbone = build_backbone(
         options.backbone,
         pretrained=options.pretrained and not options.checkpoint,
-        weights=options.weights,
+        weights=options.weights_file,
         image_size=options.image_size,
     )
     return Segmentor(backbone, n_classes=n_classes, class_dim=class_dim, token_dropout=options.token_dropout)

@@ -14,7 +14,7 @@ PACKAGES = ("ray", "semformer-sweeps", "torch", "torchvision", "timm", "numpy", 
 
 @cache
 def versions() -> dict[str, str]:
-    """Of Python, of `PACKAGES`, and the start of the sha256 over this project's code, as this process found them."""
+    """Of Python, of `PACKAGES`, and the start of the sha256 over this project's code and weights, as this process found them."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -23,7 +23,7 @@ def versions() -> dict[str, str]:
             found[name] = "none"
     digest = hashlib.sha256()
     for package in (Path(keys.__file__).parent, Path(__file__).parents[1]):
-        for path in sorted(package.rglob("*.py")):
+        for path in sorted([*package.rglob("*.py"), *package.rglob("*.safetensors")]):
             digest.update(f"{package.name}/{path.relative_to(package)}\n".encode() + path.read_bytes())
     return found | {"code": digest.hexdigest()[:12]}
 

@@ -41,7 +41,7 @@ class Weights:
 
         Raises UserError where the folder has none for it.
         """
-        files = {stage: self._file(stage, network.backbone) for stage, network in _pretrained(config)}
+        files = {stage: self._file(stage, network) for stage, network in _pretrained(config)}
         networks = {
             stage: getattr(config, stage).model_copy(update={"weights": str(file)})
             for stage, file in files.items()
@@ -65,16 +65,19 @@ class Weights:
 
     def digests(self, configs: Iterable[Config]) -> dict[str, str]:
         """Backbone -> sha256 of the file, of those that the configs, as they were before `of`, use."""
-        stages = {network.backbone: stage for config in configs for stage, network in _pretrained(config)}
-        files = {name: self._file(stage, name) for name, stage in sorted(stages.items())}
+        networks = {network.backbone: (stage, network) for config in configs for stage, network in _pretrained(config)}
+        files = {name: self._file(*network) for name, network in sorted(networks.items())}
         return {name: file_digest(file) for name, file in files.items() if file}
 
-    def _file(self, stage: str, backbone: str) -> Path | None:
+    def _file(self, stage: str, network: NetworkConfig) -> Path | None:
+        backbone = network.backbone
         if backbone in self.files or not self.folder:
             return self.files.get(backbone)
         for suffix in SUFFIXES:
             if (file := self.folder / f"{backbone}{suffix}").is_file():
                 return file
+        if network.weights_file:  # the project's own
+            return None
         there = sorted(path.name for path in self.folder.iterdir() if path.suffix in SUFFIXES)
         raise UserError(
             f"--weights {self.folder}: it has no {' or '.join(f'{backbone}{s}' for s in SUFFIXES)}, from which the "
@@ -83,7 +86,7 @@ class Weights:
 
 
 def _pretrained(config: Config) -> Iterator[tuple[str, NetworkConfig]]:
-    """The networks that would be downloaded, by stage."""
+    """The networks whose pretrained weights are timm's or the project's own, by stage."""
     for stage in needed_stages(config):
         network = getattr(config, stage.name)
         if isinstance(network, NetworkConfig) and network.pretrained and not (network.weights or network.checkpoint):

@@ -1,0 +1,124 @@
+"""Pretraining on other shapes: what it makes, what its key depends on, and what its loss is."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file
+from timm.models import VisionTransformer
+from torch import nn
+
+from semformer import cli
+from semformer.config import PretrainConfig
+from semformer.data.loading import Batch
+from semformer.data.shapes import make_shapes
+from semformer.data.voc import open_devkit
+from semformer.errors import UserError
+from semformer.models.vit import build_backbone
+from semformer.pretrain import accuracy, gradients, pretrain, pretrain_key
+from semformer.store import Store
+
+NAME = "vit_wiring_patch8_32"
+OPTIONS = PretrainConfig(backbone=NAME, image_size=32, epochs=3, batch_size=16)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def devkit(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("others") / "set"
+    return open_devkit(make_shapes(folder, train=48, val=16, size=32, kind="pretraining"))
+
+
+def run(devkit, store, progress=lambda told: None, seed=0):
+    return pretrain(OPTIONS, devkit, store, seed=seed, device=CPU, progress=progress)
+
+
+def test_the_command_writes_weights_that_a_network_starts_from(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SEMFORMER_CACHE", str(tmp_path / "cache"))
+    file, store = tmp_path / "new" / "weights.safetensors", tmp_path / "store"
+    command = ["pretrain", NAME, "--images", "40", "--epochs", "1", "--image-size", "32"]
+    command += ["--store", str(store), "--out", str(file)]
+    assert cli.main(command) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert "made" in told
+    assert "% right on new images" in told
+    assert cli.main(command) == 0
+    assert "found" in capsys.readouterr().err
+    with safe_open(file, framework="pt") as opened:
+        assert json.loads(opened.metadata()["key"])["params"]["backbone"] == NAME
+    weights, backbone = load_file(file), build_backbone(NAME, weights=str(file), image_size=48)
+    assert not [name for name in weights if name.startswith("head")]
+    torch.testing.assert_close(backbone.blocks[1].attn.qkv.weight.data, weights["blocks.1.attn.qkv.weight"])
+    torch.testing.assert_close(backbone.class_token, weights["cls_token"])
+
+
+def test_an_interrupted_pretraining_ends_with_the_same_weights(devkit, tmp_path):
+    def interrupt(told):
+        if told.stage == "pretrain" and told.epoch == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(devkit, Store(tmp_path / "broken"), interrupt)
+    epochs = []
+    resumed, found = run(devkit, Store(tmp_path / "broken"), lambda told: epochs.append(told.epoch))
+    whole, _ = run(devkit, Store(tmp_path / "whole"))
+    assert not found
+    assert set(epochs) - {0} == {3}
+    assert (
+        load_file(resumed.file("backbone.safetensors")).keys() == load_file(whole.file("backbone.safetensors")).keys()
+    )
+    for name, value in load_file(whole.file("backbone.safetensors")).items():
+        assert torch.equal(value, load_file(resumed.file("backbone.safetensors"))[name]), name
+
+
+def test_the_key_is_of_the_images_the_options_and_the_seed(devkit, tmp_path):
+    train = devkit.split("train")
+    key = pretrain_key(OPTIONS, train, 0)
+    assert key == pretrain_key(PretrainConfig(**OPTIONS.model_dump()), train, 0)
+    others = [
+        pretrain_key(OPTIONS, train, 1),
+        pretrain_key(OPTIONS.model_copy(update={"epochs": 4}), train, 0),
+        pretrain_key(OPTIONS, devkit.split("val"), 0),
+    ]
+    assert len({key, *others}) == 4
+
+
+def test_a_model_that_is_no_plain_vit_is_refused_before_anything_is_made(devkit, tmp_path):
+    with pytest.raises(UserError, match="resnet18 is no plain ViT"):
+        pretrain(
+            OPTIONS.model_copy(update={"backbone": "resnet18"}),
+            devkit,
+            Store(tmp_path),
+            seed=0,
+            device=CPU,
+            progress=print,
+        )
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+def test_the_loss_is_the_smoothed_cross_entropy_of_the_objects_class(pieces):
+    torch.manual_seed(0)
+    model, images = nn.Sequential(nn.Flatten(), nn.Linear(48, 5)), torch.randn(7, 3, 4, 4)
+    classes = torch.tensor([0, 4, 2, 2, 1, 3, 0])
+    Y = torch.cat([torch.ones(7, 1), F.one_hot(classes, 5)], dim=1)  # the background is everywhere
+    told = gradients(model, Batch(images, torch.zeros(7, 4), Y), pieces)
+    wanted = torch.full((7, 5), 0.1 / 5)
+    wanted[torch.arange(7), classes] += 0.9
+    loss = -(wanted * model(images).log_softmax(dim=1)).sum(dim=1).mean()
+    (gradient,) = torch.autograd.grad(loss, [model[1].weight])
+    torch.testing.assert_close(told["total"], loss.detach())
+    torch.testing.assert_close(model[1].weight.grad, gradient)
+
+
+def test_accuracy_is_the_share_of_images_whose_class_is_the_likeliest(devkit):
+    torch.manual_seed(0)
+    split = devkit.split("val")
+    model = VisionTransformer(32, 8, embed_dim=16, depth=1, num_heads=2, num_classes=64)
+    with torch.no_grad():
+        model.head.bias[int(np.argmax(split.labels[0, 1:]))] += 100
+    right = (split.labels[:, 1:].argmax(axis=1) == split.labels[0, 1:].argmax()).mean()
+    assert accuracy(model, split, batch_size=5) == pytest.approx(100 * right)
+    assert not model.training

@@ -1,15 +1,20 @@
 """What the stages hand to their trainings: seeds, what is pretrained, sizes; and the best epoch after a break."""
 
+import re
+
 import pytest
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import nn
 
 from semformer import pipeline
 from semformer.config import load_config
+from semformer.errors import UserError
 from semformer.models import vit
 from semformer.models.caae import CAAE
-from semformer.stages import caae, segmentor
+from semformer.stages import caae, segmentor, training
 from semformer.store import Store
 
 CPU = torch.device("cpu")
@@ -75,8 +80,8 @@ class Stop(Exception):
     pass
 
 
-@pytest.mark.parametrize("scores", [(20.0, 10.0, 15.0), (10.0, 20.0, 15.0)])
-def test_the_best_epoch_from_before_a_break_is_kept(shapes, tmp_path, monkeypatch, scores):
+@pytest.mark.parametrize("scores", [(20.0, 10.0, 15.0), (10.0, 20.0, 15.0), (20.0, 20.0, 10.0), (10.0, 20.0, 20.0)])
+def test_the_first_best_epoch_is_kept_also_from_before_a_break(shapes, tmp_path, monkeypatch, scores):
     seen = []
 
     def score(model, *_):
@@ -98,6 +103,20 @@ def test_the_best_epoch_from_before_a_break_is_kept(shapes, tmp_path, monkeypatc
     best = seen[scores.index(20.0)]
     assert len(seen) == 3
     assert all(torch.equal(kept[name], best[name]) for name in best)
+
+
+def test_best_weights_that_cannot_be_read_or_fit_nothing_are_named(tmp_path, caplog):
+    checkpoint = training.Checkpoint(tmp_path)
+    checkpoint.path.write_bytes(b"there")
+    (tmp_path / "best.safetensors").write_bytes(b"no tensors")
+    training.Best(checkpoint)
+    (record,) = caplog.records
+    assert record.args[0] == tmp_path / "best.safetensors"
+    assert isinstance(record.args[1], SafetensorError)
+    best = training.Best(checkpoint)
+    best.keep(nn.Linear(2, 2), {"score": 1.0}, {})
+    with pytest.raises(UserError, match=re.escape(f"{tmp_path / 'best.safetensors'} is of another architecture")):
+        best.restore(nn.Linear(3, 2))
 
 
 def test_the_epoch_is_chosen_by_crops_of_the_size_that_the_network_learns_from(shapes, store, monkeypatch):

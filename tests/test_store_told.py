@@ -2,6 +2,8 @@
 
 import errno
 import os
+import subprocess
+import time
 from datetime import UTC, datetime, timedelta
 from types import SimpleNamespace
 
@@ -12,6 +14,7 @@ from semformer.errors import MachineError, StoreError, UserError
 from semformer.keys import StageKey
 from semformer.store import Store, open_store
 from semformer.store.collection import collect
+from semformer.store.processes import is_alive
 from semformer.store.storage import Entry
 from tests.artifacts import build, caae, make_weights, publish, segmentor, visible
 
@@ -230,3 +233,33 @@ def test_an_artifact_that_goes_while_ages_are_read_is_left_out(store, monkeypatc
     digests = store.storage.digests
     monkeypatch.setattr(store.storage, "digests", lambda stage: [*digests(stage), "0" * 64])
     assert set(store.storage.ages("caae")) == {caae().digest, caae(decoder_depth=4).digest}
+
+
+def test_a_lease_whose_holder_has_not_said_who_it_is_yet_is_held(store):
+    store.storage.create(f"leases/{caae().digest}/1", b"")
+    holder = store.leases.holder(caae())
+    assert (holder.host, holder.pid) == ("an unknown host", 0)
+    assert holder.since == pytest.approx(time.time() - holder.age, abs=5)
+    age = 10.0
+    assert store.leases._holder(b"", age).since == pytest.approx(time.time() - age, abs=5)
+
+
+def test_looking_whether_a_process_lives_does_not_disturb_it():
+    with subprocess.Popen(["sleep", "60"]) as process:
+        time.sleep(0.2)
+        assert is_alive(process.pid)
+        time.sleep(0.2)
+        assert process.poll() is None
+        process.kill()
+
+
+@pytest.mark.parametrize(
+    ("number", "kind"), [(errno.ENOSPC, UserError), (errno.EROFS, UserError), (errno.ENOENT, RuntimeError)]
+)
+def test_a_disk_that_safetensors_finds_full_is_told_as_such(store, number, kind):
+    def make(workspace, checkpoints, lease):
+        raise RuntimeError(f"I/O error: {os.strerror(number)} (os error {number})")
+
+    with pytest.raises(kind, match=os.strerror(number)) as told:
+        build(store, caae(), make)
+    assert type(told.value) is not UserError or f"writing {caae()} failed in" in str(told.value)

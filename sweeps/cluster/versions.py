@@ -14,7 +14,7 @@ PACKAGES = ("ray", "semformer-sweeps", "torch", "torchvision", "timm", "numpy", 
 
 @cache
 def versions() -> dict[str, str]:
-    """Of Python, of `PACKAGES`, and the start of the sha256 over this project's code and weights, as this process found them."""
+    """Of Python, of `PACKAGES`, and the start of the sha256 over this project's code and weights, as found here."""
     found = {"python": platform.python_version()}
     for name in PACKAGES:
         try:

@@ -14,7 +14,11 @@ from mutmut.stats import status_by_exit_code
 WANTED = 90
 """Percent, of each file."""
 UNNOTICED = ("survived", "no tests")
-PLACES = (r"\.to\((?:None|[\w.]*device|\"cpu\")?(?:, )?(?:non_blocking=\w+)?\)", r",? ?device=[\w.]+")
+PLACES = (
+    r"\.to\((?:None|[\w.]*device|\"cpu\")?(?:, )?(?:non_blocking=\w+)?\)",
+    r",? ?device=[\w.]+",
+    r"non_blocking=\w+(?:, )?",
+)
 """Where tensors lie, and whether a copy is waited for: on a CPU, that changes nothing."""
 
 

@@ -1,6 +1,7 @@
 """What a store tells people, and what it records for them: faults, warnings, roots; and who is told in a race."""
 
 import errno
+import hashlib
 import os
 import subprocess
 import time
@@ -13,10 +14,11 @@ from botocore.exceptions import ClientError
 from semformer.errors import MachineError, StoreError, UserError
 from semformer.keys import StageKey
 from semformer.store import Store, open_store
+from semformer.store.cache import Cache
 from semformer.store.collection import collect
 from semformer.store.processes import is_alive
 from semformer.store.storage import Entry
-from tests.artifacts import build, caae, make_weights, publish, segmentor, visible
+from tests.artifacts import build, caae, damage, flip_a_bit, make_weights, publish, segmentor, visible
 
 DIGEST = "a" * 64
 
@@ -263,3 +265,39 @@ def test_a_disk_that_safetensors_finds_full_is_told_as_such(store, number, kind)
     with pytest.raises(kind, match=os.strerror(number)) as told:
         build(store, caae(), make)
     assert type(told.value) is not UserError or f"writing {caae()} failed in" in str(told.value)
+
+
+def test_a_lease_as_old_as_its_expiry_is_still_held(store):
+    assert store.leases._holder(b"", store.leases.expiry) is not None
+    assert store.leases._holder(b"", store.leases.expiry + 0.1) is None
+
+
+def test_checkpoints_of_an_input_that_is_gone_stay_while_what_needs_it_does(store):
+    build(store, segmentor(caae()), make_weights)
+    store.roots.keep("mine", [segmentor(caae()).digest])
+    (store.checkpoints(caae()) / "checkpoint").write_bytes(b"1234")
+    assert [item for item in collect(store, grace=-1) if item.stage] == []
+
+
+def test_what_was_damaged_goes_once_its_stage_is_no_longer_being_built(store, tmp_path):
+    damage(build(store, caae(), make_weights), flip_a_bit, tmp_path)
+    assert store.find(caae()) is None
+    store.roots.keep("mine", [])
+    with store.lease(caae()):
+        store.storage.write("tmp/write-" + "0" * 16, b"x")
+        assert [item.why for item in collect(store, grace=-1)] == ["left by a process that has ended"]
+    assert "was damaged" in {item.why for item in collect(store, grace=-1)}
+
+
+def test_a_cache_has_what_is_as_the_manifest_tells_and_knows_that_it_is_used(tmp_path):
+    cache, file = Cache(tmp_path, 10**6), tmp_path / "weights.bin"
+    told = {"size": 3, "sha256": hashlib.sha256(b"abc").hexdigest()}
+    assert not cache.has(file, told, verify=False)
+    file.write_bytes(b"abc")
+    os.utime(file, (0, 0))
+    assert cache.has(file, told, verify=True)
+    assert file.stat().st_mtime > time.time() - 60
+    assert not cache.has(file, {**told, "size": 4}, verify=False)
+    file.write_bytes(b"abd")
+    assert cache.has(file, told, verify=False)
+    assert not cache.has(file, told, verify=True)

@@ -18,8 +18,10 @@ PLACES = (
     r"\.to\((?:None|[\w.]*device|\"cpu\")?(?:, )?(?:non_blocking=\w+)?\)",
     r",? ?device=[\w.]+",
     r"non_blocking=\w+(?:, )?",
+    r",? ?fused=\w+",
+    r".*cuda.*",
 )
-"""Where tensors lie, and whether a copy is waited for: on a CPU, that changes nothing."""
+"""Where tensors lie, whether a copy is waited for, and what is done on a GPU alone: on a CPU, that changes nothing."""
 
 
 def main() -> int:

@@ -12,7 +12,7 @@ from torchvision.transforms import functional as tvf
 from semformer.config import load_config
 from semformer.data.augment import ADJUST, caae_crops, jitter, luma, make_crops, segmentor_crops, valid_mask
 from semformer.data.loading import cut
-from semformer.data.pixels import MEAN, STD, as_batch, normalized, resize_exactly
+from semformer.data.pixels import MEAN, STD, as_batch, normalized, resize, resize_exactly
 
 SAMPLE = Path(__file__).parents[2] / "shared" / "coco_sample"
 NO_JITTER = (0.0, 0.0, 0.0, 0.0)
@@ -266,3 +266,15 @@ def test_views_are_pillow_s_to_the_digit(photographs, scale):
 def test_normalised_images_have_imagenet_s_mean_and_deviation():
     grey = torch.tensor([[0.485, 0.456, 0.406], [0.714, 0.68, 0.631]])[:, :, None, None] * 255
     assert normalized(grey)[:, :, 0, 0].allclose(torch.tensor([[0.0, 0, 0], [1.0, 1, 1]]), atol=1e-5)
+
+
+@pytest.mark.parametrize("resample", ["bilinear", "bicubic"])
+def test_floats_are_resized_to_whole_values_in_the_range_of_bytes_like_bytes(resample):
+    extremes = np.random.default_rng(0).choice(np.array([0, 255], np.uint8), (20, 30, 3))
+    images = torch.from_numpy(extremes).permute(2, 0, 1)[None]
+    theirs = np.array(Image.fromarray(extremes).resize((45, 33), PILLOW[resample])).transpose(2, 0, 1)
+    for given in (images, images.float()):  # a GPU resizes floats alone
+        ours = resize(given, (33, 45), resample).double().numpy()[0]
+        assert (ours == ours.round()).all()
+        assert (ours.min(), ours.max()) == (theirs.min(), theirs.max())
+        assert np.abs(ours - theirs).max() <= 2

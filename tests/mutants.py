@@ -58,9 +58,10 @@ def is_of_places(diff: str) -> bool:
     """Whether nothing else is changed."""
     sides = {"-": "", "+": ""}
     for line in changed(diff).splitlines():
+        code = line[1:]
         for place in PLACES:
-            line = re.sub(place, "", line)
-        sides[line[0]] += re.sub(r", ?\)", ")", line[1:])
+            code = re.sub(place, "", code)
+        sides[line[0]] += re.sub(r", ?\)", ")", code)
     return sides["-"] == sides["+"]
 
 

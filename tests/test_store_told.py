@@ -6,10 +6,12 @@ import os
 import subprocess
 import time
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from botocore.exceptions import ClientError
+from boto3.exceptions import RetriesExceededError, S3UploadFailedError
+from botocore.exceptions import ClientError, EndpointConnectionError
 
 from semformer.errors import MachineError, StoreError, UserError
 from semformer.keys import StageKey
@@ -301,3 +303,30 @@ def test_a_cache_has_what_is_as_the_manifest_tells_and_knows_that_it_is_used(tmp
     file.write_bytes(b"abd")
     assert cache.has(file, told, verify=False)
     assert not cache.has(file, told, verify=True)
+
+
+@pytest.mark.parametrize(
+    ("error", "away"),
+    [
+        *[(refusal(code, 409), True) for code in ("RequestTimeout", "SlowDown", "Throttling")],
+        *[(refusal(code, 409), True) for code in ("ConditionalRequestConflict", "OperationAborted")],
+        *[(refusal("Other", status), True) for status in (500, 502, 503, 504)],
+        *[(refusal("Other", status), False) for status in (400, 401, 403, 404, 412, 501)],
+        (EndpointConnectionError(endpoint_url="http://s3"), True),
+        (RetriesExceededError(ValueError("no")), True),
+        (ValueError("no"), False),
+    ],
+)
+def test_what_may_pass_is_waited_for_also_behind_a_transfer(bucket, error, away):
+    storage = open_store(bucket).storage
+    assert storage.is_away(error) == away
+    transfer = S3UploadFailedError("no")
+    transfer.__context__ = error
+    assert storage.is_away(transfer) == (away and not isinstance(error, RetriesExceededError))
+
+
+def test_what_is_set_aside_is_where_it_is_said_to_be(store):
+    publish(store, caae())
+    aside = store.storage.set_aside(caae(), store.storage.manifest("caae", caae().digest))
+    assert sorted(path.name for path in Path(aside).iterdir()) == ["manifest.json", "weights.bin"]
+    assert store.storage.set_aside(caae(), None) is None

@@ -202,9 +202,16 @@ def _pretrain(options: argparse.Namespace) -> int:
 
     from semformer.data.shapes import cached_shapes
     from semformer.data.voc import open_devkit
+    from semformer.models.vit import check_tiles
     from semformer.pretrain import WEIGHTS, pretrain
     from semformer.store import open_store
 
+    check_tiles(options.backbone, options.image_size)
+    try:  # before it takes minutes
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.touch()
+    except OSError as error:
+        raise UserError(f"--out {options.out} cannot be written: {error.strerror}") from error
     config = PretrainConfig(backbone=options.backbone, image_size=options.image_size, epochs=options.epochs)
     device = _device(options.device)
     torch.set_num_threads(options.threads)
@@ -219,11 +226,11 @@ def _pretrain(options: argparse.Namespace) -> int:
             progress=display.stage,
             waiting=display.waiting,
         )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(artifact.file(WEIGHTS), options.out)
-    told = f"{options.backbone}, {artifact.info['accuracy']:.1f} % right on new images"
-    console.print(f"{told} ({'found' if found else 'made'}, {artifact.key.short}): {options.out}", highlight=False)
-    console.print(f"use it with --weights {options.out}, in a sweep with --weights {options.backbone}={options.out}")
+    made = f"{'found' if found else 'made'}, {artifact.info['accuracy']:.1f} % right on new images"
+    console.print(f"{options.backbone} {artifact.key.short} ({made}): {options.out}", highlight=False, soft_wrap=True)
+    use = f"--weights or --caae-weights {options.out}, in a sweep with --weights {options.backbone}={options.out}"
+    console.print(f"use it with {use}", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -23,7 +23,7 @@ from semformer.data.loading import Batch, Loader
 from semformer.data.pixels import as_batch, normalized
 from semformer.data.voc import Devkit, Split
 from semformer.keys import StageKey
-from semformer.models.vit import backbone_shape, build_vit
+from semformer.models.vit import build_vit, check_tiles
 from semformer.precision import determinism
 from semformer.stages.context import Context, Progress
 from semformer.stages.pack import packed
@@ -54,9 +54,10 @@ def pretrain(
 ) -> tuple[Artifact, bool]:
     """Finds or makes `backbone.safetensors` (timm's names, without the classifier); tells whether it was found.
 
+    Raises UserError for a model that is no plain ViT or whose patches do not tile the images, and what `train` raises.
     Its info has the share of the images of split "val" whose class is the likeliest, in percent.
     """
-    backbone_shape(options.backbone)  # which takes plain ViTs alone
+    check_tiles(options.backbone, options.image_size)
     splits = {name: data.split(name) for name in ("train", "val")}
     key = pretrain_key(options, splits["train"], seed)
 

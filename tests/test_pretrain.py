@@ -16,7 +16,6 @@ from semformer.config import PretrainConfig
 from semformer.data.loading import Batch
 from semformer.data.shapes import make_shapes
 from semformer.data.voc import open_devkit
-from semformer.errors import UserError
 from semformer.models.vit import build_backbone
 from semformer.pretrain import accuracy, gradients, pretrain, pretrain_key
 from semformer.store import Store
@@ -86,16 +85,20 @@ def test_the_key_is_of_the_images_the_options_and_the_seed(devkit, tmp_path):
     assert len({key, *others}) == 4
 
 
-def test_a_model_that_is_no_plain_vit_is_refused_before_anything_is_made(devkit, tmp_path):
-    with pytest.raises(UserError, match="resnet18 is no plain ViT"):
-        pretrain(
-            OPTIONS.model_copy(update={"backbone": "resnet18"}),
-            devkit,
-            Store(tmp_path),
-            seed=0,
-            device=CPU,
-            progress=print,
-        )
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        (["resnet18", "--out", "w.safetensors"], "resnet18 is no plain ViT"),
+        ([NAME, "--out", "w.safetensors", "--image-size", "36"], "36 is no multiple of vit_wiring_patch8_32's patch"),
+        ([NAME, "--out", "."], "--out . cannot be written: Is a directory"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_images_are_made(tmp_path, monkeypatch, capsys, arguments, told):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SEMFORMER_CACHE", str(tmp_path / "cache"))
+    assert cli.main(["pretrain", *arguments]) == 2
+    assert told in " ".join(capsys.readouterr().err.split())
+    assert not (tmp_path / "cache").exists()
 
 
 @pytest.mark.parametrize("pieces", [1, 3])

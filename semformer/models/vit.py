@@ -136,10 +136,15 @@ def build_backbone(name: str, *, pretrained: bool = False, weights: str = "", im
 
     Raises UserError as `build_vit` does, and for an image size that the patches do not tile.
     """
-    shape = backbone_shape(name)  # which takes plain ViTs alone
-    if image_size % shape["patch_size"]:
-        raise UserError(f"image_size {image_size} is no multiple of {name}'s patch size {shape['patch_size']}")
+    check_tiles(name, image_size)
     return Backbone(build_vit(name, pretrained=pretrained, weights=weights, num_classes=0), image_size)
+
+
+def check_tiles(name: str, image_size: int) -> None:
+    """Raises UserError for an image size that the patches do not tile, and as `backbone_shape` does."""
+    patch_size = backbone_shape(name)["patch_size"]
+    if image_size % patch_size:
+        raise UserError(f"image_size {image_size} is no multiple of {name}'s patch size {patch_size}")
 
 
 def build_vit(name: str, *, pretrained: bool, weights: str, **options: Any) -> VisionTransformer:

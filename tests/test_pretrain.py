@@ -1,6 +1,8 @@
 """Pretraining on other shapes: what it makes, what its key depends on, and what its loss is."""
 
+import hashlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,17 +14,23 @@ from timm.models import VisionTransformer
 from torch import nn
 
 from semformer import cli
-from semformer.config import PretrainConfig
+from semformer import pretrain as pretrain_module
+from semformer.config import PretrainConfig, file_digest, load_config
+from semformer.config.schema import OWN_WEIGHTS
+from semformer.data import other_shapes
 from semformer.data.loading import Batch
 from semformer.data.shapes import make_shapes
 from semformer.data.voc import open_devkit
 from semformer.models.vit import build_backbone
 from semformer.pretrain import accuracy, gradients, pretrain, pretrain_key
 from semformer.store import Store
+from sweeps.plan.table import load_table, resolve
 
 NAME = "vit_wiring_patch8_32"
 OPTIONS = PretrainConfig(backbone=NAME, image_size=32, epochs=3, batch_size=16)
 CPU = torch.device("cpu")
+IMAGES = "43eee34daf94112de09c9a5435fdb8e18c1abd89e47ccb874c3d736c93281254"
+"""sha256 of the first 50."""
 
 
 @pytest.fixture(scope="module")
@@ -125,3 +133,35 @@ def test_accuracy_is_the_share_of_images_whose_class_is_the_likeliest(devkit):
     right = (split.labels[:, 1:].argmax(axis=1) == split.labels[0, 1:].argmax()).mean()
     assert accuracy(model, split, batch_size=5) == pytest.approx(100 * right)
     assert not model.training
+
+
+OWN = sorted(OWN_WEIGHTS.glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("path", OWN, ids=lambda path: path.stem)
+def test_the_projects_own_weights_are_what_the_command_makes_today(path):
+    with safe_open(path, framework="pt") as file:
+        key = json.loads(file.metadata()["key"])
+    options = PretrainConfig(backbone=path.stem, image_size=64, epochs=30)
+    assert key["params"] == json.loads(json.dumps(options.key_parameters()))
+    assert (key["version"], key["seed"]) == (pretrain_module.VERSION, 0)
+    build_backbone(path.stem, weights=str(path), image_size=64)
+
+
+def test_the_images_that_the_projects_own_weights_have_seen_are_drawn_as_they_were():
+    images = b"".join(other_shapes.render("train", i, seed=0, size=64)[0].tobytes() for i in range(50))
+    told = "make the weights anew with `semformer pretrain`, each with its name"
+    assert hashlib.sha256(images).hexdigest() == IMAGES, told
+
+
+def test_every_backbone_of_preset_tiny_starts_from_weights():
+    assert {path.stem for path in OWN} == {
+        config.caae.backbone
+        for row in load_table("table06").rows
+        for config in [resolve(load_table("table06"), row, "tiny", {}, 0)]
+    }
+    config = load_config("tiny")
+    assert Path(config.caae.weights_file).stem == config.caae.backbone
+    assert Path(config.segmentor.weights_file).stem == config.segmentor.backbone
+    assert config.segmentor.key_parameters()["weights"] == file_digest(config.segmentor.weights_file)
+    assert load_config("tiny", {"segmentor.pretrained": False}).segmentor.weights_file == ""

@@ -20,9 +20,7 @@ Texture = Callable[[Array, Array, float], Array]
 
 REACH = 0.6
 CUT_OFF = 0.08  # how far an object may reach out of the image / its extent
-BODY_TEXTURE_CONTRAST = 0.35  # swing of a body's texture, on a scale where black to white is 1
-BACKGROUND_TEXTURE_CONTRAST = 0.12
-NOISE_CONTRAST = 0.10  # swing of the background's low-frequency noise
+NOISE_CONTRAST = 0.10  # swing of a background's low-frequency noise, on a scale where black to white is 1
 PIXEL_NOISE = 0.02  # standard deviation, everywhere
 PART_AREA_RANGE = (0.08, 0.14)  # emblem's area / body's area
 
@@ -88,13 +86,15 @@ def place(rng: np.random.Generator, outline: Outline, extents: tuple[float, floa
     return Body((rows, columns), extent, x, y, upright_x, upright_y, extent * outline(upright_x, upright_y))
 
 
-def textured(rng: np.random.Generator, colour: Array, texture: Texture, period: float, body: Body, size: int) -> Array:
+def textured(
+    rng: np.random.Generator, colour: Array, texture: Texture, period: float, contrast: float, body: Body, size: int
+) -> Array:
     """A body of one colour (3,) with a texture that stays upright when the body turns: (h, w, 3)."""
     scale = 96 / size
     period = period * rng.uniform(0.9, 1.1)
     shift_x, shift_y = rng.uniform(-2, 2, 2)
     values = texture(scale * body.x + shift_x, scale * body.y + shift_y, period)
-    return colour + BODY_TEXTURE_CONTRAST / 2 * values[..., None]
+    return colour + contrast / 2 * values[..., None]
 
 
 def gradient(rng: np.random.Generator, top: Array, bottom: Array, size: int) -> Array:

@@ -10,7 +10,6 @@ import colorsys
 import numpy as np
 
 from semformer.data.drawing import (
-    BACKGROUND_TEXTURE_CONTRAST,
     Array,
     Body,
     Outline,
@@ -29,6 +28,8 @@ from semformer.data.drawing import (
 )
 
 EXTENT_RANGE = (0.4, 0.8)  # object's extent / image's side
+BODY_TEXTURE_CONTRAST = 0.35  # swing, on a scale where black to white is 1
+BACKGROUND_TEXTURE_CONTRAST = 0.12
 MOST_EMBLEMS = 2
 PERIOD_RANGE = (6.0, 9.0)
 
@@ -94,7 +95,8 @@ def render(split: str, index: int, *, seed: int, size: int) -> tuple[Array, Arra
     k = 1 + int(rng.integers(len(CLASSES)))
     outline, texture = list(CLASSES.values())[k - 1]
     body = place(rng, OUTLINES[outline], EXTENT_RANGE, size)
-    fill = textured(rng, _colour(rng), TEXTURES[texture], rng.uniform(*PERIOD_RANGE), body, size)
+    colour, period = _colour(rng), rng.uniform(*PERIOD_RANGE)
+    fill = textured(rng, colour, TEXTURES[texture], period, BODY_TEXTURE_CONTRAST, body, size)
     for _ in range(rng.integers(MOST_EMBLEMS + 1)):
         fill = _with_emblem(rng, fill, body)
     image = gradient(rng, _colour(rng), _colour(rng), size)

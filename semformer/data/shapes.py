@@ -1,10 +1,11 @@
 """The embedded data set: procedural images in VOC layout, on which weak supervision fails as it does on VOC.
 
-An object is a body and a part. The body is large and only weakly telling: an outline and a low-contrast texture
-in one of two colours, each shared with another class and with a background. The part is small and gives the class
-away: a saturated emblem in the class's two colours, at the class's place in the body. A classifier needs the part
-alone, so a plain activation map covers too little. Each class is mostly seen in its own context (water, grass,
-sand, sky), so the map leaks into the background too.
+An object is a body and, mostly, a part. The body is large and only weakly telling: an outline and a low-contrast
+texture in one of two colours, each shared with another class and with a background. The part is small and gives the
+class away: a saturated emblem in the class's two colours, at the class's place in the body. Where it is seen, a
+classifier needs the part alone, so a plain activation map covers too little. Each class is mostly seen in its own
+context (water, grass, sand, sky), which tells of it where the part is not seen, and which stands out more than the
+body does: so the map leaks into the background.
 
 Image i of a split depends on (seed, split, i, size) and on nothing else. An object's extent is its diameter;
 texture periods are in pixels of a 96-pixel image. Change VERSION with anything that changes an image.
@@ -23,7 +24,6 @@ from PIL import Image
 
 from semformer.data import other_shapes
 from semformer.data.drawing import (
-    BACKGROUND_TEXTURE_CONTRAST,
     Array,
     Body,
     Outline,
@@ -45,14 +45,17 @@ from semformer.data.voc import IGNORE, voc_palette
 from semformer.errors import UserError
 from semformer.machine import cache_folder
 
-VERSION = 4
+VERSION = 5
 
-NUM_OBJECTS_PROBABILITIES = (0.25, 0.45, 0.30)  # of one, two, three objects
+NUM_OBJECTS_PROBABILITIES = (0.50, 0.35, 0.15)  # of one, two, three objects
 SAME_CLASS_PROBABILITY = 0.08  # that a further object repeats the class of an earlier one
 EXTENT_RANGE = (0.35, 0.62)  # object's extent / image's side
 MIN_VISIBLE_PIXELS = 60  # of each object, in a 96-pixel image
 MIN_VISIBLE_FRACTION = 0.7  # of each object's own area; the rest may be hidden by a later object
-CONTEXT_PROBABILITY = 0.6  # that the background is the first object's preferred context
+CONTEXT_PROBABILITY = 0.9  # that the background is the first object's preferred context
+PART_PROBABILITY = 0.6  # that an object's part is seen
+BODY_TEXTURE_CONTRAST = 0.25  # swing, on a scale where black to white is 1
+BACKGROUND_TEXTURE_CONTRAST = 0.35
 COLOUR_JITTER = 0.03  # standard deviation, of every colour drawn from PALETTE
 
 Colour = tuple[float, float, float]
@@ -220,10 +223,12 @@ def _draw_background(rng: np.random.Generator, preferred: str, size: int) -> Arr
 def _paint(rng: np.random.Generator, image: Array, object_class: ObjectClass, body: Body) -> None:
     """Paint a body and its part onto `image`."""
     colour = PALETTE[rng.choice(object_class.fills)] + COLOUR_JITTER * rng.standard_normal(3)
-    fill = textured(rng, colour, TEXTURES[object_class.texture], object_class.period, body, len(image))
-    place_x, place_y = object_class.place
-    from_part = body.extent * np.hypot(body.upright_x - place_x, body.upright_y - place_y)
-    fill = put_emblem(fill, from_part, body.emblem(rng), object_class.colours)
+    texture, period = TEXTURES[object_class.texture], object_class.period
+    fill = textured(rng, colour, texture, period, BODY_TEXTURE_CONTRAST, body, len(image))
+    if rng.random() < PART_PROBABILITY:
+        place_x, place_y = object_class.place
+        from_part = body.extent * np.hypot(body.upright_x - place_x, body.upright_y - place_y)
+        fill = put_emblem(fill, from_part, body.emblem(rng), object_class.colours)
     image[body.window] = blend(image[body.window], fill, body.distance)
 
 

@@ -68,7 +68,7 @@ def test_the_ranges_move_with_the_config_that_the_search_starts_from():
         (["U=1:9:lag"], "write LOW:HIGH"),
         (["sigma=0.3:0.1"], "low <= high"),
         (["sigma=0:1:log"], "low > 0"),
-        (["sigma=1:2"], "starts from segmentor.sigma = 0.2"),
+        (["sigma=1:2"], "starts from segmentor.sigma = 0.075"),
         (["merge=sum|men"], "caae.merge = 'men'"),
         (["merge=1:2"], "caae.merge = '1'"),
         (["precision=float32:bfloat16"], "holds no number"),

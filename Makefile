@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: demo tables faults gpu mutants test lint format bench clean
+.PHONY: demo tables tables-tiny faults gpu mutants test lint format bench clean
 
 demo: $(READY)  ## one CAAE, eight segmentation networks, Table 3
 	$(BIN)/semformer-sweep run table03 --preset tiny
@@ -11,13 +11,16 @@ demo: $(READY)  ## one CAAE, eight segmentation networks, Table 3
 tables: $(READY)  ## all 14 tables on toy networks
 	$(BIN)/semformer-sweep run --all --preset micro
 
+tables-tiny: $(READY)  ## all 14 tables on small networks that learn: half an hour to an hour
+	$(BIN)/semformer-sweep run --all --preset tiny
+
 faults: $(READY)  ## what a cluster does to a sweep, and what that costs
 	$(BIN)/python -m tests.faults
 
 gpu: $(READY)  ## does everything work on this machine's GPU, and how fast: docs/results/gpu.md
 	$(BIN)/python -m tests.gpu --compile
 
-mutants: $(READY)  ## which changes of the science do the fast tests not notice? an hour
+mutants: $(READY)  ## which changes of the science do the fast tests not notice? hours
 	-$(BIN)/mutmut run --max-children 2
 	$(BIN)/python -m tests.mutants
 

@@ -209,7 +209,7 @@ def _pretrain(options: argparse.Namespace) -> int:
     check_tiles(options.backbone, options.image_size)
     try:  # before it takes minutes
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.touch()
+        options.out.open("ab").close()
     except OSError as error:
         raise UserError(f"--out {options.out} cannot be written: {error.strerror}") from error
     config = PretrainConfig(backbone=options.backbone, image_size=options.image_size, epochs=options.epochs)

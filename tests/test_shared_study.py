@@ -33,7 +33,7 @@ def test_a_study_goes_on_where_it_was_with_other_suggestions(search):
     ("axes", "changes", "told"),
     [
         (["sigma", "U"], {}, "axes.U"),
-        (["sigma=0.1:0.3"], {}, "axes.sigma segmentor.sigma 0.0666667:0.6:log -> segmentor.sigma 0.1:0.3"),
+        (["sigma=0.05:0.3"], {}, "axes.sigma segmentor.sigma 0.025:0.225:log -> segmentor.sigma 0.05:0.3"),
         (["sigma"], {"objectives": ["gpu_hours"]}, "objectives"),
         (["sigma"], {"overrides": {"caae.epochs": 3}}, "config.caae.epochs 2 -> 3"),
         (["sigma"], {"preset": "tiny"}, "preset micro -> tiny"),

@@ -42,7 +42,7 @@ def test_both_ends_of_every_axis_make_a_sound_config_in_every_preset(preset):
 
 
 def test_any_field_can_be_an_axis_with_values_of_its_type():
-    axes = ["segmentor.token_dropout=0:0.8", "sigma=0.1:0.4:log", "caae.decoder_depth=1:3", "caae.reconstruction=1|0"]
+    axes = ["segmentor.token_dropout=0:0.8", "sigma=0.05:0.4:log", "caae.decoder_depth=1:3", "caae.reconstruction=1|0"]
     _, read = read_axes(axes, "tiny", {})
     assert {name: axis.distribution for name, axis in read.items()} == {
         "segmentor.token_dropout": FloatDistribution(0.0, 0.8),

@@ -41,7 +41,7 @@ class Weights:
 
         Raises UserError where the folder has none for it.
         """
-        files = {stage: self._file(stage, network) for stage, network in _pretrained(config)}
+        files = {stage: self._file(stage, network.backbone) for stage, network in _pretrained(config)}
         networks = {
             stage: getattr(config, stage).model_copy(update={"weights": str(file)})
             for stage, file in files.items()
@@ -65,19 +65,16 @@ class Weights:
 
     def digests(self, configs: Iterable[Config]) -> dict[str, str]:
         """Backbone -> sha256 of the file, of those that the configs, as they were before `of`, use."""
-        networks = {network.backbone: (stage, network) for config in configs for stage, network in _pretrained(config)}
-        files = {name: self._file(*network) for name, network in sorted(networks.items())}
+        stages = {network.backbone: stage for config in configs for stage, network in _pretrained(config)}
+        files = {name: self._file(stage, name) for name, stage in sorted(stages.items())}
         return {name: file_digest(file) for name, file in files.items() if file}
 
-    def _file(self, stage: str, network: NetworkConfig) -> Path | None:
-        backbone = network.backbone
+    def _file(self, stage: str, backbone: str) -> Path | None:
         if backbone in self.files or not self.folder:
             return self.files.get(backbone)
         for suffix in SUFFIXES:
             if (file := self.folder / f"{backbone}{suffix}").is_file():
                 return file
-        if network.weights_file:  # the project's own
-            return None
         there = sorted(path.name for path in self.folder.iterdir() if path.suffix in SUFFIXES)
         raise UserError(
             f"--weights {self.folder}: it has no {' or '.join(f'{backbone}{s}' for s in SUFFIXES)}, from which the "

@@ -241,7 +241,7 @@ def test_what_a_search_may_need_is_told_by_its_start_and_the_ends_of_its_axes(se
     configs = [trial.config for trial in one.samples]
     assert configs[0] == one.own
     assert {config.caae.class_dim for config in configs} == {4, 8, 16}
-    assert {config.segmentor.sigma for config in configs} == {0.1, 0.2, 0.4}
+    assert {config.segmentor.sigma for config in configs} == {0.05, 0.075, 0.4}
     assert {config.caae.merge for config in configs} == {"sum", "mean", "max"}
 
 

@@ -46,7 +46,7 @@ def test_any_field_can_be_an_axis_with_values_of_its_type():
     _, read = read_axes(axes, "tiny", {})
     assert {name: axis.distribution for name, axis in read.items()} == {
         "segmentor.token_dropout": FloatDistribution(0.0, 0.8),
-        "sigma": FloatDistribution(0.1, 0.4, log=True),
+        "sigma": FloatDistribution(0.05, 0.4, log=True),
         "caae.decoder_depth": IntDistribution(1, 3),
         "caae.reconstruction": CategoricalDistribution((True, False)),
     }

@@ -207,9 +207,10 @@ def _pretrain(options: argparse.Namespace) -> int:
     from semformer.store import open_store
 
     check_tiles(options.backbone, options.image_size)
+    if options.out.is_dir():
+        raise UserError(f"--out {options.out} is a folder: name a file")
     try:  # before it takes minutes
         options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.open("ab").close()
     except OSError as error:
         raise UserError(f"--out {options.out} cannot be written: {error.strerror}") from error
     config = PretrainConfig(backbone=options.backbone, image_size=options.image_size, epochs=options.epochs)

@@ -98,15 +98,17 @@ def test_the_key_is_of_the_images_the_options_and_the_seed(devkit, tmp_path):
     [
         (["resnet18", "--out", "w.safetensors"], "resnet18 is no plain ViT"),
         ([NAME, "--out", "w.safetensors", "--image-size", "36"], "36 is no multiple of vit_wiring_patch8_32's patch"),
-        ([NAME, "--out", "."], "--out . cannot be written: Is a directory"),
+        ([NAME, "--out", "."], "--out . is a folder: name a file"),
+        ([NAME, "--out", "there/w.safetensors"], "--out there/w.safetensors cannot be written: File exists"),
     ],
 )
 def test_what_cannot_work_is_refused_before_images_are_made(tmp_path, monkeypatch, capsys, arguments, told):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SEMFORMER_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "there").touch()
     assert cli.main(["pretrain", *arguments]) == 2
     assert told in " ".join(capsys.readouterr().err.split())
-    assert not (tmp_path / "cache").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["there"]
 
 
 @pytest.mark.parametrize("pieces", [1, 3])

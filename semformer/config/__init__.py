@@ -16,7 +16,6 @@ from semformer.config.schema import (
     PretrainConfig,
     SegmentorConfig,
     Settings,
-    ShapesConfig,
     TrainingConfig,
     file_digest,
 )
@@ -36,7 +35,6 @@ __all__ = [
     "PretrainConfig",
     "SegmentorConfig",
     "Settings",
-    "ShapesConfig",
     "TrainingConfig",
     "field_names",
     "file_digest",

@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-from semformer.config import PRESETS, Config, LossName, PretrainConfig, load_config, parse_overrides
+from semformer.config import PRESETS, Config, LossName, PretrainConfig, ShapesConfig, load_config, parse_overrides
 from semformer.errors import UserError, first_line
 
 STORE = Path("runs/store")
@@ -217,7 +217,8 @@ def _pretrain(options: argparse.Namespace) -> int:
     device = _device(options.device)
     torch.set_num_threads(options.threads)
     with _Display() as display:
-        folder = cached_shapes(options.images, 2000, options.image_size, kind="pretraining", progress=display.data)
+        shapes = ShapesConfig(train=options.images, val=2000, size=options.image_size, kind="pretraining")
+        folder = cached_shapes(shapes, display.data)
         artifact, found = pretrain(
             config,
             open_devkit(folder),

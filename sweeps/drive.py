@@ -12,12 +12,13 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.markup import escape
 
 from semformer import pipeline
+from semformer.config import ShapesConfig
 from semformer.errors import first_line
 from semformer.secrets import without_password
 from semformer.store import Store
@@ -301,14 +302,14 @@ class Drive:
         from sweeps.cluster.preflight import Images
 
         folder = self.options.data
-        found: dict[Any, dict[str, str]] = {}  # split -> digest
+        found: dict[Path | ShapesConfig, dict[str, str]] = {}  # split -> digest
         for config in (trial.config for trial in self.sweep.samples):
             if where := folder or config.data.shapes:
                 of_splits = found.setdefault(where, {})
                 for name, _ in pipeline.packs(config):
                     if name not in of_splits:
                         of_splits[name] = pipeline.open_data(config, folder)[name].digest
-        return [Images(folder or where.model_dump(), digests) for where, digests in found.items()]
+        return [Images(folder or where, digests) for where, digests in found.items()]
 
     def _tell_unfit(self, why: str) -> None:
         self._print(f"[yellow]no work any more for[/] {escape(why)}")

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from semformer.config import Difficulty, ShapesConfig
 from semformer.data import drawing, other_shapes, shapes
 from semformer.data.check import check_devkit
 from semformer.data.shapes import CLASSES, cached_shapes, make_shapes, render
@@ -116,37 +117,56 @@ def test_every_object_shows_enough_pixels(monkeypatch):
             assert np.count_nonzero(pixels & (mask != 255)) >= 500 / 4
 
 
-def test_classes_are_mostly_seen_in_their_own_context(monkeypatch):
+@pytest.mark.parametrize("context", [0.9, 0.3])
+def test_classes_are_seen_in_their_own_context_as_often_as_is_said(monkeypatch, context):
     drawn = []
     choose_context = shapes._choose_context
 
-    def spy(rng, preferred):
-        drawn.append(choose_context(rng, preferred) == preferred)
+    def spy(rng, preferred, probability):
+        drawn.append(choose_context(rng, preferred, probability) == preferred)
         return preferred
 
     monkeypatch.setattr(shapes, "_choose_context", spy)
     for i in range(300):
-        render("train", i, seed=5, size=32)
-    assert np.mean(drawn) == pytest.approx(shapes.CONTEXT_PROBABILITY, abs=0.1)
+        render("train", i, seed=5, size=32, difficulty=Difficulty(context=context))
+    assert np.mean(drawn) == pytest.approx(context, abs=0.1)
 
 
-def test_a_part_covers_a_small_share_of_its_object_where_it_is_seen(monkeypatch):
+@pytest.mark.parametrize("probability", [0.6, 0.2])
+def test_a_part_covers_a_small_share_of_its_object_where_it_is_seen(monkeypatch, probability):
+    difficulty = Difficulty(part=probability)
     shares = []
     for i in range(120):
-        image, _, visible = render("train", i, seed=0, size=96)
+        image, _, visible = render("train", i, seed=0, size=96, difficulty=difficulty)
         if len(visible) > 1:
             continue
         with monkeypatch.context() as patch:
             patch.setattr(drawing, "PART_AREA_RANGE", (0.0, 0.0))
-            without, *_ = render("train", i, seed=0, size=96)
+            without, *_ = render("train", i, seed=0, size=96, difficulty=difficulty)
         part = np.any(image != without, axis=-1)
         assert (part <= visible[0][1]).mean() > 0.99
         shares.append(part.sum() / visible[0][1].sum())
     seen = [share for share in shares if share]
-    assert len(seen) / len(shares) == pytest.approx(shapes.PART_PROBABILITY, abs=0.15)
+    assert len(seen) / len(shares) == pytest.approx(probability, abs=0.15)
     assert min(seen) > 0.03
     assert max(seen) < 0.18
     assert np.mean(seen) == pytest.approx(0.11, abs=0.03)
+
+
+def test_contrasts_are_the_swings_of_the_textures():
+    def drawn(**contrasts):
+        difficulty = Difficulty(part=0, **{"body_contrast": 0, "background_contrast": 0} | contrasts)
+        image, mask, _ = render("train", 3, seed=0, size=96, difficulty=difficulty)
+        return image.astype(float), mask
+
+    flat, mask = drawn()
+    body, _ = drawn(body_contrast=0.2)
+    background, _ = drawn(background_contrast=0.4)
+    objects, rest = (mask > 0) & (mask < 255), mask == 0
+    assert np.mean(np.abs(body - flat)[rest] > 1) < 0.03  # an edge is blended
+    assert np.ptp((body - flat)[objects]) == pytest.approx(0.2 * 255, abs=4)
+    assert np.mean(np.abs(background - flat)[objects] > 1) < 0.03
+    assert np.ptp((background - flat)[rest]) == pytest.approx(0.4 * 255, abs=8)
 
 
 def test_no_colour_tells_the_class_and_all_are_shared_with_the_backgrounds():
@@ -225,7 +245,7 @@ def test_an_interrupted_set_leaves_nothing(tmp_path):
 def _make_cached(barrier, cache) -> None:
     os.environ["SEMFORMER_CACHE"] = str(cache)
     barrier.wait(timeout=60)
-    assert len(open_devkit(cached_shapes(20, 2, size=32)).split("train")) == 20
+    assert len(open_devkit(cached_shapes(ShapesConfig(train=20, val=2, size=32))).split("train")) == 20
 
 
 def test_two_processes_may_make_the_same_cached_set_at_once(tmp_path):

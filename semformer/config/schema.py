@@ -73,6 +73,20 @@ class Settings(BaseModel):
         return self.model_dump(mode="json")
 
 
+class Difficulty(Settings):
+    """What misleads a map of the embedded data set's scenes, and how much.
+
+    Contrasts are a texture's swing, on a scale where black to white is 1.
+    """
+
+    context: Fraction = 0.9
+    """Probability that the background is the first object's preferred context."""
+    part: Fraction = 0.6
+    """Probability that an object's part is seen."""
+    body_contrast: Fraction = 0.25
+    background_contrast: Fraction = 0.35
+
+
 class ShapesConfig(Settings):
     """The embedded data set that is made when no `--data` is given."""
 
@@ -81,6 +95,8 @@ class ShapesConfig(Settings):
     size: Count = 96
     seed: Seed = 0
     kind: Literal["scenes", "pretraining"] = "scenes"
+    """pretraining: single objects of other classes (`semformer pretrain`)."""
+    difficulty: Difficulty = Difficulty()
 
 
 class DataConfig(Settings):

@@ -16,12 +16,14 @@ import shutil
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
 
+from semformer.config import Difficulty, ShapesConfig
 from semformer.data import other_shapes
 from semformer.data.drawing import (
     Array,
@@ -52,10 +54,6 @@ SAME_CLASS_PROBABILITY = 0.08  # that a further object repeats the class of an e
 EXTENT_RANGE = (0.35, 0.62)  # object's extent / image's side
 MIN_VISIBLE_PIXELS = 60  # of each object, in a 96-pixel image
 MIN_VISIBLE_FRACTION = 0.7  # of each object's own area; the rest may be hidden by a later object
-CONTEXT_PROBABILITY = 0.9  # that the background is the first object's preferred context
-PART_PROBABILITY = 0.6  # that an object's part is seen
-BODY_TEXTURE_CONTRAST = 0.25  # swing, on a scale where black to white is 1
-BACKGROUND_TEXTURE_CONTRAST = 0.35
 COLOUR_JITTER = 0.03  # standard deviation, of every colour drawn from PALETTE
 
 Colour = tuple[float, float, float]
@@ -146,20 +144,23 @@ TEXTURES: dict[str, Texture] = {
 }
 
 
-def render(split: str, index: int, *, seed: int, size: int) -> tuple[Array, Array, list[tuple[int, Array]]]:
+def render(
+    split: str, index: int, *, seed: int, size: int, difficulty: Difficulty | None = None
+) -> tuple[Array, Array, list[tuple[int, Array]]]:
     """Draw image `index` of a split.
 
     Returns the image, (size, size, 3) uint8; the mask, (size, size) uint8 with class indices and a ring of
     255, one pixel wide, along the objects' edges; and per object its class index and its visible pixels,
     (size, size) bool, ring included.
     """
+    difficulty = difficulty or Difficulty()
     rng = np.random.default_rng([seed, *split.encode(), index, size])
     names = _draw_classes(rng)
     classes = [CLASSES[name] for name in names]
     bodies, instances = _draw_layout(rng, classes, size)
-    image = _draw_background(rng, classes[0].context, size)
+    image = _draw_background(rng, classes[0].context, size, difficulty)
     for object_class, body in zip(classes, bodies, strict=True):
-        _paint(rng, image, object_class, body)
+        _paint(rng, image, object_class, body, difficulty)
     drawn = finished(rng, image)
     indices = [list(CLASSES).index(name) + 1 for name in names]
     mask = np.array([0, *indices], dtype=np.uint8)[instances]
@@ -196,14 +197,14 @@ def _draw_layout(rng: np.random.Generator, classes: list[ObjectClass], size: int
             return bodies, instances
 
 
-def _choose_context(rng: np.random.Generator, preferred: str) -> str:
+def _choose_context(rng: np.random.Generator, preferred: str, probability: float) -> str:
     others = [name for name in CONTEXTS if name != preferred]
-    return preferred if rng.random() < CONTEXT_PROBABILITY else str(rng.choice(others))
+    return preferred if rng.random() < probability else str(rng.choice(others))
 
 
-def _draw_background(rng: np.random.Generator, preferred: str, size: int) -> Array:
+def _draw_background(rng: np.random.Generator, preferred: str, size: int, difficulty: Difficulty) -> Array:
     """The image to paint on, (size, size, 3) in 0..1."""
-    context = CONTEXTS[_choose_context(rng, preferred)]
+    context = CONTEXTS[_choose_context(rng, preferred, difficulty.context)]
     top, bottom = (PALETTE[c] + COLOUR_JITTER * rng.standard_normal(3) for c in rng.permutation(context.colours))
     image = gradient(rng, top, bottom, size)
     grid_y, grid_x = grid(size)
@@ -217,15 +218,17 @@ def _draw_background(rng: np.random.Generator, preferred: str, size: int) -> Arr
         texture = smooth_noise(rng, size, (48, 48))
     else:
         texture = np.clip(2 * smooth_noise(rng, size, (5, 3)), -1, 1)
-    return image + BACKGROUND_TEXTURE_CONTRAST / 2 * texture[..., None]
+    return image + difficulty.background_contrast / 2 * texture[..., None]
 
 
-def _paint(rng: np.random.Generator, image: Array, object_class: ObjectClass, body: Body) -> None:
+def _paint(
+    rng: np.random.Generator, image: Array, object_class: ObjectClass, body: Body, difficulty: Difficulty
+) -> None:
     """Paint a body and its part onto `image`."""
     colour = PALETTE[rng.choice(object_class.fills)] + COLOUR_JITTER * rng.standard_normal(3)
     texture, period = TEXTURES[object_class.texture], object_class.period
-    fill = textured(rng, colour, texture, period, BODY_TEXTURE_CONTRAST, body, len(image))
-    if rng.random() < PART_PROBABILITY:
+    fill = textured(rng, colour, texture, period, difficulty.body_contrast, body, len(image))
+    if rng.random() < difficulty.part:
         place_x, place_y = object_class.place
         from_part = body.extent * np.hypot(body.upright_x - place_x, body.upright_y - place_y)
         fill = put_emblem(fill, from_part, body.emblem(rng), object_class.colours)
@@ -239,10 +242,6 @@ def _ring(instances: Array) -> Array:
     return instances > np.minimum.reduce(neighbours)
 
 
-Kind = Literal["scenes", "pretraining"]
-"""scenes: those of this module. pretraining: those of `other_shapes`."""
-
-
 def make_shapes(
     root: str | Path,
     *,
@@ -250,7 +249,8 @@ def make_shapes(
     val: int,
     size: int = 96,
     seed: int = 0,
-    kind: Kind = "scenes",
+    kind: Literal["scenes", "pretraining"] = "scenes",
+    difficulty: Difficulty | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
     """Write `train` + `val` images of size x size pixels to root/VOC2012 and return root.
@@ -267,13 +267,14 @@ def make_shapes(
     if seed < 0:
         raise UserError(f"make-shapes needs a seed of at least 0, not {seed}.")
     root = Path(root).expanduser()
-    parameters: dict[str, int | str] = {"version": VERSION, "kind": kind}
-    parameters |= {"train": train, "val": val, "size": size, "seed": seed}
+    difficulty = difficulty or Difficulty()
+    parameters: dict[str, Any] = {"version": VERSION, "kind": kind}
+    parameters |= {"train": train, "val": val, "size": size, "seed": seed} | difficulty.model_dump()
     if _is_made(root, parameters):
         return root
     making = root.parent / f".{root.name}.{uuid.uuid4().hex}"
     try:
-        _write(making, parameters, progress)
+        _write(making, parameters, difficulty, progress)
         try:
             making.rename(root)
         except OSError:
@@ -286,20 +287,23 @@ def make_shapes(
     return root
 
 
-def cached_shapes(
-    train: int,
-    val: int,
-    size: int = 96,
-    seed: int = 0,
-    kind: Kind = "scenes",
-    progress: Callable[[int, int], None] | None = None,
-) -> Path:
+def cached_shapes(config: ShapesConfig, progress: Callable[[int, int], None] | None = None) -> Path:
     """`make_shapes` into $SEMFORMER_CACHE, or ~/.cache/semformer. Several processes may call it at once."""
-    name = f"shapes-v{VERSION}-{kind}-train{train}-val{val}-size{size}-seed{seed}"
-    return make_shapes(cache_folder() / name, train=train, val=val, size=size, seed=seed, kind=kind, progress=progress)
+    parameters = config.model_dump(exclude={"difficulty"}) | config.difficulty.model_dump(exclude_defaults=True)
+    name = "-".join([f"shapes-v{VERSION}", *(f"{key}-{value}" for key, value in parameters.items())])
+    return make_shapes(
+        cache_folder() / name,
+        train=config.train,
+        val=config.val,
+        size=config.size,
+        seed=config.seed,
+        kind=config.kind,
+        difficulty=config.difficulty,
+        progress=progress,
+    )
 
 
-def _is_made(root: Path, parameters: dict[str, int | str]) -> bool:
+def _is_made(root: Path, parameters: dict[str, Any]) -> bool:
     """Whether `root` holds this very data set. Raises UserError if it holds something else."""
     if not root.exists() or (root.is_dir() and not any(root.iterdir())):
         return False
@@ -315,12 +319,16 @@ def _is_made(root: Path, parameters: dict[str, int | str]) -> bool:
     return True
 
 
-def _write(root: Path, parameters: dict[str, Any], progress: Callable[[int, int], None] | None) -> None:
+def _write(
+    root: Path, parameters: dict[str, Any], difficulty: Difficulty, progress: Callable[[int, int], None] | None
+) -> None:
     folder = root / "VOC2012"
     splits = folder / "ImageSets" / "Segmentation"
     for part in (folder / "JPEGImages", folder / "Annotations", folder / "SegmentationClass", splits):
         part.mkdir(parents=True)
-    draw, names = (render, CLASSES) if parameters["kind"] == "scenes" else (other_shapes.render, other_shapes.CLASSES)
+    scenes = parameters["kind"] == "scenes"
+    draw = partial(render, difficulty=difficulty) if scenes else other_shapes.render
+    names = list(CLASSES if scenes else other_shapes.CLASSES)
     (folder / "classes.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
     size, seed = parameters["size"], parameters["seed"]
     palette = voc_palette()
@@ -333,7 +341,7 @@ def _write(root: Path, parameters: dict[str, Any], progress: Callable[[int, int]
             palette_mask = Image.fromarray(mask)
             palette_mask.putpalette(palette)
             palette_mask.save(folder / "SegmentationClass" / f"{image_id}.png")
-            annotation = _annotation(image_id, size, visible, list(names))
+            annotation = _annotation(image_id, size, visible, names)
             (folder / "Annotations" / f"{image_id}.xml").write_text(annotation, encoding="utf-8")
             done += 1
             if progress is not None:

@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
+from semformer.config import ShapesConfig
 from semformer.data.shapes import cached_shapes
 from semformer.data.voc import open_devkit
 from semformer.errors import UserError
@@ -34,7 +34,7 @@ class Images:
     """What a sweep reads: a devkit's folder, or the parameters of the embedded data set, which each node then makes;
     and the `Split.digest` of its splits by name."""
 
-    data: Path | Mapping[str, Any]
+    data: Path | ShapesConfig
     digests: Mapping[str, str]
 
 
@@ -220,7 +220,7 @@ def _ask(
 def _compare(images: Images) -> list[str]:
     """What is wrong with a node's images."""
     try:
-        devkit = open_devkit(images.data if isinstance(images.data, Path) else cached_shapes(**images.data))
+        devkit = open_devkit(images.data if isinstance(images.data, Path) else cached_shapes(images.data))
         found = {name: devkit.split(name).digest for name in images.digests}
     except (UserError, OSError) as error:
         return [str(error)]

@@ -51,6 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, help="one seed only (default: mean and deviation over all)")
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help="as in the sweep, if it has several settings")
     add("--format", default="markdown", choices=("markdown", "latex", "both"), help="default: %(default)s")
+    add("--agreement", action="store_true", help="also tell which pairs of rows are ordered as in the paper")
     add("--out", type=Path, metavar="DIR", help="also write TABLE.md, .tex and .parquet (all cells)")
     add("--log", action="store_true", help="also keep the tables in MLflow, with the sweep's parent run")
     return parser
@@ -60,6 +61,7 @@ def _tables(options: argparse.Namespace) -> int:
     if options.all == bool(options.tables):
         raise UserError("which tables? Name some (table03 table08), or give --all alone")
     tables = load_all_tables() if options.all else load_tables(options.tables)
+    from analysis import agreement
     from analysis.render import to_latex, to_markdown, write_files
     from analysis.tables import compile_from_mlflow
 
@@ -77,6 +79,8 @@ def _tables(options: argparse.Namespace) -> int:
     _say("\n".join(renderer(table) for table in compiled for renderer in renderers[options.format]).rstrip(), options)
     if len(tables) > 1:
         _say(f"\n{'% ' * (options.format != 'markdown')}{_count(tables, compiled)}", options)
+    if options.agreement:
+        _say(f"\n{agreement.to_markdown(compiled).rstrip()}", options)
     if options.out:
         for path in (path for table in compiled for path in write_files(table, options.out)):
             _say(f"wrote {path}", options, sys.stderr)

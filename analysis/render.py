@@ -58,16 +58,16 @@ def to_markdown(compiled: CompiledTable) -> str:
     footnotes = Footnotes()
     entries, _ = _entries(compiled, footnotes)
     grid = [[_markdown_entry(entry) for entry in line] for line in entries]
-    under = [f"- {symbol} {_markdown(text)}" for symbol, text in footnotes.items()]
-    under += [f"- **{heading}:** {_markdown(text)}" for heading, text in compiled.notes]
-    parts = [f"### {compiled.table.name}: {_markdown(compiled.table.title)}", _markdown_grid(grid), "\n".join(under)]
+    under = [f"- {symbol} {markdown(text)}" for symbol, text in footnotes.items()]
+    under += [f"- **{heading}:** {markdown(text)}" for heading, text in compiled.notes]
+    parts = [f"### {compiled.table.name}: {markdown(compiled.table.title)}", markdown_grid(grid), "\n".join(under)]
     if runs := _run_lines(compiled, SHORT):
         plural, places = "s" * (len(compiled.experiments) > 1), "`, `".join(compiled.experiments)
         parts.append(
             f"Where the measured values come from, in MLflow experiment{plural} `{places}` "
             f"(filter: `tags.\"{TAG}trial_key\" LIKE 'KEY%'`):"
         )
-        parts.append(_markdown_grid([[_markdown(text) for text in line] for line in runs]))
+        parts.append(markdown_grid([[markdown(text) for text in line] for line in runs]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -257,19 +257,19 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _markdown_entry(entry: Entry) -> str:
-    text = _markdown(entry.text)
+    text = markdown(entry.text)
     text = f"**{text}**" if entry.bold else text
     return f"{text} {entry.symbols}" if entry.symbols.startswith("[") else text + entry.symbols
 
 
-def _markdown_grid(grid: Sequence[Sequence[str]]) -> str:
+def markdown_grid(grid: Sequence[Sequence[str]]) -> str:
     widths = [max(3, *map(len, column)) for column in zip(*grid, strict=True)]
     lines = ["| " + " | ".join(text.ljust(w) for text, w in zip(line, widths, strict=True)) + " |" for line in grid]
     rule = "|" + "|".join("-" * (width + 2) if i == 0 else f":{'-' * width}:" for i, width in enumerate(widths)) + "|"
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def _markdown(text: str) -> str:
+def markdown(text: str) -> str:
     """Escaped, but `_` inside a word (L_CF) is harmless and stays readable."""
     return re.sub(r"([\\`*<|$])|(?<!\w)_|_(?!\w)", lambda match: "\\" + match[0], " ".join(text.split()))
 

@@ -1,0 +1,120 @@
+"""How far the measured rows of tables are ordered as the paper's are: pair by pair, and pooled over tables.
+
+A pair is two rows of a table whose values of its first metric differ in the paper. A pair of runs counts once, however
+many tables show it, and not at all in a seed in which both rows are one run, or are equal as printed.
+"""
+
+import itertools
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from scipy import stats
+
+from analysis.compiled import CompiledTable, Line, Trial
+from analysis.render import markdown, markdown_grid
+
+NOISE = 2.1
+"""Points between sum and mean in Table 5, which are the same maps but for a factor: what chance does to the paper's
+values."""
+CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The second row's value less the first one's, in points: the paper's, and ours by seed."""
+
+    table: str
+    rows: tuple[str, str]
+    paper: float
+    ours: Mapping[int, float]
+
+    def is_ordered(self, seed: int) -> bool:
+        return (self.ours[seed] > 0) == (self.paper > 0)
+
+
+def find_pairs(compiled: Iterable[CompiledTable]) -> list[Pair]:
+    """Of all tables, in order. Rows that are not comparable (daggers) are left out."""
+    pairs: list[Pair] = []
+    seen: set[tuple[int, frozenset[str]]] = set()
+    for table in compiled:
+        metric = table.table.metrics[0].name
+        measured = [(line, _by_seed(line, metric)) for line in table.lines if line.cells[metric].paper is not None]
+        for (first, a), (second, b) in itertools.combinations(measured, 2):
+            paper = _rounded(second.cells[metric].paper) - _rounded(first.cells[metric].paper)
+            ours: dict[int, float] = {}
+            for seed in sorted(a.keys() & b.keys()):
+                runs = (seed, frozenset((a[seed].trial_key, b[seed].trial_key)))
+                difference = b[seed].values[metric] - a[seed].values[metric]
+                if runs not in seen and _rounded(b[seed].values[metric]) != _rounded(a[seed].values[metric]) and paper:
+                    ours[seed] = difference
+                    seen.add(runs)
+            if ours:
+                pairs.append(Pair(table.table.name, (first.label, second.label), paper, ours))
+    return pairs
+
+
+def _by_seed(line: Line, metric: str) -> dict[int, Trial]:
+    return {trial.seed: trial for trial in line.trials if metric in trial.values and not trial.deviations}
+
+
+def _rounded(value: float | None) -> float:
+    return round(value or 0.0, 1)
+
+
+def tau(pairs: Sequence[Pair], seed: int) -> float | None:
+    """Kendall's, of the pairs measured in a seed: 1 if all are ordered as in the paper, -1 if none is."""
+    ordered = [pair.is_ordered(seed) for pair in pairs if seed in pair.ours]
+    return 2 * statistics.fmean(ordered) - 1 if ordered else None
+
+
+def interval(values: Sequence[float]) -> tuple[float, float] | None:
+    """Of the mean of normally distributed values (Student's t)."""
+    if len(values) < 2:
+        return None
+    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.fmean(values) - half, statistics.fmean(values) + half
+
+
+def to_markdown(compiled: Sequence[CompiledTable]) -> str:
+    """Counts by table, tau of all pairs and of those that the paper tells apart by more than its noise, all pairs."""
+    pairs = find_pairs(compiled)
+    seeds = sorted({seed for pair in pairs for seed in pair.ours})
+    by_table = {name: list(own) for name, own in itertools.groupby(pairs, key=lambda pair: pair.table)}
+    counts = [["table", "pairs", *(f"as in the paper, seed {seed}" for seed in seeds)]]
+    counts += [[name, str(len(own)), *(_count(own, seed) for seed in seeds)] for name, own in by_table.items()]
+    far = [pair for pair in pairs if abs(pair.paper) > NOISE]
+    for name, some in (("all", pairs), (f"all that differ by more than {NOISE} in the paper", far)):
+        counts.append([f"**{name}**", str(len(some)), *(_count(some, seed) for seed in seeds)])
+    every = [["table", "rows", "paper", "ours", "seeds as in the paper"]]
+    for pair in pairs:
+        ordered = sum(map(pair.is_ordered, pair.ours))
+        rows, ours = f"{pair.rows[0]} → {pair.rows[1]}", _told(list(pair.ours.values()), "+.1f")
+        every.append([pair.table, markdown(rows), f"{pair.paper:+.1f}", ours, f"{ordered} of {len(pair.ours)}"])
+    return "\n\n".join(
+        [
+            "### Pairs of rows that are ordered as in the paper",
+            markdown_grid(counts),
+            f"Kendall's tau (1: all, -1: none): {_tau(pairs, seeds)}; of those that differ by more than {NOISE} points "
+            f"in the paper: {_tau(far, seeds)}.",
+            f"What a row has more than another, in points{' (interval of 95 % over seeds)' * (len(seeds) > 1)}:",
+            markdown_grid(every) + "\n",
+        ]
+    )
+
+
+def _count(pairs: Sequence[Pair], seed: int) -> str:
+    own = [pair for pair in pairs if seed in pair.ours]
+    return f"{sum(pair.is_ordered(seed) for pair in own)} of {len(own)}"
+
+
+def _tau(pairs: Sequence[Pair], seeds: Sequence[int]) -> str:
+    return _told([value for seed in seeds if (value := tau(pairs, seed)) is not None], ".2f")
+
+
+def _told(values: Sequence[float], form: str) -> str:
+    if not values:
+        return "not measured"
+    between = interval(values)
+    told = f" ({between[0]:{form}} to {between[1]:{form}})" if between else ""
+    return f"{statistics.fmean(values):{form}}{told}"

@@ -1,0 +1,90 @@
+"""How far measured rows are ordered as in the paper, against counts by hand."""
+
+import itertools
+
+import pytest
+from scipy.stats import kendalltau, ttest_1samp
+
+from analysis import agreement
+from analysis.agreement import find_pairs, interval, tau
+from tests.analysis.scene import OURS, PAPER, grid
+
+
+def test_pairs_and_tau_are_those_of_all_rows(sweep):
+    sweep.full()
+    pairs = find_pairs([sweep.compiled()])
+    told = [(a, b) for a, b in itertools.combinations(range(8), 2) if PAPER[a] != PAPER[b]]
+    assert [round(pair.paper, 1) for pair in pairs] == [round(PAPER[b] - PAPER[a], 1) for a, b in told]
+    assert [round(pair.ours[0], 1) for pair in pairs] == [round(OURS[b] - OURS[a], 1) for a, b in told]
+    assert pairs[0].rows == ("CF", "CF + CB")
+    concordant = sum((PAPER[b] - PAPER[a]) * (OURS[b] - OURS[a]) > 0 for a, b in told)
+    assert tau(pairs, 0) == pytest.approx(2 * concordant / 27 - 1)
+    assert tau(pairs, 1) is None
+
+
+def test_without_ties_it_is_kendalls(sweep):
+    paper, ours = PAPER[:5], [30.0, 20.0, 50.0, 40.0, 10.0]
+    sweep.full(ours)
+    assert tau(find_pairs([sweep.compiled()]), 0) == pytest.approx(kendalltau(paper, ours).statistic)
+
+
+def test_rows_equal_as_printed_and_runs_of_two_tables_count_once(sweep):
+    sweep.full([30.04, 29.96, 40.0])
+    compiled = sweep.compiled()
+    assert [pair.rows for pair in find_pairs([compiled])] == [("CF", "CF + AS"), ("CF + CB", "CF + AS")]
+    assert len(find_pairs([compiled, compiled])) == 2
+
+
+def test_rows_that_are_one_run_are_no_pair(sweep):
+    sweep.trial("CF", 40.0, rows="CF,CF-CB")
+    sweep.trial("CF-AS", 50.0)
+    assert [pair.rows for pair in find_pairs([sweep.compiled()])] == [("CF", "CF + AS")]
+
+
+def test_what_is_not_comparable_is_left_out(sweep):
+    sweep.full([30.0, 35.0])
+    sweep.trial("CF-AS", 40.0, protocol={"scales": "1"})
+    compiled = sweep.compiled()
+    assert any(trial.deviations for trial in compiled.trials)
+    assert [pair.rows for pair in find_pairs([compiled])] == [("CF", "CF + CB")]
+
+
+def test_seeds_are_paired_and_pooled(sweep):
+    gains = [2.0, 3.0, -1.0]
+    for seed, gain in enumerate(gains):
+        sweep.trial("CF", 40.0 + 5 * seed, seed=seed)
+        sweep.trial("CF-CB", 40.0 + 5 * seed + gain, seed=seed)
+    sweep.trial("CF-AS", 60.0, seed=2)
+    compiled = sweep.compiled()
+    lines = grid(agreement.to_markdown([compiled]).partition("What a row has more")[2])
+    low, high = ttest_1samp(gains, 0).confidence_interval()
+    text = agreement.to_markdown([compiled])
+    assert f"| +7.9  | +1.3 ({low:+.1f} to {high:+.1f}) | 2 of 3" in text, (text, lines)
+    assert "| table03" in text
+    assert "| 1 of 1" in text
+    assert "tau (1: all, -1: none): 0.56" in text, "1, 1 and, of CF < CB, CF < AS, CB > AS, -1/3"
+
+
+def test_interval_is_students():
+    values = [57.5, 59.2, 59.3, 55.2]
+    assert interval(values) == pytest.approx(tuple(ttest_1samp(values, 0).confidence_interval()))
+    assert interval([1.0]) is None
+
+
+def test_only_pairs_beyond_the_papers_noise_count_as_far(sweep):
+    sweep.full([10.0, 30.0, 20.0, 40.0])
+    text = agreement.to_markdown([sweep.compiled()])
+    pairs = find_pairs([sweep.compiled()])
+    far = [pair for pair in pairs if abs(pair.paper) > 2.1]
+    assert [pair.rows for pair in pairs if pair not in far] == [("CF + CB", "CF + AC"), ("CF + AS", "CF + AC")]
+    assert f"in the paper: {tau(far, 0):.2f}." in text
+
+
+def test_the_command_tells_it(sweep, capsys):
+    from analysis.cli import main
+
+    sweep.full()
+    assert main(["table03", "--tracking-uri", sweep.uri, "--agreement"]) == 0
+    assert "### Pairs of rows that are ordered as in the paper" in capsys.readouterr().out
+    assert main(["table03", "--tracking-uri", sweep.uri]) == 0
+    assert "### Pairs" not in capsys.readouterr().out

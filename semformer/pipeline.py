@@ -65,7 +65,7 @@ class Stage:
 
 
 STAGES = (
-    Stage("caae", caae.run, inputs=(), split="train_split", version=3, selects=caae.selects),
+    Stage("caae", caae.run, inputs=(), split="train_split", version=4, selects=caae.selects),
     Stage(
         "segmentor",
         segmentor.run,

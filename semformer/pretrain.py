@@ -30,7 +30,7 @@ from semformer.stages.pack import packed
 from semformer.stages.training import compiled, train
 from semformer.store import Artifact, Lease, LeaseHolder, Store
 
-VERSION = 1
+VERSION = 2
 WEIGHTS = "backbone.safetensors"
 
 

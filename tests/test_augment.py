@@ -49,11 +49,13 @@ def made(images, crops) -> torch.Tensor:
     return 255 * (out * std + mean)
 
 
-def test_caae_crops_are_those_of_pillow(photographs):
+@pytest.mark.parametrize("enlarge", ["1,3", "1,1"])
+def test_caae_crops_are_those_of_pillow(photographs, enlarge):
     """Enlarge the whole image, cut the box, resize it, mirror it: whole images, and 8 bits after each step."""
     worst = 0.0
     for epoch in range(3):
-        crops = caae_crops(sizes_of(photographs), config("caae", color_jitter=NO_JITTER), seed=7, epoch=epoch)
+        options = config("caae", color_jitter=NO_JITTER, enlarge=enlarge)
+        crops = caae_crops(sizes_of(photographs), options, seed=7, epoch=epoch)
         for i, ours in enumerate(made(photographs, crops)):
             (H, W), (top, left, h, w) = crops.scaled[i], crops.box[i]
             image = Image.fromarray(photographs[i]).resize((W, H), PILLOW["bilinear"])

@@ -153,6 +153,13 @@ def test_a_part_covers_a_small_share_of_its_object_where_it_is_seen(monkeypatch,
     assert np.mean(seen) == pytest.approx(0.11, abs=0.03)
 
 
+@pytest.mark.parametrize("outlines", [shapes.OUTLINES, other_shapes.OUTLINES])
+def test_every_outline_lies_within_reach(outlines):
+    y, x = np.mgrid[-1:1:401j, -1:1:401j]
+    for name, outline in outlines.items():
+        assert np.hypot(x, y)[outline(x, y) < 0].max() <= drawing.REACH, name
+
+
 def test_contrasts_are_the_swings_of_the_textures():
     def drawn(**contrasts):
         difficulty = Difficulty(part=0, **{"body_contrast": 0, "background_contrast": 0} | contrasts)

@@ -186,6 +186,7 @@ def _enlarged(images: Sequence[Tensor], crops: Crops, rows: np.ndarray) -> Itera
         part = as_batch(image)
         for axis in (1, 0):
             if crops.scaled[row, axis] == crops.sizes[row, axis]:
+                part = part.narrow(2 + axis, 0, int(crops.box[row, 2 + axis]))  # the source has one pixel more
                 continue
             low, high, weight = (of_axis[b, : crops.box[row, 2 + axis]] for of_axis in taps[axis])
             weight = weight if axis else weight[:, None]

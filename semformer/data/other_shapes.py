@@ -42,7 +42,7 @@ OUTLINES: dict[str, Outline] = {
     "arrow": lambda x, y: np.minimum(
         polygon(x, y, [(0.0, -0.52), (0.45, -0.02), (-0.45, -0.02)]), box(x, y - 0.22, 0.16, 0.28)
     ),
-    "corner": lambda x, y: np.minimum(box(x + 0.28, y, 0.17, 0.46), box(x, y - 0.29, 0.46, 0.17)),
+    "corner": lambda x, y: np.minimum(box(x + 0.25, y, 0.16, 0.42), box(x, y - 0.26, 0.42, 0.16)),
     "drop": lambda x, y: np.minimum(
         np.hypot(x, y - 0.17) - 0.32, polygon(x, y, [(0.0, -0.54), (0.3, 0.05), (-0.3, 0.05)])
     ),

@@ -1,4 +1,4 @@
-"""Confusion matrices, mIoU, FP and FN: of label maps, and of activation maps at all thresholds in one pass.
+"""Confusion matrices, mIoU, FP and FN of activation maps, at all thresholds in one pass.
 
 At threshold t a pixel takes the class of its highest map value v if v > t, and is background otherwise.
 That is the arg-max over [constant t, maps]: a tie with t goes to background, a tie between channels to the
@@ -53,24 +53,6 @@ def scores(confusion: np.ndarray) -> Scores:
     )
 
 
-def confusion_matrix(prediction: np.ndarray, truth: np.ndarray, n_classes: int, *, name: str = "image") -> np.ndarray:
-    """Pixel counts (K, K) int64, indexed [true, predicted], of one label map.
-
-    prediction: (H, W) integers 0..K-1 wherever truth is not 255. truth: (H, W) uint8, 255 = ignored.
-    Raises UserError, with `name`, for unequal sizes and for labels out of range.
-    """
-    _check_truth(truth, prediction.shape, name)
-    counted = truth != IGNORE
-    true, predicted = truth[counted], prediction[counted]
-    for what, labels in (("mask", true), ("prediction", predicted)):
-        if labels.size and not 0 <= labels.min() <= labels.max() < n_classes:
-            raise UserError(
-                f"{name}: the {what} has labels {labels.min()}..{labels.max()}; expected 0..{n_classes - 1}"
-            )
-    cell = true.astype(np.intp) * n_classes + predicted
-    return np.bincount(cell, minlength=n_classes**2).reshape(n_classes, n_classes)
-
-
 class ThresholdCurve:
     """Confusion matrices of activation maps at every background threshold, accumulated image by image.
 
@@ -122,8 +104,7 @@ class ThresholdCurve:
     ) -> tuple[np.ndarray, np.ndarray]:
         """As `add`, but adds nothing: threads may count images at once."""
         maps, channels = np.asarray(maps), np.asarray(classes, dtype=np.intp)
-        self._check_maps(maps, channels, name)
-        _check_truth(truth, maps.shape[1:], name)
+        self._check(maps, channels, truth, name)
         if not channels.size:
             maps, channels = np.full((1, *truth.shape), -np.inf), np.array([0])
         value, channel = _dominant(maps)
@@ -155,7 +136,7 @@ class ThresholdCurve:
         """Scores, leading axis T in the order of `thresholds`. Raises UserError if no pixel was counted."""
         return scores(self.confusion())
 
-    def _check_maps(self, maps: np.ndarray, classes: np.ndarray, name: str) -> None:
+    def _check(self, maps: np.ndarray, classes: np.ndarray, truth: np.ndarray, name: str) -> None:
         if maps.ndim != 3 or not np.issubdtype(maps.dtype, np.floating):
             raise UserError(f"{name}: activation maps must be floats (C, H, W), not {maps.dtype} of shape {maps.shape}")
         if classes.shape != maps.shape[:1]:
@@ -164,6 +145,10 @@ class ThresholdCurve:
             raise UserError(
                 f"{name}: classes must be distinct and within 1..{self.n_classes - 1}, not {classes.tolist()}"
             )
+        if truth.dtype != np.uint8 or truth.ndim != 2:
+            raise UserError(f"{name}: the mask must be uint8 (H, W), not {truth.dtype} of shape {truth.shape}")
+        if truth.shape != maps.shape[1:]:
+            raise UserError(f"{name}: the mask is {truth.shape} but the prediction is {maps.shape[1:]} (height, width)")
 
 
 REPORTED = ("miou", "fp", "fn", "threshold", "miou_oracle", "miou_fixed")
@@ -204,13 +189,6 @@ def label_ap(similarities: np.ndarray, labels: np.ndarray) -> float:
         ap = recall * precision + (1 - recall) * n_present / labels.shape[1]
         best = max(best, 100 * float(ap.mean()))
     return best
-
-
-def _check_truth(truth: np.ndarray, size: tuple[int, ...], name: str) -> None:
-    if truth.dtype != np.uint8 or truth.ndim != 2:
-        raise UserError(f"{name}: the mask must be uint8 (H, W), not {truth.dtype} of shape {truth.shape}")
-    if truth.shape != size:
-        raise UserError(f"{name}: the mask is {truth.shape} but the prediction is {size} (height, width)")
 
 
 def _dominant(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     shapes.add_argument("folder", type=Path, metavar="DIR")
     shapes.add_argument("--train", type=_count(1), default=2000, help="images to learn from")
     shapes.add_argument("--val", type=_count(1), default=200, help="images to measure on")
-    shapes.add_argument("--size", type=_count(16), default=64, help="side in pixels")
+    shapes.add_argument("--size", type=_count(32), default=64, help="side in pixels")
     shapes.add_argument("--seed", type=_count(0), default=0)
     shapes.set_defaults(command=_make_shapes)
     check = data.add_parser("check", help="count a VOC devkit's images and read every file", allow_abbrev=False)

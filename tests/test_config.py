@@ -48,6 +48,8 @@ def test_text_is_read_as_the_type_of_its_field():
             {"segmentor.optimizer": "5", "segmentor.optimizer.lr": "1"},
             r"segmentor.optimizer is a group .*optimizer.name",
         ),
+        ({"data.shapes": {"train": 0}}, r"data.shapes.train = 0: input should be greater than 0"),
+        ({"data.shapes.size": 31}, r"data.shapes.size = 31: input should be greater than or equal to 32"),
         ({"caae": "5"}, r"caae is a group of fields, such as caae.backbone"),
         ({"caae.enlarge": "0,1"}, r"caae.enlarge = '0': input should be greater than 0"),
         ({"caae.enlarge": "3,1"}, r"caae.enlarge must be FROM,TO with FROM <= TO, not \(3.0, 1.0\)"),

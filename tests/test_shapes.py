@@ -232,13 +232,6 @@ def test_an_existing_set_is_kept_and_never_overwritten(made, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-@pytest.mark.parametrize("bad", [{"train": 0}, {"val": 0}, {"size": 16}, {"seed": -1}])
-def test_bad_parameters(tmp_path, bad):
-    name, value = next(iter(bad.items()))
-    refused(lambda: make_shapes(tmp_path / "x", **{"train": 1, "val": 1, **bad}), name, value)
-    assert not (tmp_path / "x").exists()
-
-
 def test_an_interrupted_set_leaves_nothing(tmp_path):
     def interrupt(done, total):
         if done == 2:

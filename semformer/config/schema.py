@@ -92,7 +92,7 @@ class ShapesConfig(Settings):
 
     train: Count = 2000
     val: Count = 200
-    size: Count = 96
+    size: Annotated[int, Field(ge=32)] = 96
     seed: Seed = 0
     kind: Literal["scenes", "pretraining"] = "scenes"
     """pretraining: single objects of other classes (`semformer pretrain`)."""

@@ -258,14 +258,8 @@ def make_shapes(
     The set is written beside `root` and renamed at the end, so a half-made one is never found. A set that is
     there already with the same parameters is returned as it is. progress(done, total) is called after each
     image.
-    Raises UserError for bad parameters, and if `root` holds anything else: nothing is overwritten.
+    Raises UserError if `root` holds anything else: nothing is overwritten.
     """
-    if train < 1 or val < 1:
-        raise UserError(f"make-shapes needs at least one image a split, not train={train}, val={val}.")
-    if size < 32:
-        raise UserError(f"make-shapes needs a size of at least 32 pixels, not {size}.")
-    if seed < 0:
-        raise UserError(f"make-shapes needs a seed of at least 0, not {seed}.")
     root = Path(root).expanduser()
     difficulty = difficulty or Difficulty()
     parameters: dict[str, Any] = {"version": VERSION, "kind": kind}

@@ -206,7 +206,7 @@ def _pretrain(options: argparse.Namespace) -> int:
     from semformer.pretrain import WEIGHTS, pretrain
     from semformer.store import open_store
 
-    check_tiles(options.backbone, options.image_size)
+    check_tiles(options.backbone, options.image_size, "--image-size")
     if options.out.is_dir():
         raise UserError(f"--out {options.out} is a folder: name a file")
     try:  # before it takes minutes

@@ -25,7 +25,7 @@ from semformer.data.shapes import cached_shapes
 from semformer.data.voc import BACKGROUND, VOC_CLASSES, Devkit, Split, open_devkit
 from semformer.errors import UserError
 from semformer.keys import StageKey, to_make
-from semformer.models.vit import backbone_shape
+from semformer.models.vit import backbone_shape, check_tiles
 from semformer.precision import determinism
 from semformer.stages import caae, cams, evaluate, pack, segmentor
 from semformer.stages.context import Context, Progress
@@ -142,12 +142,7 @@ def check(config: Config) -> None:
     """Raises UserError for what no single field shows to be wrong."""
     for stage in ("caae", "segmentor"):
         options = getattr(config, stage)
-        shape = backbone_shape(options.backbone)
-        if options.image_size % shape["patch_size"]:
-            raise UserError(
-                f"{stage}.image_size = {options.image_size} is no multiple of the patch size "
-                f"{shape['patch_size']} of {options.backbone}"
-            )
+        check_tiles(options.backbone, options.image_size, f"{stage}.image_size")
     depth = backbone_shape(config.segmentor.backbone)["depth"]
     if config.cams.last_blocks > depth:
         raise UserError(

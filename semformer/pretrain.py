@@ -23,7 +23,7 @@ from semformer.data.loading import Batch, Loader
 from semformer.data.pixels import as_batch, normalized
 from semformer.data.voc import Devkit, Split
 from semformer.keys import StageKey
-from semformer.models.vit import build_vit, check_tiles
+from semformer.models.vit import build_vit
 from semformer.precision import determinism
 from semformer.stages.context import Context, Progress
 from semformer.stages.pack import packed
@@ -54,10 +54,9 @@ def pretrain(
 ) -> tuple[Artifact, bool]:
     """Finds or makes `backbone.safetensors` (timm's names, without the classifier); tells whether it was found.
 
-    Raises UserError for a model that is no plain ViT or whose patches do not tile the images, and what `train` raises.
+    Raises UserError for a model that is no plain ViT, and what `train` raises.
     Its info has the share of the images of split "val" whose class is the likeliest, in percent.
     """
-    check_tiles(options.backbone, options.image_size)
     splits = {name: data.split(name) for name in ("train", "val")}
     key = pretrain_key(options, splits["train"], seed)
 

@@ -97,7 +97,7 @@ def test_the_key_is_of_the_images_the_options_and_the_seed(devkit, tmp_path):
     ("arguments", "told"),
     [
         (["resnet18", "--out", "w.safetensors"], "resnet18 is no plain ViT"),
-        ([NAME, "--out", "w.safetensors", "--image-size", "36"], "36 is no multiple of vit_wiring_patch8_32's patch"),
+        ([NAME, "--out", "w.safetensors", "--image-size", "36"], "--image-size = 36 is no multiple"),
         ([NAME, "--out", "."], "--out . is a folder: name a file"),
         ([NAME, "--out", "there/w.safetensors"], "--out there/w.safetensors cannot be written: File exists"),
     ],

@@ -134,17 +134,16 @@ def class_to_patch_attention(block: nn.Module, tokens: Tensor, n_class: int) -> 
 def build_backbone(name: str, *, pretrained: bool = False, weights: str = "", image_size: int) -> Backbone:
     """A timm ViT by name, with random, downloaded (`pretrained`) or local (`weights`) parameters.
 
-    Raises UserError as `build_vit` does, and for an image size that the patches do not tile.
+    Raises UserError as `build_vit` does.
     """
-    check_tiles(name, image_size)
     return Backbone(build_vit(name, pretrained=pretrained, weights=weights, num_classes=0), image_size)
 
 
-def check_tiles(name: str, image_size: int) -> None:
-    """Raises UserError for an image size that the patches do not tile, and as `backbone_shape` does."""
+def check_tiles(name: str, image_size: int, field: str) -> None:
+    """Raises UserError for an image size (of this `field`) that the patches do not tile, and as `backbone_shape`."""
     patch_size = backbone_shape(name)["patch_size"]
     if image_size % patch_size:
-        raise UserError(f"image_size {image_size} is no multiple of {name}'s patch size {patch_size}")
+        raise UserError(f"{field} = {image_size} is no multiple of the patch size {patch_size} of {name}")
 
 
 def build_vit(name: str, *, pretrained: bool, weights: str, **options: Any) -> VisionTransformer:

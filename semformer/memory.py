@@ -18,6 +18,7 @@ SMALLER = {
     "segmentor": "a smaller segmentor.image_size or segmentor.backbone",
     "cams": "smaller cams.scales",
     "evaluate": "smaller images",
+    "pretrain": "a smaller --image-size or backbone",
 }
 STATUS = Path("/proc/self/status")
 EXHAUSTED = ("allocate memory", "out of memory", "ALLOC_FAILED", "could not create a primitive", "std::bad_alloc")

@@ -21,6 +21,7 @@ from semformer.data import other_shapes
 from semformer.data.loading import Batch
 from semformer.data.shapes import make_shapes
 from semformer.data.voc import open_devkit
+from semformer.errors import MachineError
 from semformer.models.vit import build_backbone
 from semformer.pretrain import accuracy, gradients, pretrain, pretrain_key
 from semformer.store import Store
@@ -79,6 +80,15 @@ def test_an_interrupted_pretraining_ends_with_the_same_weights(devkit, tmp_path)
     )
     for name, value in load_file(whole.file("backbone.safetensors")).items():
         assert torch.equal(value, load_file(resumed.file("backbone.safetensors"))[name]), name
+
+
+def test_too_little_memory_says_what_to_make_smaller(devkit, store, monkeypatch):
+    def exhausted(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(pretrain_module, "train", exhausted)
+    with pytest.raises(MachineError, match=r"^pretrain: out of memory on .* smaller --image-size"):
+        run(devkit, store)
 
 
 def test_the_key_is_of_the_images_the_options_and_the_seed(devkit, tmp_path):

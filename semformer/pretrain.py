@@ -87,11 +87,9 @@ def pretrain(
                 config=options,
                 loader=Loader(train_images, caae_crops, options, seed=seed, device=device),
                 gradients=lambda batch, _, pieces: gradients(network, batch, pieces),
-                pretrained=None,
                 precision="float32",
                 seed=seed,
                 ctx=ctx,
-                score=lambda split: {},
             )
             scored = accuracy(model, val_images)
         weights = {name: value for name, value in model.state_dict().items() if "head" not in name}

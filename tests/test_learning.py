@@ -40,10 +40,12 @@ def learn(folder, gradients, *, seed=0, score=None, **optimizer) -> nn.Module:
 
     config = load_config("micro", {"caae.optimizer": {**ONE, **optimizer}, "caae.epochs": 3}).caae
     ctx = Context(CPU, lambda told: None, folder, folder, selection="images" if score else None)
-    options = {"stage": "caae", "config": config, "loader": TwoSteps(), "gradients": add, "pretrained": None}
     model.history = train(
         model,
-        **options,
+        stage="caae",
+        config=config,
+        loader=TwoSteps(),
+        gradients=add,
         precision="float32",
         seed=seed,
         ctx=ctx,

@@ -48,11 +48,9 @@ def learn(folder, *, loss=lambda step, weight: weight, progress=lambda told: Non
         config=config,
         loader=Batches(),
         gradients=gradients,
-        pretrained=None,
         precision="float32",
         seed=0,
         ctx=Context(CPU, progress, folder, folder),
-        score=lambda data: {},
     )
     return model, history
 

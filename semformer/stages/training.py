@@ -52,11 +52,11 @@ def train(
     config: TrainingConfig,
     loader: Loader,
     gradients: Gradients,
-    pretrained: nn.Module | None,
+    pretrained: nn.Module | None = None,
     precision: str,
     seed: int,
     ctx: Context,
-    score: Callable[[Packed], dict[str, float]],
+    score: Callable[[Packed], dict[str, float]] = lambda split: {},
 ) -> dict[str, list[float]]:
     """Train `model` in place; returns the mean of every loss term per epoch.
 

@@ -11,10 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from PIL import Image
-
 from semformer.config import DRAWABLE, CaaeConfig, Config, SegmentorConfig
-from semformer.data.voc import Devkit, read_labels
+from semformer.data.voc import Devkit, image_size, read_labels
 from semformer.inference import MAP_KINDS
 from semformer.models.vit import backbone_shape
 
@@ -38,15 +36,15 @@ class Images:
 
     @classmethod
     def of(cls, devkit: Devkit, split: str) -> "Images":
-        """Means of a sample. Raises UserError for a split that is missing or empty, and for bad annotations."""
+        """Means of a sample. Raises UserError for a split that is missing or empty, and for unusable files."""
         ids = devkit.ids(split)
         sample = ids[:: math.ceil(len(ids) / LOOKED_AT)]
         width = height = classes = 0.0
         for image_id in sample:
-            with Image.open(devkit.folder / "JPEGImages" / f"{image_id}.jpg") as image:
-                width += image.width / len(sample)
-                height += image.height / len(sample)
+            size = image_size(devkit.folder / "JPEGImages" / f"{image_id}.jpg")
             labels = read_labels(devkit.folder / "Annotations" / f"{image_id}.xml", devkit.classes)
+            width += size[0] / len(sample)
+            height += size[1] / len(sample)
             classes += float(labels.sum()) / len(sample)
         return cls(len(ids), round(width), round(height), classes, len(devkit.classes))
 

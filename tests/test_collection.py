@@ -200,7 +200,7 @@ def test_the_roots_of_all_drivers_of_a_sweep_are_dropped_together(store):
             store.roots.drop(nobody)
 
 
-@pytest.mark.parametrize("content", ["{", "[]", json.dumps({"digests": None, "kept": "", "about": {}})])
+@pytest.mark.parametrize("content", ["{", "[]", '{"kept": 1}', json.dumps({"digests": None, "kept": "", "about": {}})])
 def test_an_unreadable_root_stops_the_collection_and_nothing_else(store, caplog, content):
     store.storage.write("roots/search.json", content.encode())
     with pytest.raises(UserError, match=r"roots/search\.json in the store .* cannot be read .* or remove it"):
@@ -209,7 +209,8 @@ def test_an_unreadable_root_stops_the_collection_and_nothing_else(store, caplog,
     store.roots.keep("other", [KEPT.digest])
     assert store.roots.kept("other").digests == {KEPT.digest}
     assert store.roots.kept("search") is None
-    assert "roots/search.json in the store" in caplog.text
+    assert f"roots/search.json in the store {store.location} cannot be read (" in caplog.text
+    assert "Error(" in caplog.text
     assert told(collect(store, grace=0, without=["search"])) == UNREACHED
     store.roots.keep("search", [KEPT.digest])
     assert told(collect(store, grace=0)) == UNREACHED

@@ -187,7 +187,9 @@ def test_a_lease_whose_file_is_gone_is_lost_and_not_brought_back(either):
 
 def test_an_unfinished_lease_note_counts_as_held_until_it_expires(store, hasty):
     store.storage.create(f"leases/{caae().digest}/7", b"")
-    assert store.holder(caae()).host == "an unknown host"
+    holder = store.holder(caae())
+    assert (holder.host, holder.pid) == ("an unknown host", 0)
+    assert store.leases._holder(b"", 10.0).since == pytest.approx(time.time() - 10, abs=5)
     eventually(lambda: hasty.holder(caae()) is None)
     with hasty.lease(caae()) as lease:
         assert lease.file.number == 8

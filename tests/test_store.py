@@ -139,7 +139,7 @@ def test_listing_skips_a_damaged_manifest_with_a_warning(either, tmp_path, caplo
     other = build(either, caae(decoder_depth=4), make_weights)
     damage(other, lambda folder: os.truncate(folder / "manifest.json", 50), tmp_path / "scratch")
     assert visible(either) == [str(caae())]
-    assert "skipping damaged artifact" in caplog.text
+    assert f"skipping damaged artifact caae {other.key.digest}: manifest.json is unreadable" in caplog.text
     assert either.published() == {caae().digest, other.key.digest}, "which nobody has read"
 
 

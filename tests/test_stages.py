@@ -6,24 +6,20 @@ import pytest
 import timm
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 
-from semformer import pipeline
 from semformer.config import load_config
 from semformer.errors import UserError
 from semformer.models import vit
 from semformer.models.caae import CAAE
 from semformer.stages import caae, segmentor, training
 from semformer.store import Store
-
-CPU = torch.device("cpu")
+from tests import pipelines
+from tests.pipelines import weights
 
 
 def run(config, folder, store, progress=lambda told: None):
-    data = pipeline.open_data(config, folder)
-    made = pipeline.run(config, data, store, device=CPU, progress=progress, until="segmentor")
-    return {one.stage: one.artifact for one in made}
+    return pipelines.run(config, folder, store, progress, until="segmentor")
 
 
 @pytest.fixture
@@ -99,7 +95,7 @@ def test_the_first_best_epoch_is_kept_also_from_before_a_break(shapes, tmp_path,
     with pytest.raises(Stop):
         run(config, shapes, store, stop_in_third_epoch)
     assert len(seen) == 2
-    kept = load_file(run(config, shapes, store)["segmentor"].file("segmentor.safetensors"))
+    kept = weights(run(config, shapes, store)["segmentor"])
     best = seen[scores.index(20.0)]
     assert len(seen) == 3
     assert all(torch.equal(kept[name], best[name]) for name in best)
@@ -135,10 +131,7 @@ def test_a_training_with_momentum_ends_the_same_after_a_break(shapes, tmp_path):
     config = load_config("micro", {"caae.optimizer": changes, "caae.epochs": 3})
 
     def made(folder, progress=lambda told: None):
-        runs = pipeline.run(
-            config, pipeline.open_data(config, shapes), Store(folder), device=CPU, progress=progress, until="caae"
-        )
-        return load_file(next(iter(runs)).artifact.file("caae.safetensors"))
+        return weights(pipelines.run(config, shapes, Store(folder), progress, until="caae")["caae"])
 
     def stop_in_second_epoch(told):
         if told.stage == "caae" and told.epoch == 2:

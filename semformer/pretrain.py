@@ -35,11 +35,8 @@ WEIGHTS = "backbone.safetensors"
 
 
 def pretrain_key(options: PretrainConfig, train_split: Split, seed: int) -> StageKey:
-    data = {"images": train_split.digest}
-    return StageKey(
-        "pretrain",
-        {"version": VERSION, "params": options.key_parameters(), "data": data, "inputs": {}, "seed": seed},
-    )
+    params, data = options.key_parameters(), {"images": train_split.digest}
+    return StageKey("pretrain", {"version": VERSION, "params": params, "data": data, "inputs": {}, "seed": seed})
 
 
 def pretrain(
@@ -57,12 +54,12 @@ def pretrain(
     Raises UserError for a model that is no plain ViT, and what `train` raises.
     Its info has the share of the images of split "val" whose class is the likeliest, in percent.
     """
-    splits = {name: data.split(name) for name in ("train", "val")}
-    key = pretrain_key(options, splits["train"], seed)
+    splits = data.split("train"), data.split("val")
+    key = pretrain_key(options, splits[0], seed)
 
     def make(workspace: Path, lease: Lease) -> dict[str, Any]:
         train_images, val_images = (
-            packed(split, ["images"], store, progress=progress, waiting=waiting) for split in splits.values()
+            packed(split, ["images"], store, progress=progress, waiting=waiting) for split in splits
         )
 
         def saved() -> None:

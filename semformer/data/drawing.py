@@ -16,7 +16,8 @@ Outline = Callable[[Array, Array], Array]
 """Approximate signed distance to an outline, negative inside. x, y: (h, w) in units of the extent, origin at the
 centre, y downwards. Every outline lies within REACH of the centre."""
 Texture = Callable[[Array, Array, float], Array]
-"""Values in -1..1 at x, y, in pixels of a 96-pixel image, origin near the object's centre; and the period."""
+"""Values in -1..1 at x (1, w), y (h, 1), in pixels of a 96-pixel image, origin near the object's centre; and the
+period."""
 
 REACH = 0.6
 CUT_OFF = 0.08  # how far an object may reach out of the image / its extent
@@ -47,10 +48,10 @@ def wave(t: Array, period: float) -> Array:
 
 @dataclass(frozen=True)
 class Body:
-    """A placed object: the window of the image it may cover, and grids over that window, (h, w) each.
+    """A placed object: the window of the image it may cover, and grids over that window.
 
-    x, y: pixels from the centre; upright_x, upright_y: the same turned upright, in units of the extent;
-    distance: signed distance to the outline in pixels.
+    x (1, w), y (h, 1): pixels from the centre; upright_x, upright_y (h, w): the same turned upright, in units of the
+    extent; distance (h, w): signed distance to the outline in pixels.
     """
 
     window: tuple[slice, slice]
@@ -80,7 +81,8 @@ def place(rng: np.random.Generator, outline: Outline, extents: tuple[float, floa
     rows, columns = (
         slice(max(0, int(centre - reach)), min(size, int(centre + reach) + 1)) for centre in (centre_y, centre_x)
     )
-    y, x = grid(size)[0][rows] - centre_y, grid(size)[1][:, columns] - centre_x
+    grid_y, grid_x = grid(size)
+    y, x = grid_y[rows] - centre_y, grid_x[:, columns] - centre_x
     upright_x = (np.cos(angle) * x + np.sin(angle) * y) / extent
     upright_y = (np.cos(angle) * y - np.sin(angle) * x) / extent
     return Body((rows, columns), extent, x, y, upright_x, upright_y, extent * outline(upright_x, upright_y))

@@ -100,8 +100,8 @@ def render(split: str, index: int, *, seed: int, size: int) -> tuple[Array, Arra
     for _ in range(rng.integers(MOST_EMBLEMS + 1)):
         fill = _with_emblem(rng, fill, body)
     image = gradient(rng, _colour(rng), _colour(rng), size)
-    cells = rng.integers(3, size, 2)
-    image += BACKGROUND_TEXTURE_CONTRAST / 2 * smooth_noise(rng, size, (int(cells[0]), int(cells[1])))[..., None]
+    down, across = rng.integers(3, size, 2)
+    image += BACKGROUND_TEXTURE_CONTRAST / 2 * smooth_noise(rng, size, (down, across))[..., None]
     image[body.window] = blend(image[body.window], fill, body.distance)
     mask = np.zeros((size, size), dtype=np.uint8)
     mask[body.window][body.distance < 0] = k

@@ -112,9 +112,8 @@ def accuracy(model: nn.Module, data: Split, *, batch_size: int = 64) -> float:
     """Percent. Leaves the network in evaluation mode."""
     model.eval()
     right, device = 0, next(model.parameters()).device
-    for first in range(0, len(data), batch_size):
-        rows = range(first, min(first + batch_size, len(data)))
+    for rows in data.batches(batch_size):
         images = torch.cat([as_batch(torch.from_numpy(data.pixels(i)).to(device)) for i in rows])
         likeliest = model(normalized(images)).argmax(dim=1).cpu().numpy()
-        right += int((likeliest == data.labels[first : first + batch_size, 1:].argmax(axis=1)).sum())
+        right += int((likeliest == data.labels[rows, 1:].argmax(axis=1)).sum())
     return 100 * right / len(data)

@@ -68,8 +68,8 @@ def write_pack(split: Split, kind: Kind, path: Path, progress: Callable[[int, in
         pa.ipc.new_file(file, schema) as writer,
         ThreadPoolExecutor(os.cpu_count()) as cores,
     ):
-        for first in range(0, len(split), ROWS):
-            read = list(cores.map(row, range(first, min(first + ROWS, len(split)))))
+        for rows in split.batches(ROWS):
+            read = list(cores.map(row, rows))
             hashes += [digest for digest, _ in read]
             writer.write(pa.RecordBatch.from_pylist([values for _, values in read], schema))
             progress(len(hashes), len(split))

@@ -173,6 +173,11 @@ class Split:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def batches(self, size: int) -> Iterator[range]:
+        """The indices of all images, in turn, `size` at a time."""
+        for first in range(0, len(self), size):
+            yield range(len(self))[first : first + size]
+
     def objects(self, i: int) -> np.ndarray:
         """Present object classes of image i: 1..K-1, ascending."""
         return 1 + np.flatnonzero(self.labels[i, 1:])

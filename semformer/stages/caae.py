@@ -69,8 +69,7 @@ def label_ap(model: CAAE, data: Split, size: int, precision: str, *, batch_size:
     """
     model.eval()
     device, found = model.semantics_weight.device, []
-    for first in range(0, len(data), batch_size):
-        rows = range(first, min(first + batch_size, len(data)))
+    for rows in data.batches(batch_size):
         parts = (as_batch(torch.from_numpy(data.pixels(i)).to(device)) for i in rows)
         images = normalized(torch.cat([resize(part, (size, size), "bilinear") for part in parts]))
         with autocast(device, precision):

@@ -40,8 +40,7 @@ def run(config: Config, data: Packed, segmentor: Artifact, ctx: Context) -> dict
     started, done = time.monotonic(), 0
     with ThreadPoolExecutor(1) as writer:  # which waits for the device, so that this thread need not
         pending: deque[Future] = deque()
-        for number, first in enumerate(range(0, len(data), SHARD)):
-            rows = range(first, min(first + SHARD, len(data)))
+        for number, rows in enumerate(data.batches(SHARD)):
             shard: dict[str, Tensor] = {}
             for together in of_one_size(data, rows):
                 found = _maps(model, data, together, config)

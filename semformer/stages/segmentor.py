@@ -93,8 +93,7 @@ def patch_miou(model: Segmentor, data: Split, size: int, precision: str, *, batc
     model.eval()
     curve = ThresholdCurve(len(data.classes), [t / 100 for t in range(1, 100)])
     device, P = model.patch_head.weight.device, model.backbone.patch_size
-    for first in range(0, len(data), batch_size):
-        rows = range(first, min(first + batch_size, len(data)))
+    for rows in data.batches(batch_size):
         images = torch.zeros(len(rows), 3, size, size, device=device)
         for image, i in zip(images, rows, strict=True):
             part = torch.from_numpy(data.pixels(i)[:size, :size]).to(device)

@@ -166,24 +166,6 @@ def test_bad_image_is_named_and_not_counted(maps, classes, truth, message):
     assert not curve.confusion().any()
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        ({"thresholds": []}, "thresholds: must be a list"),
-        ({"thresholds": [0.1, float("nan")]}, "thresholds: must be a list"),
-        ({"thresholds": [0.2, 0.1]}, "thresholds: each must exceed"),
-        ({"thresholds": [0.1, 0.1]}, "thresholds: each must exceed"),
-        ({"erosion": 4}, "erosion: must be 0"),
-        ({"erosion": -3}, "erosion: must be 0"),
-        ({"n_classes": 1}, "n_classes"),
-        ({"n_classes": 256}, "n_classes"),
-    ],
-)
-def test_bad_curve_names_the_argument(arguments, message):
-    with pytest.raises(UserError, match=message):
-        ThresholdCurve(**({"n_classes": 5, "thresholds": [0.1, 0.2]} | arguments))
-
-
 def test_nothing_to_score_raises():
     with pytest.raises(UserError, match="nothing to score"):
         ThresholdCurve(5, [0.5]).scores()

@@ -230,23 +230,9 @@ def run(
         return pack.packed(data[name], kinds, store, progress=progress, waiting=waiting)
 
     def make(stage: Stage, workspace: Path, lease: Lease) -> dict[str, Any]:
-        key = keys[stage.name]
-
-        def saved() -> None:
-            lease.check()
-            store.save_checkpoints(key)
-
         splits = [packed(name, *kinds) for name, kinds in stage.splits(config).items()] or [data.unread()]
-        ctx = Context(
-            device,
-            progress,
-            workspace,
-            store.checkpoints(key),
-            check=lease.check,
-            saved=saved,
-            probe=probe,
-            selection=splits[-1] if stage.selects(config) else None,
-        )
+        selection = splits[-1] if stage.selects(config) else None
+        ctx = Context.of(store, lease, workspace, device, progress, probe=probe, selection=selection)
         inputs = [done.get(name) for name in stage.inputs]
         started = time.monotonic()  # when the images are there: a pack is made once for all stages
         with memory.explained(stage.name, device), determinism(device):

@@ -61,12 +61,7 @@ def pretrain(
         train_images, val_images = (
             packed(split, ["images"], store, progress=progress, waiting=waiting) for split in splits
         )
-
-        def saved() -> None:
-            lease.check()
-            store.save_checkpoints(key)
-
-        ctx = Context(device, progress, workspace, store.checkpoints(key), check=lease.check, saved=saved)
+        ctx = Context.of(store, lease, workspace, device, progress)
         started = time.monotonic()
         with memory.explained("pretrain", device), determinism(device):
             torch.manual_seed(seed)

@@ -9,6 +9,7 @@ from typing import Any, Self
 import torch
 
 from semformer.data.pack import Packed
+from semformer.store import Lease, Store
 
 
 @dataclass(frozen=True)
@@ -54,3 +55,21 @@ class Context:
     saved: Callable[[], None] = lambda: None
     probe: Callable[[Any], Mapping[str, float]] | None = None
     selection: Packed | None = None
+
+    @classmethod
+    def of(
+        cls,
+        store: Store,
+        lease: Lease,
+        out: Path,
+        device: torch.device,
+        progress: Callable[[Progress], None],
+        **rest: Any,
+    ) -> Self:
+        """Of what is made under a lease: who has lost it saves no more checkpoints."""
+
+        def saved() -> None:
+            lease.check()
+            store.save_checkpoints(lease.key)
+
+        return cls(device, progress, out, store.checkpoints(lease.key), check=lease.check, saved=saved, **rest)

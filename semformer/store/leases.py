@@ -77,6 +77,10 @@ class Leases:
             raise ValueError(f"expiry ({expiry} s) must be at least twice the heartbeat ({heartbeat} s)")
         self.storage, self.heartbeat, self.expiry = storage, heartbeat, expiry
 
+    def patient(self, seconds: float) -> "Leases":
+        """The same leases, where the storage has another patience."""
+        return Leases(self.storage.patient(seconds), self.heartbeat, self.expiry)
+
     def take(self, key: StageKey) -> "Lease | None":
         """The lease on `key`, or None if it is held or another process was faster; raises OSError."""
         number = self.newest(key).number + 1
@@ -163,12 +167,12 @@ class Lease:
 
     def renew(self) -> None:
         """A heartbeat, after which `lost` is up to date. Raises OSError and UserError where the storage fails."""
-        self._renew(self._with_patience(0.0))
+        self._renew(self._leases.patient(0.0))
 
     def release(self) -> None:
         self._stop.set()
         self._thread.join()
-        leases = self._with_patience(self._leases.expiry)  # after which it has expired anyway
+        leases = self._leases.patient(self._leases.expiry)  # after which it has expired anyway
         try:
             if leases.newest(self.key) == self.file:
                 leases.storage.create(f"{self.file.name}.released", b"")
@@ -178,7 +182,7 @@ class Lease:
                 log.warning("could not release the lease on %s (%s); it will expire", self.key, error)
 
     def _beat(self) -> None:
-        leases, failing = self._with_patience(0.0), False  # the next beat is the next try
+        leases, failing = self._leases.patient(0.0), False  # the next beat is the next try
         while not self._stop.wait(leases.heartbeat):
             try:
                 self._renew(leases)
@@ -196,9 +200,6 @@ class Lease:
                 leases.storage.touch(self.file.name)
                 return
         self._lost.set()
-
-    def _with_patience(self, seconds: float) -> Leases:
-        return Leases(self._leases.storage.patient(seconds), self._leases.heartbeat, self._leases.expiry)
 
     def __enter__(self) -> Self:
         return self

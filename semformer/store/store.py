@@ -81,7 +81,7 @@ class Store:
         """The same store, which waits for so long where its storage is away."""
         other = copy.copy(self)
         other.storage = self.storage.patient(seconds)
-        other.leases = Leases(other.storage, self.leases.heartbeat, self.leases.expiry)
+        other.leases = self.leases.patient(seconds)
         other.roots = Roots(other.storage)
         return other
 

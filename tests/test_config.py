@@ -39,6 +39,7 @@ def test_text_is_read_as_the_type_of_its_field():
         ({"caae.class_dim": "many"}, r"caae.class_dim = 'many': .*integer"),
         ({"caae.merge": "median"}, r"caae.merge = 'median': input should be 'sum', 'mean' or 'max'"),
         ({"segmentor.losses": "CF,XX"}, r"segmentor.losses = 'XX'"),
+        ({"segmentor.losses": [["CF"]]}, r"segmentor.losses = \['CF'\]"),
         ({"segmentor.losses": ""}, r"segmentor.losses is empty"),
         ({"segmentor.sigma": "nan"}, r"segmentor.sigma"),
         ({"evaluate.erosion": 4}, r"evaluate.erosion must be odd"),

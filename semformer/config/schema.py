@@ -21,15 +21,12 @@ def _split_commas(value: Any) -> Any:
     """`CF,CB` from a command line and `[CF, CB]` from YAML mean the same."""
     if isinstance(value, str):
         return tuple(part.strip() for part in value.split(",") if part.strip())
-    return tuple(value) if isinstance(value, list) else value
+    return value
 
 
 def _canonical_losses(value: Any) -> Any:
-    value = _split_commas(value)
-    if not isinstance(value, tuple):
-        return value
-    order = get_args(LossName)
-    if set(value) <= set(order):
+    value, order = _split_commas(value), get_args(LossName)
+    if isinstance(value, list | tuple) and all(name in order for name in value):
         return tuple(name for name in order if name in value)
     return value
 

@@ -20,13 +20,13 @@ def figure4(
     class_names: Sequence[str],
     *,
     truth: np.ndarray | None = None,
-    threshold: float | None = None,
+    threshold: float,
 ) -> Image.Image:
     """Per present class a row: image, activation map, CRA, final map, and ground truth where there is one.
 
     image: (H, W, 3) uint8.
     maps: kind ("activation", "attention", "both") -> (C, H, W) in 0..1, one channel per class in `classes`.
-    With `threshold` its contour is drawn on every map.
+    The contour of `threshold` is drawn on every map.
     """
     rows, columns = max(1, len(classes)), len(maps) + 1 + (truth is not None)
     aspect = image.shape[0] / image.shape[1]
@@ -42,7 +42,7 @@ def figure4(
             if len(classes):
                 heat = maps[kind][row]
                 axis[column].imshow(colormaps["jet"](heat), alpha=0.55)
-                if threshold is not None and heat.min() < threshold < heat.max() and min(heat.shape) > 1:
+                if heat.min() < threshold < heat.max() and min(heat.shape) > 1:
                     axis[column].contour(heat, levels=[threshold], colors="white", linewidths=0.8)
         if truth is not None:
             axis[-1].imshow(colored_mask(truth))

@@ -100,7 +100,7 @@ def segmentor_training(options: SegmentorConfig, caae: CaaeConfig, K: int, pairs
     return network + len({"CF", "CB"} & set(options.losses)) * pairs * guided
 
 
-def segmentor_view(backbone: str, size: tuple[int, int], K: int, *, last_blocks: int = 0) -> float:
+def segmentor_view(backbone: str, size: tuple[int, int], K: int, *, last_blocks: int) -> float:
     """Of the activation map of one image of `size` (H, W) and the attention of Eq. 6 in `last_blocks` blocks."""
     vit = _Vit.of(backbone, size, K)
     attention = 6 * (vit.N + K) * vit.d**2 + 2 * K * (vit.N + K) * vit.d

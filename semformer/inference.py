@@ -21,6 +21,7 @@ from semformer.models.segmentor import Segmentor
 from semformer.precision import autocast
 
 STRIDE = 4
+EPS = 1e-5
 FULL_MULTIPLE = 16
 """Full-size maps are interpolated to multiples of this, then cropped to the image (published code)."""
 
@@ -144,12 +145,12 @@ def _round_up(value: float, multiple: int) -> int:
     return math.ceil(value / multiple) * multiple
 
 
-def _divide_by_maximum(maps: Tensor, eps: float = 1e-5) -> Tensor:
-    return maps / (maps.amax(dim=(1, 2), keepdim=True) + eps)
+def _divide_by_maximum(maps: Tensor) -> Tensor:
+    return maps / (maps.amax(dim=(1, 2), keepdim=True) + EPS)
 
 
-def class_relative_attention(attention: list[Tensor], *, eps: float = 1e-5) -> Tensor:
+def class_relative_attention(attention: list[Tensor]) -> Tensor:
     """A' of Eq. 6: A^l (B, K, N) of the last U blocks -> (B, K, N), summed over blocks, min-max over patches."""
     total = torch.stack(attention).sum(dim=0)
     low, high = total.amin(dim=-1, keepdim=True), total.amax(dim=-1, keepdim=True)
-    return (total - low) / (high - low + eps)
+    return (total - low) / (high - low + EPS)

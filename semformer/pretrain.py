@@ -91,7 +91,7 @@ def pretrain(
     return store.find_or_make(key, make, wait=partial(waiting, key))
 
 
-def gradients(model: nn.Module, batch: Batch, pieces: int = 1) -> dict[str, Tensor]:
+def gradients(model: nn.Module, batch: Batch, pieces: int) -> dict[str, Tensor]:
     """Adds the gradients of the cross-entropy with the object class of each image; returns it."""
     total = torch.zeros((), device=batch.images.device)
     classes = batch.Y[:, 1:].argmax(dim=1).to(batch.images.device, non_blocking=True)

@@ -12,7 +12,7 @@ from semformer.config.schema import Config, Settings
 from semformer.errors import UserError
 
 
-def load_config(preset: str = "paper", overrides: Mapping[str, Any] | None = None, *, source: str = "--set") -> Config:
+def load_config(preset: str, overrides: Mapping[str, Any] | None = None, *, source: str = "--set") -> Config:
     """A preset with some fields changed.
 
     `overrides` maps dotted names ("segmentor.sigma") to values; text is read as the field's type.

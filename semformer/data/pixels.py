@@ -81,8 +81,8 @@ def _weights(length: int, out: int) -> Tensor:
     return torch.from_numpy(np.trunc(weights + np.copysign(0.5, weights)))
 
 
-def _cubic(x: np.ndarray, a: float = -0.5) -> np.ndarray:
+def _cubic(x: np.ndarray) -> np.ndarray:
     """Keys' kernel, with Pillow's parameter."""
-    x = np.abs(x)
+    x, a = np.abs(x), -0.5
     near, far = ((a + 2) * x - (a + 3)) * x**2 + 1, (((x - 5) * x + 8) * x - 4) * a
     return np.where(x < 1, near, np.where(x < 2, far, 0.0))

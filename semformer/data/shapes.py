@@ -84,12 +84,11 @@ class Context:
 class ObjectClass:
     """What an object of a class looks like.
 
-    outline, texture and context are keys of OUTLINES, TEXTURES and CONTEXTS; place is the part's centre in
-    the upright body, x and y in -0.5..0.5 of the extent; colours are those of the part's rim and core; fills are the
-    indices of the body's usual colours in PALETTE, each of which two classes share.
+    Its outline is that of its name in OUTLINES; texture and context are keys of TEXTURES and CONTEXTS; place is the
+    part's centre in the upright body, x and y in -0.5..0.5 of the extent; colours are those of the part's rim and core;
+    fills are the indices of the body's usual colours in PALETTE, each of which two classes share.
     """
 
-    outline: str
     texture: str
     period: float
     place: tuple[float, float]
@@ -110,14 +109,14 @@ LIME, ORANGE, VIOLET, NAVY = (0.4, 0.95, 0.1), (1.0, 0.5, 0.0), (0.5, 0.1, 0.9),
 WHITE, BLACK = (1.0, 1.0, 1.0), (0.05, 0.05, 0.05)
 
 CLASSES = {
-    "disc": ObjectClass("disc", "horizontal", 6.0, (0.0, -0.25), (RED, BLACK), (0, 3), "water"),
-    "square": ObjectClass("square", "checker", 9.0, (0.18, 0.18), (YELLOW, WHITE), (1, 4), "grass"),
-    "triangle": ObjectClass("triangle", "vertical", 6.0, (0.0, 0.10), (MAGENTA, BLACK), (2, 5), "sand"),
-    "star": ObjectClass("star", "dots", 8.0, (0.0, 0.0), (CYAN, WHITE), (3, 6), "sky"),
-    "cross": ObjectClass("cross", "rings", 7.0, (0.0, -0.32), (LIME, BLACK), (4, 7), "water"),
-    "crescent": ObjectClass("crescent", "diagonal", 6.0, (-0.31, 0.0), (ORANGE, WHITE), (5, 0), "grass"),
-    "bar": ObjectClass("bar", "diamonds", 9.0, (0.30, 0.0), (VIOLET, BLACK), (6, 1), "sand"),
-    "flower": ObjectClass("flower", "zigzag", 8.0, (0.22, 0.125), (NAVY, WHITE), (7, 2), "sky"),
+    "disc": ObjectClass("horizontal", 6.0, (0.0, -0.25), (RED, BLACK), (0, 3), "water"),
+    "square": ObjectClass("checker", 9.0, (0.18, 0.18), (YELLOW, WHITE), (1, 4), "grass"),
+    "triangle": ObjectClass("vertical", 6.0, (0.0, 0.10), (MAGENTA, BLACK), (2, 5), "sand"),
+    "star": ObjectClass("dots", 8.0, (0.0, 0.0), (CYAN, WHITE), (3, 6), "sky"),
+    "cross": ObjectClass("rings", 7.0, (0.0, -0.32), (LIME, BLACK), (4, 7), "water"),
+    "crescent": ObjectClass("diagonal", 6.0, (-0.31, 0.0), (ORANGE, WHITE), (5, 0), "grass"),
+    "bar": ObjectClass("diamonds", 9.0, (0.30, 0.0), (VIOLET, BLACK), (6, 1), "sand"),
+    "flower": ObjectClass("zigzag", 8.0, (0.22, 0.125), (NAVY, WHITE), (7, 2), "sky"),
 }
 
 OUTLINES: dict[str, Outline] = {
@@ -157,7 +156,7 @@ def render(
     rng = np.random.default_rng([seed, *split.encode(), index, size])
     names = _draw_classes(rng)
     classes = [CLASSES[name] for name in names]
-    bodies, instances = _draw_layout(rng, classes, size)
+    bodies, instances = _draw_layout(rng, names, size)
     image = _draw_background(rng, classes[0].context, size, difficulty)
     for object_class, body in zip(classes, bodies, strict=True):
         _paint(rng, image, object_class, body, difficulty)
@@ -179,14 +178,14 @@ def _draw_classes(rng: np.random.Generator) -> list[str]:
     return names
 
 
-def _draw_layout(rng: np.random.Generator, classes: list[ObjectClass], size: int) -> tuple[list[Body], Array]:
+def _draw_layout(rng: np.random.Generator, names: list[str], size: int) -> tuple[list[Body], Array]:
     """Place the objects, later ones in front, again and again until enough of each can be seen.
 
     Returns the bodies and the instance map, (size, size): 0 background, n the n-th object.
     """
     min_pixels = MIN_VISIBLE_PIXELS * (size / 96) ** 2
     while True:
-        bodies = [place(rng, OUTLINES[c.outline], EXTENT_RANGE, size) for c in classes]
+        bodies = [place(rng, OUTLINES[name], EXTENT_RANGE, size) for name in names]
         instances = np.zeros((size, size), dtype=np.int64)
         for n, body in enumerate(bodies, start=1):
             instances[body.window][body.distance < 0] = n

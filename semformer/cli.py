@@ -217,8 +217,8 @@ def _pretrain(options: argparse.Namespace) -> int:
     device = _device(options.device)
     torch.set_num_threads(options.threads)
     with _Display() as display:
-        shapes = ShapesConfig(train=options.images, val=2000, size=options.image_size, kind="pretraining")
-        folder = cached_shapes(shapes, display.data)
+        shapes = ShapesConfig(train=options.images, val=2000, size=options.image_size)
+        folder = cached_shapes(shapes, "pretraining", display.data)
         artifact, found = pretrain(
             config,
             open_devkit(folder),

@@ -128,7 +128,7 @@ def open_data(config: Config, folder: str | Path | None, progress: Callable[[int
         return Data(open_devkit(folder))
     if not config.data.shapes:
         raise UserError("this preset needs real images: give the VOC devkit's folder with --data DIR")
-    return Data(open_devkit(cached_shapes(config.data.shapes, progress)))
+    return Data(open_devkit(cached_shapes(config.data.shapes, progress=progress)))
 
 
 def open_classes(config: Config, folder: str | Path | None) -> Data:

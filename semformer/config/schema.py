@@ -91,8 +91,6 @@ class ShapesConfig(Settings):
     val: Count = 200
     size: Annotated[int, Field(ge=32)] = 96
     seed: Seed = 0
-    kind: Literal["scenes", "pretraining"] = "scenes"
-    """pretraining: single objects of other classes (`semformer pretrain`)."""
     difficulty: Difficulty = Difficulty()
 
 

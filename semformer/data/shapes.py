@@ -241,6 +241,10 @@ def _ring(instances: Array) -> Array:
     return instances > np.minimum.reduce(neighbours)
 
 
+Kind = Literal["scenes", "pretraining"]
+"""scenes: those of this module. pretraining: those of `other_shapes`."""
+
+
 def make_shapes(
     root: str | Path,
     *,
@@ -248,7 +252,7 @@ def make_shapes(
     val: int,
     size: int = 96,
     seed: int = 0,
-    kind: Literal["scenes", "pretraining"] = "scenes",
+    kind: Kind = "scenes",
     difficulty: Difficulty | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Path:
@@ -280,9 +284,13 @@ def make_shapes(
     return root
 
 
-def cached_shapes(config: ShapesConfig, progress: Callable[[int, int], None] | None = None) -> Path:
+def cached_shapes(
+    config: ShapesConfig, kind: Kind = "scenes", progress: Callable[[int, int], None] | None = None
+) -> Path:
     """`make_shapes` into $SEMFORMER_CACHE, or ~/.cache/semformer. Several processes may call it at once."""
-    parameters = config.model_dump(exclude={"difficulty"}) | config.difficulty.model_dump(exclude_defaults=True)
+    parameters = (
+        {"kind": kind} | config.model_dump(exclude={"difficulty"}) | config.difficulty.model_dump(exclude_defaults=True)
+    )
     name = "-".join([f"shapes-v{VERSION}", *(f"{key}-{value}" for key, value in parameters.items())])
     return make_shapes(
         cache_folder() / name,
@@ -290,7 +298,7 @@ def cached_shapes(config: ShapesConfig, progress: Callable[[int, int], None] | N
         val=config.val,
         size=config.size,
         seed=config.seed,
-        kind=config.kind,
+        kind=kind,
         difficulty=config.difficulty,
         progress=progress,
     )

@@ -1,7 +1,9 @@
 """`semformer`: make or check data, run the pipeline, draw maps, import weights."""
 
 import argparse
+import errno
 import json
+import os
 import shutil
 import sys
 import time
@@ -46,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     run.add_argument(
         "--threads",
-        type=_count(1),
+        type=_count(1, 1024),
         default=1,
         metavar="N",
         help="on a CPU; another number rounds differently (default: 1)",
@@ -83,9 +85,9 @@ def _parser() -> argparse.ArgumentParser:
     pretrain.add_argument("--images", type=_count(1), default=20_000, help="to learn from (%(default)s)")
     pretrain.add_argument("--epochs", type=_count(1), default=30, help="(%(default)s)")
     pretrain.add_argument("--image-size", type=_count(32), default=64, help="side in pixels (%(default)s)")
-    pretrain.add_argument("--seed", type=_count(0), default=0)
+    pretrain.add_argument("--seed", type=_count(0, 2**32 - 1), default=0)
     pretrain.add_argument("--device", default="auto", help="as for run")
-    pretrain.add_argument("--threads", type=_count(1), default=1, help="as for run")
+    pretrain.add_argument("--threads", type=_count(1, 1024), default=1, help="as for run")
     add_store_argument(pretrain)
     pretrain.set_defaults(command=_pretrain)
 
@@ -109,10 +111,10 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _count(least: int):
+def _count(least: int, most: int = 2**31):
     def count(text: str) -> int:
-        if int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text} is less than {least}")
+        if not least <= int(text) <= most:
+            raise argparse.ArgumentTypeError(f"{text} is not between {least} and {most}")
         return int(text)
 
     return count
@@ -207,14 +209,9 @@ def _pretrain(options: argparse.Namespace) -> int:
     from semformer.store import open_store
 
     check_tiles(options.backbone, options.image_size, "--image-size")
-    if options.out.is_dir():
-        raise UserError(f"--out {options.out} is a folder: name a file")
-    try:  # before it takes minutes
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--out {options.out} cannot be written: {error.strerror}") from error
     config = PretrainConfig(backbone=options.backbone, image_size=options.image_size, epochs=options.epochs)
     device = _device(options.device)
+    _put(Path(os.devnull), options.out, keep=False)  # before it takes minutes
     torch.set_num_threads(options.threads)
     with _Display() as display:
         shapes = ShapesConfig(train=options.images, val=2000, size=options.image_size)
@@ -228,12 +225,35 @@ def _pretrain(options: argparse.Namespace) -> int:
             progress=display.stage,
             waiting=display.waiting,
         )
-    shutil.copyfile(artifact.file(WEIGHTS), options.out)
+    _put(artifact.file(WEIGHTS), options.out)
     made = f"{'found' if found else 'made'}, {artifact.info['accuracy']:.1f} % right on new images"
     console.print(f"{options.backbone} {artifact.key.short} ({made}): {options.out}", highlight=False, soft_wrap=True)
     use = f"--weights or --caae-weights {options.out}, in a sweep with --weights {options.backbone}={options.out}"
     console.print(f"use it with {use}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _put(source: Path, out: Path, *, keep: bool = True) -> None:
+    """Copies a file to --out, in one step for who reads it meanwhile; with `keep` false, only finds out whether it can.
+
+    Raises UserError where that cannot be written, and for a name of which nobody would read weights.
+    """
+    if out.suffix != ".safetensors":
+        raise UserError(f"--out {out}: name a file that ends with .safetensors")
+    partial = out.with_name(f".{out.name}.{os.getpid()}")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        if out.is_dir():
+            raise IsADirectoryError(errno.EISDIR, "it is a folder")
+        try:
+            shutil.copyfile(source, partial)
+            if keep:
+                partial.replace(out)
+        finally:
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        where = f" (they are in {source})" if keep else ""
+        raise UserError(f"the weights cannot be written to --out {out}: {error.strerror}{where}") from error
 
 
 def _import_checkpoint(options: argparse.Namespace) -> int:
@@ -344,8 +364,7 @@ class _Display:
 
     def data(self, done: int, total: int) -> None:
         self._update("data", done, total, f"{done}/{total} images")
-        if not self.live and done == total:
-            console.print(f"data: {total} images", highlight=False)
+        self._print(f"data: {done}/{total} images", at_once=done == total)
 
     def stage(self, report) -> None:
         losses = " ".join(f"{name} {report.values[name]:.3f}" for name in LOSSES if name in report.values)
@@ -354,18 +373,23 @@ class _Display:
         speed = f"{rate:.{0 if rate >= 10 else 1}f} img/s, {report.seconds_left:.0f} s left"
         told = " ".join(filter(None, (epoch, losses, speed, report.note)))
         self._update(report.stage, report.done, report.total, told)
-        if not self.live and (report.end_of_epoch or time.monotonic() > self.printed + self.EVERY):
-            console.print(f"{report.stage}: {told}", highlight=False, soft_wrap=True)
-            self.printed = time.monotonic()
+        self._print(f"{report.stage}: {told}", at_once=report.end_of_epoch)
 
     def waiting(self, key, holder) -> None:
-        self._update(key.stage, 0, 1, f"waiting: {holder} makes it")
+        told = f"waiting: {holder} makes it"
+        self._print(f"{key.stage}: {told}", at_once=key.stage not in self.tasks)
+        self._update(key.stage, 0, 1, told)
 
     def done(self, run) -> None:
         told = "found in the store" if run.found else f"made in {run.seconds:.1f} s"
         self._update(run.stage, 1, 1, f"{told} ({run.key[:12]})")
-        if not self.live:
-            console.print(f"{run.stage}: {told} ({run.key[:12]})", highlight=False)
+        self._print(f"{run.stage}: {told} ({run.key[:12]})")
+
+    def _print(self, told: str, *, at_once: bool = True) -> None:
+        """Where there is no terminal; what need not be told at once, when nothing was for a while."""
+        if not self.live and (at_once or time.monotonic() > self.printed + self.EVERY):
+            console.print(told, highlight=False, soft_wrap=True)
+            self.printed = time.monotonic()
 
 
 if __name__ == "__main__":

@@ -96,6 +96,7 @@ def class_cosines(
     """How alike the maps of an image's `classes` are: the mean cosine over their pairs, by kind, at the image's scale.
 
     "activation" is of ReLU(logits), "attention" of A' of Eq. 6. Near 1, a map tells that something is there, not what.
+    A map that is zero everywhere is like none.
     image: (H, W, 3) uint8; two classes or more.
     """
     H, W = image.shape[:2]

@@ -101,7 +101,7 @@ def draw_maps(
     that it does not know, for images that cannot be read, where it cannot tell by itself, and for pictures that cannot
     be written or would take the place of an image or of each other.
     """
-    config, classes = network.config, network.classes
+    config, classes, images = network.config, network.classes, list(dict.fromkeys(images))
     targets = [out / f"{path.stem}.png" for path in images]
     for target, path in zip(targets, images, strict=True):
         image_size(path)  # raises before any work for what is no image
@@ -142,4 +142,4 @@ def _indices(names: str, classes: tuple[str, ...]) -> list[int]:
     for name in wanted:
         if name not in classes[1:]:
             raise UserError(f"--classes: {name!r} is none of {', '.join(classes[1:])}")
-    return sorted(classes.index(name) for name in wanted)
+    return sorted({classes.index(name) for name in wanted})

@@ -46,6 +46,8 @@ def load_state(module: nn.Module, state: dict[str, Tensor], origin: str) -> None
                 f"{origin} is of another architecture: {name} has shape {tuple(state[name].shape)}, "
                 f"the config asks for {tuple(value.shape)}"
             )
+        if not state[name].isfinite().all():
+            raise UserError(f"{origin} is damaged: {name} has values that are no finite numbers")
     extra = sorted(set(state) - set(own))
     if extra:
         raise UserError(f"{origin} is of another architecture: it has {extra[0]}, which the config has no place for")

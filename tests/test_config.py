@@ -52,6 +52,8 @@ def test_text_is_read_as_the_type_of_its_field():
         ({"data.shapes": {"train": 0}}, r"data.shapes.train = 0: input should be greater than 0"),
         ({"data.shapes.size": 31}, r"data.shapes.size = 31: input should be greater than or equal to 32"),
         ({"caae": "5"}, r"caae is a group of fields, such as caae.backbone"),
+        ({"segmentor.sigma": {"a": 1}}, r"segmentor.sigma is one value, not a group"),
+        ({"caae.epochs": {"a": 1}}, r"caae.epochs is one value, not a group"),
         ({"caae.enlarge": "0,1"}, r"caae.enlarge = '0': input should be greater than 0"),
         ({"caae.enlarge": "3,1"}, r"caae.enlarge must be FROM,TO with FROM <= TO, not \(3.0, 1.0\)"),
         ({"caae.crop_area": "0.5,1.2"}, r"caae.crop_area must be fractions of at most 1"),

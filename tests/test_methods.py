@@ -294,6 +294,10 @@ def test_local_weights_are_loaded_and_position_embeddings_resized(tmp_path):
     resized = resample_abs_pos_embed(larger.pos_embed, [8, 8], num_prefix_tokens=1)
     torch.testing.assert_close(backbone.pos_embed, resized[:, 1:])
     torch.testing.assert_close(backbone.class_position, larger.pos_embed[:, :1])
+    for shape in ((), (64,), (65, 64), (2, 65, 64), (1, 0, 64), (1, 1, 64), (1, 66, 64), (1, 65, 32)):
+        torch.save(donor.state_dict() | {"pos_embed": torch.zeros(shape)}, tmp_path / "bent.pth")
+        with pytest.raises(UserError, match=r"bent.pth.*another architecture: pos_embed has shape"):
+            build_backbone("vit_shapes_patch8_64", weights=str(tmp_path / "bent.pth"), image_size=64)
     wrong = timm.create_model("vit_wiring_patch8_48")
     torch.save(wrong.state_dict(), tmp_path / "wrong.pth")
     with pytest.raises(UserError, match=r"wrong.pth.*another architecture"):

@@ -12,19 +12,23 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.metrics import average_precision_score
 
 from semformer import pipeline
-from semformer.cli import main
+from semformer.cli import _Display, main
 from semformer.config import load_config
 from semformer.data.pixels import MEAN, STD
 from semformer.data.shapes import make_shapes
 from semformer.errors import UserError
+from semformer.keys import StageKey
+from semformer.models.vit import build_vit
 from semformer.stages import caae, segmentor
 from semformer.stages.training import TrainingDiverged
 from semformer.store import Store
 from semformer.store.leases import LeaseLost
 from tests.pipelines import CPU, damage, run, weights
+from tests.test_predict import to_published
 
 NAMES = [stage.name for stage in pipeline.STAGES]
 
@@ -188,6 +192,41 @@ def test_corrupt_image_is_named_and_nothing_is_made_of_it(tmp_path):
     victim.unlink()
     assert list(pipeline.run(config, data, store, device=CPU, progress=lambda report: None))[-1].found
     assert set(runs) == set(NAMES)
+
+
+def test_nothing_is_kept_of_weights_that_changed_meanwhile(finished, shapes, tmp_path):
+    store, file = Store(tmp_path / "store"), tmp_path / "weights.safetensors"
+    vit = build_vit("vit_wiring_patch8_48", pretrained=False, weights="", num_classes=0)
+    save_file(vit.state_dict(), file)
+    config = load_config("micro", {"segmentor.weights": str(file)})
+
+    def replace(report):
+        if report.stage == "caae":
+            save_file({name: value + 1 for name, value in vit.state_dict().items()}, file)
+
+    with pytest.raises(UserError, match=r"weights.safetensors has changed since segmentor began: run it again"):
+        run(config, shapes, store, replace)
+    assert not (store.root / "segmentor").exists()
+    assert run(config, shapes, store)["segmentor"].artifact.info["history"]
+
+
+def test_a_network_with_values_that_are_no_numbers_is_refused(finished, shapes, tmp_path):
+    _, trained = finished
+    state = to_published("segmentor", weights(trained["segmentor"]))
+    name = next(name for name in state if name.endswith("segmentor.cls_token"))
+    torch.save(state | {name: torch.full_like(state[name], torch.nan)}, file := tmp_path / "network.pth")
+    config = load_config("micro", {"segmentor.checkpoint": str(file)})
+    with pytest.raises(UserError, match=r"network.pth is damaged: .* no finite numbers"):
+        run(config, shapes, Store(tmp_path / "store"))
+
+
+def test_maps_that_overflow_are_named(finished, shapes, tmp_path):
+    _, trained = finished
+    state = weights(trained["segmentor"])
+    state["patch_head.weight"] = torch.full_like(state["patch_head.weight"], 3e38)
+    torch.save(to_published("segmentor", state), file := tmp_path / "network.pth")
+    with pytest.raises(UserError, match=r"val_\d+: the activation maps contain NaN"):
+        run(load_config("micro", {"segmentor.checkpoint": str(file)}), shapes, Store(tmp_path / "store"))
 
 
 def test_diverging_loss_stops_the_stage_and_says_what_to_do(shapes, tmp_path):
@@ -371,6 +410,19 @@ def test_where_there_is_no_terminal_a_long_stage_tells_now_and_then_how_far_it_i
     assert main(["run", "--preset", "micro", "--data", str(shapes), "--store", str(store)]) == 0
     told = re.findall(r"cams: (\d+)/(\d+) [\d.]+ img/s, \d+ s left", capsys.readouterr().err)
     assert bool(told) == (every == 0)
+
+
+@pytest.mark.parametrize("every", [0.0, 100.0])
+def test_who_waits_without_a_terminal_is_told_at_once_and_now_and_then(capsys, monkeypatch, every):
+    monkeypatch.setattr(_Display, "EVERY", every)
+    with _Display() as display:
+        for _ in range(3):
+            display.waiting(StageKey("pack", {"stage": "pack", "inputs": {}}), "process 7 on host")
+        for done in range(4):
+            display.data(done, 3)
+    told = capsys.readouterr().err
+    assert told.count("waiting: process 7 on host makes it") == (3 if every == 0 else 1)
+    assert told.count("data: ") == (4 if every == 0 else 1)
 
 
 @pytest.mark.parametrize(

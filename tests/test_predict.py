@@ -99,6 +99,15 @@ def test_predict_touches_no_image_and_gives_each_its_own_picture(finished, tmp_p
     assert "photo.png cannot be written: Is a directory" in " ".join(capsys.readouterr().err.split())
 
 
+def test_predict_takes_what_is_named_twice_once(finished, tmp_path, capsys):
+    store, runs = finished
+    Image.new("RGB", (60, 40), "red").save(photo := tmp_path / "photo.png")
+    network = ["--network", runs["segmentor"].key, "--store", str(store.root), "--classes", "star,disc,star"]
+    assert main(["predict", str(photo), str(photo), "--out", str(tmp_path / "out"), *network]) == 0
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.count("photo.png: disc, star ->") == 1, told
+
+
 @pytest.mark.parametrize(("size", "seen"), [((600, 150), "60x15"), ((60, 50), ""), ((1, 1), ""), ((1, 60), "")])
 def test_predict_shrinks_what_is_larger_than_anything_trained_on_and_says_so(finished, tmp_path, capsys, size, seen):
     store, runs = finished

@@ -1,5 +1,6 @@
 """Pretraining on other shapes: what it makes, what its key depends on, and what its loss is."""
 
+import errno
 import hashlib
 import json
 from pathlib import Path
@@ -105,17 +106,53 @@ def test_the_key_is_of_the_images_the_options_and_the_seed(devkit, tmp_path):
     [
         (["resnet18", "--out", "w.safetensors"], "resnet18 is no plain ViT"),
         ([NAME, "--out", "w.safetensors", "--image-size", "36"], "--image-size = 36 is no multiple"),
-        ([NAME, "--out", "."], "--out . is a folder: name a file"),
-        ([NAME, "--out", "there/w.safetensors"], "--out there/w.safetensors cannot be written: File exists"),
+        ([NAME, "--out", "."], "--out .: name a file that ends with .safetensors"),
+        ([NAME, "--out", "w.pth"], "--out w.pth: name a file that ends with .safetensors"),
+        ([NAME, "--out", "there/w.safetensors"], "written to --out there/w.safetensors: File exists"),
+        ([NAME, "--out", "a.safetensors"], "written to --out a.safetensors: it is a folder"),
+        ([NAME, "--out", f"{'w' * 300}.safetensors"], "File name too long"),
+        ([NAME, "--out", "w.safetensors", "--seed", str(2**32)], "4294967296 is not between 0 and 4294967295"),
+        ([NAME, "--out", "w.safetensors", "--threads", "9999999"], "is not between 1 and 1024"),
     ],
 )
 def test_what_cannot_work_is_refused_before_images_are_made(tmp_path, monkeypatch, capsys, arguments, told):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("SEMFORMER_CACHE", str(tmp_path / "cache"))
     (tmp_path / "there").touch()
-    assert cli.main(["pretrain", *arguments]) == 2
+    (tmp_path / "a.safetensors").mkdir()
+    try:
+        status = cli.main(["pretrain", *arguments])
+    except SystemExit as end:
+        status = end.code
+    assert status == 2
     assert told in " ".join(capsys.readouterr().err.split())
-    assert [path.name for path in tmp_path.iterdir()] == ["there"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.safetensors", "there"]
+
+
+def test_weights_that_are_there_stay_until_the_new_ones_are_whole(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("SEMFORMER_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "kept").write_bytes(b"older weights")
+    (out := tmp_path / "w.safetensors").symlink_to(tmp_path / "kept")
+    command = ["pretrain", NAME, "--images", "8", "--epochs", "1", "--image-size", "32", "--out", str(out)]
+    command += ["--store", str(tmp_path / "store")]
+    copy = cli.shutil.copyfile
+
+    def full(source, target):
+        copy(source, target)
+        if "store" in str(source):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(cli.shutil, "copyfile", full)
+    assert cli.main(command) == 2
+    told = " ".join(capsys.readouterr().err.split())
+    assert "No space left on device (they are in " in told
+    assert out.read_bytes() == b"older weights"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cache", "kept", "store", "w.safetensors"]
+    monkeypatch.undo()
+    monkeypatch.setenv("SEMFORMER_CACHE", str(tmp_path / "cache"))
+    assert cli.main(command) == 0
+    assert load_file(out)
+    assert (tmp_path / "kept").read_bytes() == b"older weights", "a link is replaced, not followed"
 
 
 @pytest.mark.parametrize("pieces", [1, 3])

@@ -15,6 +15,7 @@ from semformer.data import drawing, other_shapes, shapes
 from semformer.data.check import check_devkit
 from semformer.data.shapes import CLASSES, cached_shapes, make_shapes, render
 from semformer.data.voc import open_devkit, voc_palette
+from semformer.store.processes import machine
 from tests.devkits import refused
 
 
@@ -240,6 +241,14 @@ def test_an_interrupted_set_leaves_nothing(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         make_shapes(tmp_path / "shapes", train=3, val=1, size=32, progress=interrupt)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_process_left_goes(tmp_path):
+    dead, alive = (tmp_path / f".set.{machine()}-{pid}-1" for pid in (2**22 + 1, os.getpid()))
+    for folder in (dead, alive):
+        (folder / "VOC2012").mkdir(parents=True)
+    make_shapes(tmp_path / "set", train=1, val=1, size=32)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [alive.name, "set"]
 
 
 def _make_cached(barrier, cache) -> None:

@@ -105,6 +105,17 @@ def test_an_option_counts_where_a_loss_uses_it(losses):
         assert (key(**{f"segmentor.{option}": value}) != key()) is used, option
 
 
+def test_where_there_is_a_file_whether_to_download_does_not_count(tmp_path):
+    (file := tmp_path / "w.pth").write_bytes(b"weights")
+    keys = [
+        load_config("micro", {"caae.pretrained": pretrained, "caae.weights": weights}).caae.key_parameters()
+        for weights in (str(file), "")
+        for pretrained in (True, False)
+    ]
+    assert keys[0] == keys[1]
+    assert keys[2] != keys[3]
+
+
 def test_an_imported_caae_counts_by_all_that_decides_its_embeddings(tmp_path):
     (file := tmp_path / "caae.pth").write_bytes(b"weights")
 

@@ -26,6 +26,8 @@ def load_config(preset: str, overrides: Mapping[str, Any] | None = None, *, sour
             raise UserError(f"{source}: {unknown_field(name)}")
         if name in _groups() and not isinstance(value, Mapping) and value is not None:
             raise UserError(f"{source}: {name} is a group of fields, such as {_first_of(name)}: set those")
+        if name not in _groups() and isinstance(value, Mapping):
+            raise UserError(f"{source}: {name} is one value, not a group of fields")
         *groups, leaf = name.split(".")
         node = tree
         for group in groups:

@@ -160,6 +160,7 @@ class TrainingConfig(Settings):
         parameters = super().key_parameters()
         parameters["optimizer"] = self.optimizer.key_parameters()
         parameters["weights"] = file_digest(self.weights_file) if self.weights_file else ""
+        parameters["pretrained"] = self.pretrained or bool(self.weights_file)
         return parameters
 
 

@@ -12,8 +12,9 @@ texture periods are in pixels of a 96-pixel image. Change VERSION with anything 
 """
 
 import json
+import os
 import shutil
-import uuid
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -46,6 +47,7 @@ from semformer.data.drawing import (
 from semformer.data.voc import IGNORE, voc_palette
 from semformer.errors import UserError
 from semformer.machine import cache_folder
+from semformer.store.processes import is_alive, machine
 
 VERSION = 5
 
@@ -269,7 +271,10 @@ def make_shapes(
     parameters |= {"train": train, "val": val, "size": size, "seed": seed} | difficulty.model_dump()
     if _is_made(root, parameters):
         return root
-    making = root.parent / f".{root.name}.{uuid.uuid4().hex}"
+    making = root.parent / f".{root.name}.{machine()}-{os.getpid()}-{threading.get_ident()}"
+    for left in root.parent.glob(f".{root.name}.{machine()}-*"):
+        if not is_alive(int(left.name.split("-")[-2])):
+            shutil.rmtree(left, ignore_errors=True)
     try:
         _write(making, parameters, difficulty, progress)
         try:

@@ -17,6 +17,7 @@ from timm.models.vision_transformer import Block
 from torch import Tensor, nn
 
 from semformer.errors import MachineError, UserError, first_line
+from semformer.memory import is_exhausted
 from semformer.weights import load_state, read_weights
 
 
@@ -155,9 +156,9 @@ def build_vit(name: str, *, pretrained: bool, weights: str, **options: Any) -> V
     backbone_shape(name)  # which takes plain ViTs alone
     try:
         vit = timm.create_model(name, pretrained=pretrained and not weights, **options)
-    except UserError:
-        raise
     except Exception as error:  # hub libraries raise a dozen kinds when they are offline
+        if weights or not pretrained or is_exhausted(error):
+            raise
         raise MachineError(
             f"cannot download the pretrained weights of {name} ({type(error).__name__}: {first_line(error)}). "
             f"Give a local file (timm's parameter names): semformer run --weights FILE or --caae-weights FILE, "
@@ -208,15 +209,20 @@ def backbone_shape(name: str) -> dict[str, int]:
     }
 
 
+def _resampled(positions: Tensor, wanted: Tensor, n_prefix: int, grid: tuple[int, int]) -> Tensor:
+    """Position embeddings (1, n_prefix + N, d) of a square of N patches for those of `grid`; others as they are."""
+    N = positions.shape[1] - n_prefix if positions.ndim == 3 and positions.shape[::2] == wanted.shape[::2] else 0
+    if positions.shape == wanted.shape or N <= 0 or math.isqrt(N) ** 2 != N:
+        return positions
+    return resample_abs_pos_embed(positions, new_size=list(grid), num_prefix_tokens=n_prefix)
+
+
 def _load_weights(vit: VisionTransformer, name: str, path: Path) -> None:
     state = read_weights(path)
     wanted = vit.state_dict()
-    if "pos_embed" in state and state["pos_embed"].shape != wanted["pos_embed"].shape:
-        state["pos_embed"] = resample_abs_pos_embed(
-            state["pos_embed"],
-            new_size=list(vit.patch_embed.grid_size),
-            num_prefix_tokens=0 if vit.no_embed_class else vit.num_prefix_tokens,
-        )
+    if "pos_embed" in state:
+        n_prefix = 0 if vit.no_embed_class else vit.num_prefix_tokens
+        state["pos_embed"] = _resampled(state["pos_embed"], wanted["pos_embed"], n_prefix, vit.patch_embed.grid_size)
     head = {key: value for key, value in wanted.items() if key.startswith("head")}  # which is new
     load_state(
         vit, {key: value for key, value in state.items() if not key.startswith("head")} | head, f"{path} ({name})"

@@ -16,6 +16,7 @@ from torch import Tensor
 from semformer import memory
 from semformer.config import DRAWABLE, Config
 from semformer.data.pack import Packed
+from semformer.errors import UserError
 from semformer.inference import Maps, class_cosines, maps_of_every_kind, multi_scale_maps
 from semformer.models.segmentor import Segmentor
 from semformer.stages import segmentor as segmentor_stage
@@ -63,12 +64,15 @@ def run(config: Config, data: Packed, segmentor: Artifact, ctx: Context) -> dict
 
 
 def _mean_cosines(model: Segmentor, data: Packed, config: Config) -> dict[str, float]:
-    """By kind of map; nothing where no image has two classes."""
+    """By kind of map; nothing where no image has two classes. Raises UserError for maps that are NaN."""
     several = [i for i in range(len(data)) if len(data.objects(i)) > 1]
     compared = several[:: -(-len(several) // COMPARED)] if several else []
     found = [
         class_cosines(model, data.pixels(i), data.objects(i), config.cams, precision=config.precision) for i in compared
     ]
+    for i, one in zip(compared, found, strict=True):
+        if not np.isfinite(list(one.values())).all():
+            raise UserError(f"{data.ids[i]}: the activation maps contain NaN")
     return {kind: float(np.mean([one[kind] for one in found])) for kind in (found[0] if found else ())}
 
 

@@ -1,7 +1,8 @@
-"""Pictures of activation maps, in the layout of the paper's Figure 4."""
+"""Pictures of activation maps, in the layout of the paper's Figures 3 and 4."""
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO
+from typing import NamedTuple
 
 import numpy as np
 from matplotlib import colormaps
@@ -13,6 +14,23 @@ from semformer.data.voc import IGNORE, voc_palette
 TITLES = {"activation": "Act. Map", "attention": "CRA", "both": "Act. Map ⊗ CRA"}
 
 
+class Map(NamedTuple):
+    """What stands in a column: values (H, W) in 0..1, or None where there is none, and where their contour is drawn."""
+
+    heading: str
+    values: np.ndarray | None
+    threshold: float
+
+
+class Line(NamedTuple):
+    """A class of an image: `image` (H, W, 3) uint8, `truth` (H, W) class indices."""
+
+    name: str
+    image: np.ndarray
+    maps: Sequence[Map]
+    truth: np.ndarray | None = None
+
+
 def figure4(
     image: np.ndarray,
     maps: Mapping[str, np.ndarray],
@@ -22,36 +40,43 @@ def figure4(
     truth: np.ndarray | None = None,
     threshold: float,
 ) -> Image.Image:
-    """Per present class a row: image, activation map, CRA, final map, and ground truth where there is one.
+    """Per present class a line: image, activation map, CRA, final map, and ground truth where there is one.
 
     image: (H, W, 3) uint8.
     maps: kind ("activation", "attention", "both") -> (C, H, W) in 0..1, one channel per class in `classes`.
     The contour of `threshold` is drawn on every map.
     """
-    rows, columns = max(1, len(classes)), len(maps) + 1 + (truth is not None)
-    aspect = image.shape[0] / image.shape[1]
-    grey = Image.fromarray(image).convert("L")
-    figure = Figure(figsize=(2.2 * columns, 2.2 * aspect * rows + 0.35), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False)
-    for row, axis in enumerate(axes):
-        name = class_names[classes[row]] if len(classes) else "no object"
-        axis[0].imshow(image)
-        axis[0].set_ylabel(name)
-        for column, kind in enumerate(maps, start=1):
-            axis[column].imshow(grey, cmap="gray", vmin=0, vmax=255)
-            if len(classes):
-                heat = maps[kind][row]
-                axis[column].imshow(colormaps["jet"](heat), alpha=0.55)
+    lines = [
+        Line(class_names[k], image, [Map(TITLES[kind], maps[kind][row], threshold) for kind in maps], truth)
+        for row, k in enumerate(classes)
+    ]
+    return draw(lines or [Line("no object", image, [Map(TITLES[kind], None, threshold) for kind in maps], truth)])
+
+
+def draw(lines: Sequence[Line]) -> Image.Image:
+    """Images, their maps over them, and ground truth. All lines have the columns of the first."""
+    with_truth = lines[0].truth is not None
+    headings = ["Image", *(column.heading for column in lines[0].maps), *["Ground Truth"] * with_truth]
+    aspects = [line.image.shape[0] / line.image.shape[1] for line in lines]
+    figure = Figure(figsize=(2.2 * len(headings), 2.2 * sum(aspects) + 0.35), layout="constrained")
+    axes = figure.subplots(len(lines), len(headings), squeeze=False, height_ratios=aspects)
+    for line, panels in zip(lines, axes, strict=True):
+        grey = Image.fromarray(line.image).convert("L")
+        panels[0].imshow(line.image)
+        panels[0].set_ylabel(line.name)
+        for panel, (_, heat, threshold) in zip(panels[1:], line.maps, strict=False):
+            panel.imshow(grey, cmap="gray", vmin=0, vmax=255)
+            if heat is not None:
+                panel.imshow(colormaps["jet"](heat), alpha=0.55)
                 if heat.min() < threshold < heat.max() and min(heat.shape) > 1:
-                    axis[column].contour(heat, levels=[threshold], colors="white", linewidths=0.8)
-        if truth is not None:
-            axis[-1].imshow(colored_mask(truth))
-        for panel in axis:
+                    panel.contour(heat, levels=[threshold], colors="white", linewidths=0.8)
+        if line.truth is not None:
+            panels[-1].imshow(colored_mask(line.truth))
+        for panel in panels:
             panel.set_xticks([])
             panel.set_yticks([])
-    titles = ["Image", *(TITLES[kind] for kind in maps), *(["Ground Truth"] if truth is not None else [])]
-    for panel, title in zip(axes[0], titles, strict=True):
-        panel.set_title(title, fontsize=9)
+    for panel, heading in zip(axes[0], headings, strict=True):
+        panel.set_title(heading, fontsize=9)
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     buffer.seek(0)

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as Grid
 
-from semformer.config import PRESETS, parse_overrides
+from semformer.config import DRAWABLE, PRESETS, parse_overrides
 from semformer.errors import UserError
 from semformer.secrets import without_password
 from sweeps.plan.table import load_all_tables, load_tables, table_names
@@ -96,6 +96,12 @@ def _parser() -> argparse.ArgumentParser:
     _add_configs(run)
     _add_price(run)
     _add_running(run)
+
+    drawing = command("draw", _draw, "draw the maps of tables' rows side by side, as the paper's Figure 3 does")
+    _add_tables(drawing)
+    _add_configs(drawing)
+    drawing.add_argument("--images", type=_positive(int), default=4, metavar="N", help="default: %(default)s")
+    drawing.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="for TABLE.png (default: here)")
 
     search = command("search", _search, "search the ablation axes with Optuna")
     _add_configs(search, seeds=False)
@@ -292,6 +298,30 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
         )
     for line in cost.lines():
         console.print(line, highlight=False, soft_wrap=True)
+    return 0
+
+
+def _draw(options: argparse.Namespace, console: Console) -> int:
+    if options.images > DRAWABLE:
+        raise UserError(f"--images {options.images}: maps to draw are kept of {DRAWABLE} images")
+    plan, store = _make_plan(options, console)
+    from sweeps.figure import figure3
+
+    paths = []
+    for table in plan.tables:
+        for seed in plan.seeds:
+            trials = [trial for trial in plan.trials if trial.config.seed == seed]
+            path = options.out / (f"{table.name}-seed{seed}.png" if len(plan.seeds) > 1 else f"{table.name}.png")
+            picture = figure3(table, trials, store, options.images)
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                picture.save(path)
+            except OSError as error:
+                raise UserError(f"the picture {path} cannot be written: {error.strerror or error}") from error
+            paths.append(str(path))
+            console.print(f"drew {escape(str(path))}", highlight=False, soft_wrap=True)
+    if options.json:
+        print(json.dumps({"pictures": paths}))
     return 0
 
 

@@ -31,7 +31,7 @@ from sweeps.plan.table import load_table, resolve
 NAME = "vit_wiring_patch8_32"
 OPTIONS = PretrainConfig(backbone=NAME, image_size=32, epochs=3, batch_size=16)
 CPU = torch.device("cpu")
-IMAGES = "43eee34daf94112de09c9a5435fdb8e18c1abd89e47ccb874c3d736c93281254"
+IMAGES = "b029ae6519338f88220a1aca61b047f1e5c608d133f28b6d4a637c56308a9752"
 """sha256 of the first 50."""
 
 

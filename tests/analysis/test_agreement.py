@@ -1,13 +1,15 @@
 """How far measured rows are ordered as in the paper, against counts by hand."""
 
 import itertools
+import re
 
 import pytest
 from scipy.stats import kendalltau, ttest_1samp
 
 from analysis import agreement
 from analysis.agreement import find_pairs, interval, tau
-from tests.analysis.scene import OURS, PAPER, grid
+from sweeps.plan.table import load_table
+from tests.analysis.scene import CRA, OURS, PAPER, Sweep, grid
 
 
 def test_pairs_and_tau_are_those_of_all_rows(sweep):
@@ -49,6 +51,19 @@ def test_what_is_not_comparable_is_left_out(sweep):
     assert [pair.rows for pair in find_pairs([compiled])] == [("CF", "CF + CB")]
 
 
+def test_rows_without_a_value_in_the_paper_are_left_out(database):
+    path = database / "cra.yaml"
+    path.write_text(CRA.replace("miou: 63.7", "miou: null"))
+    sweep = Sweep(database, path)
+    sweep.full([60.0, 70.0])
+    assert find_pairs([sweep.compiled()]) == []
+
+
+def test_pairs_are_of_the_first_metric_and_their_labels_are_text(cra):
+    lines = grid(agreement.to_markdown([cra.compiled()]).partition("What a row has more")[2])
+    assert lines["cra"] == [r"without → [with] \| both", "+7.9", "+10.0", "1 of 1"]
+
+
 def test_seeds_are_paired_and_pooled(sweep):
     gains = [2.0, 3.0, -1.0]
     for seed, gain in enumerate(gains):
@@ -61,7 +76,7 @@ def test_seeds_are_paired_and_pooled(sweep):
     text = agreement.to_markdown([compiled])
     assert f"| +7.9  | +1.3 ({low:+.1f} to {high:+.1f}) | 2 of 3" in text, (text, lines)
     assert "| table03" in text
-    assert "| 1 of 1" in text
+    assert re.search(r"\| CF → CF \+ AS .*\| 1 of 1 +\|$", text, re.MULTILINE), "measured in one of the three seeds"
     assert "tau (1: all, -1: none): 0.56" in text, "1, 1 and, of CF < CB, CF < AS, CB > AS, -1/3"
 
 
@@ -78,6 +93,13 @@ def test_only_pairs_beyond_the_papers_noise_count_as_far(sweep):
     far = [pair for pair in pairs if abs(pair.paper) > 2.1]
     assert [pair.rows for pair in pairs if pair not in far] == [("CF + CB", "CF + AC"), ("CF + AS", "CF + AC")]
     assert f"in the paper: {tau(far, 0):.2f}." in text
+    ordered = sum(pair.is_ordered(0) for pair in far)
+    assert grid(text)["**all that differ by more than 2.1 in the paper**"] == ["4", f"{ordered} of 4"]
+
+
+def test_the_papers_noise_is_what_the_sum_gains_over_the_mean():
+    paper = {row.id: row.paper["miou"] for row in load_table("table05").rows}
+    assert paper["sum"] - paper["mean"] == pytest.approx(agreement.NOISE)
 
 
 def test_the_command_tells_it(sweep, capsys):

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from semformer.config import PretrainConfig, file_digest, load_config
 from semformer.config.schema import OWN_WEIGHTS
 from semformer.data import other_shapes
 from semformer.data.loading import Batch
+from semformer.data.pixels import MEAN, STD
 from semformer.data.shapes import make_shapes
 from semformer.data.voc import open_devkit
 from semformer.errors import MachineError
@@ -48,16 +50,19 @@ def run(devkit, store, progress=lambda told: None, seed=0):
 def test_the_command_writes_weights_that_a_network_starts_from(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("SEMFORMER_CACHE", str(tmp_path / "cache"))
     file, store = tmp_path / "new" / "weights.safetensors", tmp_path / "store"
-    command = ["pretrain", NAME, "--images", "40", "--epochs", "1", "--image-size", "32"]
+    command = ["pretrain", NAME, "--images", "40", "--epochs", "1", "--image-size", "32", "--seed", "7"]
     command += ["--store", str(store), "--out", str(file)]
     assert cli.main(command) == 0
     told = " ".join(capsys.readouterr().err.split())
     assert "made" in told
     assert "% right on new images" in told
+    (images,) = (tmp_path / "cache").glob("shapes-*")
+    assert len(open_devkit(images).split("val")) == 2000, "however few are learnt from"
     assert cli.main(command) == 0
     assert "found" in capsys.readouterr().err
     with safe_open(file, framework="pt") as opened:
-        assert json.loads(opened.metadata()["key"])["params"]["backbone"] == NAME
+        key = json.loads(opened.metadata()["key"])
+    assert (key["params"]["backbone"], key["seed"]) == (NAME, 7)
     weights, backbone = load_file(file), build_backbone(NAME, weights=str(file), image_size=48)
     assert not [name for name in weights if name.startswith("head")]
     torch.testing.assert_close(backbone.blocks[1].attn.qkv.weight.data, weights["blocks.1.attn.qkv.weight"])
@@ -78,6 +83,43 @@ def test_an_interrupted_pretraining_ends_with_the_same_weights(devkit, tmp_path)
     assert set(epochs) - {0} == {3}
     ours, theirs = (load_file(artifact.file("backbone.safetensors")) for artifact in (resumed, whole))
     torch.testing.assert_close(ours, theirs, atol=0, rtol=0)
+
+
+def test_weights_and_images_follow_the_seed(devkit, tmp_path, monkeypatch):
+    begun = []
+
+    def note(model, *, loader, seed, **_):
+        assert model.head.out_features == 64
+        begun.append((model.blocks[0].attn.qkv.weight.clone(), loader.seed, seed))
+        return {}
+
+    monkeypatch.setattr(pretrain_module, "train", note)
+    for number, seed in enumerate((0, 1, 1)):
+        run(devkit, Store(tmp_path / str(number)), seed=seed)
+    weights, *seeds = zip(*begun, strict=True)
+    assert seeds == [(0, 1, 1), (0, 1, 1)]
+    assert not torch.equal(weights[0], weights[1])
+    assert torch.equal(weights[1], weights[2])
+
+
+def test_the_position_embedding_is_of_the_size_that_is_asked_for(store, tmp_path):
+    larger = open_devkit(make_shapes(tmp_path / "larger", train=2, val=2, size=48, kind="pretraining"))
+    options = OPTIONS.model_copy(update={"image_size": 48, "epochs": 1})
+    artifact, _ = pretrain(options, larger, store, seed=0, device=CPU, progress=lambda told: None)
+    assert load_file(artifact.file("backbone.safetensors"))["pos_embed"].shape[1] == 1 + (48 // 8) ** 2
+
+
+def test_the_network_is_measured_on_images_that_it_has_not_seen(devkit, store, monkeypatch):
+    measured = []
+
+    def note(model, data):
+        measured.append(data.name)
+        return accuracy(model, data)
+
+    monkeypatch.setattr(pretrain_module, "accuracy", note)
+    artifact, _ = run(devkit, store)
+    assert measured == ["val"]
+    assert 0 <= artifact.info["accuracy"] <= 100
 
 
 def test_too_little_memory_says_what_to_make_smaller(devkit, store, monkeypatch):
@@ -179,6 +221,18 @@ def test_accuracy_is_the_share_of_images_whose_class_is_the_likeliest(devkit):
     right = (split.labels[:, 1:].argmax(axis=1) == split.labels[0, 1:].argmax()).mean()
     assert accuracy(model, split, batch_size=5) == pytest.approx(100 * right)
     assert not model.training
+
+
+def test_accuracy_is_of_images_as_the_training_gives_them(devkit):
+    torch.manual_seed(0)
+    split = devkit.split("val")
+    model = nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 64))
+    mean, std = torch.tensor(MEAN), torch.tensor(STD)
+    images = [(torch.from_numpy(split.pixels(i)) / 255 - mean) / std for i in range(len(split))]
+    told = model(torch.stack(images).permute(0, 3, 1, 2)).argmax(dim=1).numpy()
+    labels = np.concatenate([np.ones((len(told), 1)), np.eye(64)[told]], axis=1).astype(np.float32)
+    assert len(set(told)) > 3
+    assert accuracy(model, replace(split, labels=labels)) == 100
 
 
 OWN = sorted(OWN_WEIGHTS.glob("*.safetensors"))

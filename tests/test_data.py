@@ -10,6 +10,7 @@ import pytest
 from PIL import ExifTags, Image
 
 from semformer import machine
+from semformer.cli import main
 from semformer.data import voc as voc_file
 from semformer.data.check import check_devkit
 from semformer.data.shapes import CLASSES, make_shapes
@@ -62,7 +63,7 @@ def test_split_gives_images_masks_and_labels(voc):
 
 
 def test_labels_come_from_the_annotations_not_the_masks_and_difficult_objects_count(voc):
-    xml = "<object><name>{}</name><difficult>1</difficult><part><name>head</name></part></object>"
+    xml = "<object><name> {} </name><difficult>1</difficult><part><name>head</name></part></object>"
     text = f"<annotation>{xml.format('star')}{xml.format('bar')}</annotation>"
     (voc / "Annotations" / "train_000000.xml").write_text(text)
     split = open_devkit(voc).split("train")
@@ -196,9 +197,11 @@ def test_sixteen_bits_become_eight_and_more_are_refused(tmp_path):
     grey = np.arange(256, dtype=np.uint8).reshape(16, 16)
     Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
     assert (np.array(voc_file.read_image(tmp_path / "16.png")) == grey[..., None]).all()
-    Image.fromarray(grey.astype(np.float32) / 255).save(tmp_path / "32.tiff")
-    with pytest.raises(UserError, match=r"32.tiff has 32 bits a pixel \(mode F\); save it with 8 bits a channel"):
-        voc_file.read_image(tmp_path / "32.tiff")
+    for mode, values in (("F", grey.astype(np.float32) / 255), ("I", grey.astype(np.int32) << 16)):
+        Image.fromarray(values).save(tmp_path / "32.tiff")
+        told = rf"32.tiff has 32 bits a pixel \(mode {mode}\); save it with 8 bits a channel"
+        with pytest.raises(UserError, match=told):
+            voc_file.read_image(tmp_path / "32.tiff")
 
 
 def test_an_orientation_that_there_is_not_turns_nothing(tmp_path):
@@ -217,6 +220,15 @@ def test_without_a_home_notes_are_kept_among_temporary_files(monkeypatch, tmp_pa
     monkeypatch.setattr(Path, "expanduser", homeless)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     assert machine.cache_folder().parent == tmp_path
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photograph_is_as_large_as_it_is_read_however_the_camera_was_held(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.new("RGB", (40, 20)).save(tmp_path / "a.jpg", exif=exif)
+    size = (40, 20) if orientation < 5 else (20, 40)
+    assert voc_file.image_size(tmp_path / "a.jpg") == voc_file.read_image(tmp_path / "a.jpg").size == size
 
 
 def test_images_are_upright(tmp_path):
@@ -247,11 +259,21 @@ def test_folder_that_is_no_devkit(voc, part):
 
 @pytest.mark.parametrize(
     ("text", "complaint"),
-    [("\n", "names no class"), ("disc\ndisc\n", "'disc' twice"), ("background\n", "'background'")],
+    [
+        ("\n", "names no class"),
+        ("disc\ndisc\n", "'disc' twice"),
+        ("background\n", "'background'"),
+        ("\n".join(map(str, range(255))), "names 255 classes; at most 254 fit into a mask"),
+    ],
 )
 def test_bad_classes_txt(voc, text, complaint):
     (voc / "classes.txt").write_text(text)
     refused(lambda: open_devkit(voc), voc / "classes.txt", complaint)
+
+
+def test_as_many_classes_as_a_mask_can_hold_may_be_named(voc):
+    (voc / "classes.txt").write_text("\n".join(map(str, range(254))))
+    assert len(open_devkit(voc).classes) == 255
 
 
 def test_unknown_split_lists_those_there_are(voc):
@@ -347,6 +369,12 @@ def test_corrupt_or_truncated_image_and_mask(voc, keep):
     refused(lambda: split.pixels(2), path, "no image")
 
 
+def test_an_image_of_more_pixels_than_are_safe_to_decode(voc, monkeypatch):
+    split = open_devkit(voc).split("train")
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 48 * 48 // 3)
+    refused(lambda: split.pixels(2), split.image_path(2), "exceeds limit")
+
+
 # --- check_devkit ---
 
 
@@ -357,6 +385,21 @@ def test_check_finds_nothing_wrong_with_a_fresh_set(made):
     assert any(line.startswith("train: 6 images") for line in found.lines)
     assert "trainaug: absent" in found.lines
     assert calls == [(n, 10) for n in range(1, 11)]
+
+
+def test_check_counts_the_images_of_each_class(made):
+    devkit = open_devkit(made)
+    counts = sum(devkit.split(name).labels[:, 1:].sum(axis=0) for name in ("train", "val"))
+    told = ", ".join(f"{name} {count:.0f}" for name, count in zip(CLASSES, counts, strict=True))
+    assert check_devkit(made).lines[-1] == f"images of each class: {told}"
+
+
+def test_the_check_command_fails_where_there_is_a_problem(voc, capsys):
+    assert main(["data", "check", str(voc)]) == 0
+    assert "problem" not in capsys.readouterr().err
+    (voc / "Annotations" / "train_000004.xml").unlink()
+    assert main(["data", "check", str(voc)]) == 1
+    assert "problem: annotation missing: 1" in capsys.readouterr().err
 
 
 def test_check_counts_every_problem_and_names_the_first_of_each_kind(voc):
@@ -396,7 +439,9 @@ def test_check_reports_splits_that_are_empty_or_absent(voc):
 def test_check_tells_how_many_images_voc_has_and_what_the_paper_prints(voc):
     (voc / "classes.txt").unlink()
     (voc / "ImageSets" / "Segmentation" / "trainaug.txt").write_text("train_000005\n")
-    assert "trainaug: 1 images (VOC 2012 has 10,582; the paper prints 10,528)" in check_devkit(voc).lines
+    found = check_devkit(voc)
+    assert "trainaug: 1 images (VOC 2012 has 10,582; the paper prints 10,528)" in found.lines
+    assert "val has 4 images, VOC 2012 has 1,449" in found.problems
 
 
 # --- photographs ---

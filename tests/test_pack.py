@@ -65,6 +65,12 @@ def test_images_of_several_sizes_and_record_batches(tmp_path, store, monkeypatch
     assert all(np.array_equal(data.pixels(i), split.pixels(i)) for i in range(8))
 
 
+@pytest.mark.parametrize(("spare", "decoded"), [(0, True), (-1, False)])
+def test_pixels_are_kept_decoded_where_there_is_room_for_all_of_them(split, store, monkeypatch, spare, decoded):
+    monkeypatch.setattr(pack_file, "MOST_DECODED", 16 * 48 * 48 * 3 + spare)
+    assert packed(split, ["images"], store).decoded is decoded
+
+
 def test_a_pack_is_an_arrow_file_that_others_can_read(split, store):
     artifact, found = find_or_pack(split, "images", store)
     assert not found
@@ -176,6 +182,11 @@ def test_batches_cover_an_epoch_and_are_the_same_again(split, store):
     assert seen.shape == (15, 9)
     rows = {tuple(row) for row in seen.tolist()}
     assert rows <= {tuple(row) for row in split.labels.tolist()}
+
+
+def test_a_split_smaller_than_a_batch_is_one_batch(split, store):
+    (batch,) = caae_loader(packed(split, ["images"], store), batch_size=64).epoch(0)
+    assert len(batch) == 16
 
 
 def test_an_order_takes_every_image_once(split, store):

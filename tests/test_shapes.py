@@ -1,5 +1,6 @@
 """The embedded data set (shapes.py)."""
 
+import hashlib
 import json
 import multiprocessing
 import os
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from semformer.cli import main
 from semformer.config import Difficulty, ShapesConfig
 from semformer.data import drawing, other_shapes, shapes
 from semformer.data.check import check_devkit
@@ -24,6 +26,10 @@ def made(tmp_path_factory) -> Path:
     return make_shapes(tmp_path_factory.mktemp("made") / "shapes", train=6, val=4, size=48)
 
 
+IMAGES = "6639a8ae925660cba13ada7ca25bea8bb6d97f5da4d6034ab780b22334bd0449"
+"""sha256 of the first 50, with their masks."""
+
+
 def files(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
 
@@ -34,6 +40,12 @@ def test_the_same_parameters_give_the_same_bytes(made, tmp_path):
     other = make_shapes(tmp_path / "other", train=6, val=4, size=48, seed=1)
     images = {name for name in files(made) if name.endswith(".jpg")}
     assert all(files(other)[name] != files(made)[name] for name in images)
+
+
+def test_the_images_of_this_version_are_drawn_as_they_were():
+    drawn = b"".join(part.tobytes() for i in range(50) for part in render("train", i, seed=0, size=64)[:2])
+    assert hashlib.sha256(drawn).hexdigest() == IMAGES, "raise VERSION: caches hold the images as they were"
+    assert shapes.VERSION == 5
 
 
 def test_an_image_does_not_depend_on_how_many_there_are(made, tmp_path):
@@ -228,9 +240,18 @@ def test_an_existing_set_is_kept_and_never_overwritten(made, tmp_path):
     assert make_shapes(made, train=6, val=4, size=48) == made
     assert (made / "shapes.json").stat().st_mtime_ns == stamp
     refused(lambda: make_shapes(made, train=7, val=4, size=48), made, "other parameters", "'train': 7")
+    harder = Difficulty(part=0.2)
+    refused(lambda: make_shapes(made, train=6, val=4, size=48, difficulty=harder), made, "other parameters")
     (tmp_path / "thesis.tex").write_text("precious")
     refused(lambda: make_shapes(tmp_path, train=1, val=1, size=48), tmp_path, "no shapes data set")
     assert [p.name for p in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_the_command_writes_the_set_that_it_is_asked_for(tmp_path):
+    options = {"train": 2, "val": 1, "size": 32, "seed": 3}
+    command = [text for name, value in options.items() for text in (f"--{name}", str(value))]
+    assert main(["data", "make-shapes", str(tmp_path / "told"), *command]) == 0
+    assert files(tmp_path / "told") == files(make_shapes(tmp_path / "made", **options))
 
 
 def test_an_interrupted_set_leaves_nothing(tmp_path):
@@ -249,6 +270,17 @@ def test_what_a_killed_process_left_goes(tmp_path):
         (folder / "VOC2012").mkdir(parents=True)
     make_shapes(tmp_path / "set", train=1, val=1, size=32)
     assert sorted(path.name for path in tmp_path.iterdir()) == [alive.name, "set"]
+
+
+def test_a_cached_set_is_that_of_its_options_and_each_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("SEMFORMER_CACHE", str(tmp_path / "cache"))
+    folders = set()
+    for number, changes in enumerate([{}, {"seed": 1}, {"difficulty": Difficulty(body_contrast=0.9)}]):
+        config = ShapesConfig(train=2, val=1, size=32, **changes)
+        folders.add(folder := cached_shapes(config))
+        assert cached_shapes(config) == folder
+        assert files(folder) == files(make_shapes(tmp_path / str(number), train=2, val=1, size=32, **changes))
+    assert len(folders) == 3
 
 
 def _make_cached(barrier, cache) -> None:

@@ -21,13 +21,18 @@ def test_paper_preset_has_the_values_of_section_4_1():
 
 
 def test_text_is_read_as_the_type_of_its_field():
-    text = ["seed=7", "segmentor.losses=SS,CF", "segmentor.sigma=0.05", "caae.reconstruction=false", "cams.scales=1,2"]
-    config = load_config("tiny", parse_overrides(text))
+    text = ["seed=7", "segmentor.losses=SS,CF,SS", "segmentor.sigma = 0.05 ", "caae.reconstruction=false"]
+    config = load_config("tiny", parse_overrides([*text, "cams.scales=1,2"]))
     assert config.seed == 7
     assert config.segmentor.losses == ("CF", "SS")
     assert config.segmentor.sigma == 0.05
     assert config.caae.reconstruction is False
     assert config.cams.scales == (1.0, 2.0)
+
+
+def test_what_a_group_does_not_name_stays_the_presets():
+    changed, preset = load_config("tiny", {"caae.optimizer": {"lr": 0.1}}), load_config("tiny")
+    assert changed.caae.optimizer == preset.caae.optimizer.model_copy(update={"lr": 0.1})
 
 
 @pytest.mark.parametrize(
@@ -44,6 +49,10 @@ def test_text_is_read_as_the_type_of_its_field():
         ({"segmentor.sigma": "nan"}, r"segmentor.sigma"),
         ({"evaluate.erosion": 4}, r"evaluate.erosion must be odd"),
         ({"evaluate.thresholds": "0.5,0.1,0.01"}, r"FIRST,LAST,STEP"),
+        ({"evaluate.thresholds": "0.5,1.5,0.01"}, r"LAST <= 1"),
+        ({"evaluate.fixed_threshold": 25}, r"evaluate.fixed_threshold = 25: input should be less than or equal to 1"),
+        ({"evaluate.pictures": 5}, r"evaluate.pictures = 5: input should be less than or equal to 4"),
+        ({"segmentor.token_dropout": 1}, r"segmentor.token_dropout = 1: input should be less than 1"),
         ({"segmentor.optimizer": {"speed": 3}}, r"segmentor.optimizer.speed"),
         (
             {"segmentor.optimizer": "5", "segmentor.optimizer.lr": "1"},
@@ -119,6 +128,9 @@ def test_key_ignores_what_cannot_change_the_result():
     assert key_of("caae", **no_decoder, caae__decoder_depth=4) == key_of("caae", **no_decoder)
     assert key_of("caae", caae__decoder_depth=4) != key_of("caae")
     assert key_of("segmentor", segmentor__losses="SS,AC,AS,CB,CF") == key_of("segmentor")
+    sgd = {"caae__optimizer": {"name": "sgd"}}
+    assert key_of("caae", caae__optimizer={"momentum": 0.5}) == key_of("caae"), "AdamW has none"
+    assert key_of("caae", **sgd) != key_of("caae", **sgd, caae__optimizer__momentum=0.5)
 
 
 def test_weights_files_count_by_content(tmp_path):

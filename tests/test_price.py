@@ -4,16 +4,19 @@ import json
 from collections import Counter
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from semformer import flops
 from semformer.config import load_config
 from semformer.data.loading import Batch
+from semformer.data.voc import open_devkit
 from semformer.errors import UserError
-from semformer.inference import final_map
+from semformer.inference import final_map, maps_of_every_kind, multi_scale_maps
 from semformer.keys import StageKey
 from semformer.pipeline import open_data
 from semformer.stages import caae, segmentor
@@ -92,6 +95,40 @@ def test_work_is_that_of_real_views(last_blocks):
     work = flops.segmentor_view("vit_shapes_patch8_64", (64, 96), K, last_blocks=last_blocks)
     # the embeddings of the class tokens come on top, which maps do not need
     assert work == pytest.approx(counted(lambda: final_map(model, image, kind, last_blocks)), rel=0.01)
+
+
+@pytest.mark.parametrize("kind", ["activation", "both"])
+@pytest.mark.parametrize("flip", [True, False])
+def test_work_is_that_of_the_maps_of_all_images_and_of_those_that_are_drawn(kind, flip):
+    changes = {"scales": "0.5,1.5", "flip": flip, "final_map": kind, "last_blocks": 2}
+    network = {"segmentor.backbone": "deit_tiny_patch16_224", "segmentor.image_size": 224}
+    config = load_config("micro", network | {f"cams.{name}": value for name, value in changes.items()})
+    model = segmentor.build(config.segmentor, n_classes=K, class_dim=1).eval()
+    images = [np.zeros((40, 64, 3), np.uint8)] * 6
+
+    def make_maps():
+        for image in images:
+            multi_scale_maps(model, [image], [[1, 2]], config.cams)
+        for image in images[:4]:
+            maps_of_every_kind(model, image, [1, 2], config.cams, precision="float32")
+
+    told = flops.Images(count=6, width=64, height=40, classes_per_image=3, n_classes=K)
+    assert flops.stage_work("cams", config, told) == pytest.approx(counted(make_maps), rel=0.01)
+
+
+def test_work_is_counted_with_the_mean_size_and_the_mean_number_of_classes(tmp_path):
+    """Of images that are spread over the split: half of these are wide, with two objects, half are tall, with one."""
+    folder, ids = tmp_path / "VOC2012", [f"i{n:02d}" for n in range(2 * flops.LOOKED_AT)]
+    for part in ("JPEGImages", "Annotations", "ImageSets/Segmentation"):
+        (folder / part).mkdir(parents=True)
+    for n, name in enumerate(ids):
+        size, objects = ((60, 20), ["cat", "dog"]) if n < flops.LOOKED_AT else ((40, 50), ["cat"])
+        Image.new("RGB", size).save(folder / f"JPEGImages/{name}.jpg")
+        text = "".join(f"<object><name>{name}</name></object>" for name in objects)
+        (folder / f"Annotations/{name}.xml").write_text(f"<a>{text}</a>")
+    (folder / "ImageSets/Segmentation/train.txt").write_text("\n".join(ids))
+    told = flops.Images.of(open_devkit(tmp_path), "train")
+    assert told == flops.Images(count=len(ids), width=50, height=35, classes_per_image=2.5, n_classes=21)
 
 
 def test_work_of_the_paper_s_stages():

@@ -126,6 +126,22 @@ def test_an_imported_caae_counts_by_all_that_decides_its_embeddings(tmp_path):
         assert key(**{f"caae.{field}": CHANGED["caae"][field]}) != key(), field
 
 
+def test_an_imported_network_counts_by_the_content_of_its_file_and_the_names_of_its_classes(folder, tmp_path):
+    (file := tmp_path / "network.pth").write_bytes(b"weights")
+
+    def digest() -> str:
+        return keys(folder, segmentor__checkpoint=str(file))["segmentor"]
+
+    digests = [digest(), digest()]
+    file.write_bytes(b"heavier")
+    digests.append(digest())
+    for path in (folder / "VOC2012" / "classes.txt", *(folder / "VOC2012" / "Annotations").glob("*.xml")):
+        path.write_text(path.read_text().replace("disc", "wheel"))
+    digests.append(digest())
+    assert digests[0] == digests[1]
+    assert len(set(digests)) == 3
+
+
 @pytest.fixture
 def folder(shapes, tmp_path):
     return shutil.copytree(shapes, tmp_path / "shapes")

@@ -150,11 +150,20 @@ def test_too_little_memory_for_maps_says_so(shapes, store, monkeypatch):
         RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
         RuntimeError("could not create a primitive"),
+        RuntimeError("std::bad_alloc"),
     ],
 )
 def test_whatever_says_that_memory_ran_out_is_the_machines_fault(error):
     with pytest.raises(MachineError, match=r"caae: out of memory .*fewer trials"), memory.explained("caae", CPU):
         raise error
+
+
+@pytest.mark.parametrize("stage", [*(stage.name for stage in pipeline.STAGES), "pretrain"])
+def test_every_stage_says_how_much_was_in_use_and_what_to_make_smaller(stage):
+    with pytest.raises(MachineError, match=r"It needs a? ?smaller") as caught, memory.explained(stage, CPU):
+        raise MemoryError
+    told = float(re.search(r"with ([\d.]+) GiB in use", str(caught.value))[1])
+    assert told == pytest.approx(memory.peak(CPU)["peak_bytes"] / 2**30, abs=0.02)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS")
@@ -229,6 +238,18 @@ def test_peak_memory_of_each_stage_is_recorded(shapes, store):
         assert told["device"] == "cpu"
         assert told["name"]
         assert 50 * 2**20 < told["peak_bytes"] < 64 * 2**30
+
+
+def test_the_memory_of_a_stage_is_not_that_of_the_stage_before(shapes, store):
+    filled = []
+
+    def fill(told):
+        if told.stage == "caae" and not filled:
+            filled.append(len(torch.ones(400 * 2**20, dtype=torch.uint8)))
+
+    made = run(shapes, store, progress=fill)
+    first, second = (made[stage].info["memory"]["peak_bytes"] for stage in ("caae", "segmentor"))
+    assert first > second + 200 * 2**20
 
 
 def test_peak_is_that_since_the_reset():

@@ -1,6 +1,7 @@
 """Maps of many images of many sizes, and their scores by brute force from the maps that are kept."""
 
 import json
+import math
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -8,14 +9,16 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
 from timm.models import VisionTransformer
 
-from semformer import pipeline
+from semformer import draw, pipeline
 from semformer.config import load_config
 from semformer.data.pixels import normalized
+from semformer.data.shapes import make_shapes
 from semformer.data.voc import open_devkit
 from semformer.errors import UserError
-from semformer.inference import class_cosines, final_map, multi_scale_maps, present_classes
+from semformer.inference import class_cosines, final_map, maps_of_every_kind, multi_scale_maps, present_classes
 from semformer.keys import StageKey
 from semformer.metrics import ThresholdCurve, reported, scores
 from semformer.models.segmentor import Segmentor
@@ -23,7 +26,8 @@ from semformer.models.vit import Backbone
 from semformer.stages import cams, evaluate, segmentor
 from semformer.stages.context import Context
 from semformer.stages.pack import packed
-from semformer.store import Artifact
+from semformer.store import Artifact, Store
+from semformer.store.leases import LeaseLost
 from tests.test_metrics import obvious_confusion
 
 CPU = torch.device("cpu")
@@ -195,6 +199,67 @@ def test_cosines_are_those_of_each_pair_of_classes_at_the_images_own_scale():
         ]
         assert told[kind] == pytest.approx(np.mean(pairs), abs=1e-5)
     assert told["attention"] > 0.99 > told["activation"]  # all class tokens start as copies of one
+
+
+def test_the_maps_that_are_compared_are_spread_over_the_split(shapes, store, monkeypatch):
+    model, config = small_segmentor(9), load_config("micro", {"cams.last_blocks": 1})
+    split = packed(open_devkit(shapes).split("train"), ["images"], store)
+    several = [i for i in range(len(split)) if len(split.objects(i)) > 1]
+    assert len(several) > 4
+    monkeypatch.setattr(cams, "COMPARED", 3)
+    step = math.ceil(len(several) / 3)
+    compared = [split.pixels(i) for i in several[::step]], [split.objects(i) for i in several[::step]]
+    each = [class_cosines(model, *one, config.cams, precision="float32") for one in zip(*compared, strict=True)]
+    for kind, told in cams._mean_cosines(model, split, config).items():
+        assert told == pytest.approx(np.mean([one[kind] for one in each]))
+
+
+def test_a_stage_that_must_stop_makes_no_more_maps(shapes, store, tmp_path, monkeypatch):
+    data = packed(open_devkit(shapes).split("train"), ["images"], store)
+    monkeypatch.setattr(segmentor, "load", lambda *_, **__: small_segmentor(9))
+    monkeypatch.setattr(cams, "SHARD", 4)
+    told = []
+
+    def stop():
+        raise LeaseLost("taken over")
+
+    with pytest.raises(LeaseLost):
+        cams.run(
+            load_config("micro", {"cams.last_blocks": 1}), data, None, Context(CPU, told.append, *[tmp_path] * 2, stop)
+        )
+    assert max(one.done for one in told) == 4
+
+
+def test_a_probe_measures_images_spread_over_the_split_and_leaves_the_mode(shapes):
+    split, model, config = open_devkit(shapes).split("train"), small_segmentor(9), load_config("micro")
+    spread = replace(split, ids=split.ids[::4], labels=split.labels[::4])
+    expected = segmentor.map_probe(spread, config)(model)
+    for training in (True, False):
+        assert segmentor.map_probe(split, config, n_images=4)(model.train(training)) == pytest.approx(expected)
+        assert model.training is training
+
+
+def test_pictures_show_each_image_with_its_maps_at_the_reported_threshold(finished, shapes):
+    (_, runs), config, split = finished, load_config("micro"), open_devkit(shapes).split("val")
+    model = segmentor.load(config.segmentor, runs["segmentor"].artifact, device=CPU)
+    evaluated = runs["evaluate"].artifact
+    threshold = evaluated.info["metrics"]["cam/val/threshold"]
+    assert threshold != config.evaluate.fixed_threshold
+    for i in range(config.evaluate.pictures):
+        image, objects = split.pixels(i), split.objects(i)
+        maps = maps_of_every_kind(model, image, objects, config.cams, precision="float32")
+        kept = {kind: one.half().float().numpy() for kind, one in maps.items()}
+        drawn = draw.figure4(image, kept, objects, split.classes, truth=split.mask(i), threshold=threshold)
+        with Image.open(evaluated.file(f"pictures/{split.ids[i]}.png")) as picture:
+            assert np.array_equal(picture, drawn)
+
+
+def test_a_split_smaller_than_the_number_of_pictures_is_drawn_whole(tmp_path):
+    config = load_config("micro", {"evaluate.pictures": 4})
+    data = pipeline.open_data(config, make_shapes(tmp_path / "shapes", train=8, val=1, size=48))
+    runs = pipeline.run(config, data, Store(tmp_path / "store"), device=CPU, progress=lambda told: None)
+    *_, last = runs
+    assert [name for name in last.artifact.files if name.startswith("pictures/")] == ["pictures/val_000000.png"]
 
 
 def test_a_run_tells_how_alike_the_maps_of_an_images_classes_are(finished, shapes):

@@ -1,5 +1,6 @@
 """The pipeline in preset micro: found or made, resumed, deterministic, and clear about bad input."""
 
+import argparse
 import json
 import os
 import re
@@ -16,7 +17,7 @@ from safetensors.torch import save_file
 from sklearn.metrics import average_precision_score
 
 from semformer import pipeline
-from semformer.cli import _Display, main
+from semformer.cli import _Display, add_config_arguments, main, read_config
 from semformer.config import load_config
 from semformer.data.pixels import MEAN, STD
 from semformer.data.shapes import make_shapes
@@ -375,6 +376,23 @@ def test_configs_that_cannot_work_are_refused_before_anything_runs(shapes, chang
         pipeline.stage_keys(config, pipeline.open_data(config, shapes))
 
 
+def test_the_width_of_a_decoder_that_is_not_there_does_not_matter(shapes):
+    config = load_config("micro", {"caae.decoder_width": 25, "caae.reconstruction": False})
+    assert pipeline.stage_keys(config, pipeline.open_data(config, shapes))
+
+
+def test_an_epoch_is_chosen_on_the_split_that_is_named(shapes, store):
+    changes = {"caae.selection": "best_ap", "segmentor.selection": "best_miou", "data.selection_split": "val"}
+    runs = run(load_config("micro", changes), shapes, store, until="segmentor")
+    assert {"val_ap"} == {name for name in runs["caae"].artifact.info["history"] if name.endswith("_ap")}
+    assert {"val_miou"} == {name for name in runs["segmentor"].artifact.info["history"] if name.endswith("_miou")}
+
+
+def test_a_split_is_told_by_its_data_set_its_images_and_their_digest(shapes):
+    data = pipeline.open_data(load_config("micro"), shapes)
+    assert data.describe("val") == f"{shapes.name} (6 images, {data['val'].digest[:8]})"
+
+
 def test_paper_preset_without_data_asks_for_it():
     with pytest.raises(UserError, match="--data DIR"):
         pipeline.open_data(load_config("paper"), None)
@@ -423,6 +441,24 @@ def test_who_waits_without_a_terminal_is_told_at_once_and_now_and_then(capsys, m
     told = capsys.readouterr().err
     assert told.count("waiting: process 7 on host makes it") == (3 if every == 0 else 1)
     assert told.count("data: ") == (4 if every == 0 else 1)
+
+
+def test_each_network_starts_from_the_file_that_is_given_for_it():
+    parser = argparse.ArgumentParser()
+    add_config_arguments(parser)
+    config = read_config(parser.parse_args(["--weights", "a.pth", "--caae-weights", "b.pth"]))
+    assert (config.segmentor.weights, config.caae.weights) == ("a.pth", "b.pth")
+
+
+def test_a_run_takes_as_many_threads_as_it_is_given(finished, shapes):
+    before = torch.get_num_threads()
+    command = ["run", "--preset", "micro", "--data", str(shapes), "--store", str(finished[0].root)]
+    try:
+        for n in (2, 1):
+            assert main([*command, "--threads", str(n)]) == 0
+            assert torch.get_num_threads() == n
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize(

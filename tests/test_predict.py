@@ -2,16 +2,26 @@
 
 import json
 import shutil
+from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 
 from semformer import pipeline
 from semformer.cli import main
 from semformer.config import load_config
+from semformer.draw import figure4
+from semformer.errors import UserError
+from semformer.inference import maps_of_every_kind
+from semformer.predict import draw_maps, network_by_key
+from semformer.stages import segmentor
 from semformer.store import Store
-from tests.pipelines import damage, weights
+from semformer.weights import load_state, read_weights
+from tests.devkits import refused
+from tests.pipelines import CPU, damage, run, weights
 
 
 def to_published(kind: str, state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -71,6 +81,71 @@ def test_checkpoint_of_another_architecture_names_what_does_not_fit(finished, sh
     assert "is this file of another kind?" in " ".join(capsys.readouterr().err.split())
 
 
+class Touch:
+    """Unpickled, it makes a file."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+def test_files_that_hold_no_weights_are_named_and_none_of_their_code_is_run(tmp_path):
+    (file := tmp_path / "network.pth").write_bytes(b"no tensors")
+    refused(lambda: read_weights(file), f"cannot read weights from {file}")
+    for what in ({}, [torch.zeros(1)], {"epoch": 3}):
+        torch.save(what, file)
+        refused(lambda: read_weights(file), f"{file} holds no dictionary of tensors by name")
+    torch.save({"w": torch.zeros(1), "code": Touch(tmp_path / "run")}, file)
+    refused(lambda: read_weights(file), f"cannot read weights from {file}")
+    assert not (tmp_path / "run").exists()
+    for name in ("none.pth", "none.safetensors"):
+        refused(lambda name=name: read_weights(tmp_path / name), f"no weights file {tmp_path / name}")
+
+
+@pytest.mark.parametrize("wrappers", [(), ("model",), ("state_dict",), ("state_dict", "model")])
+def test_weights_are_found_where_trainings_put_them(tmp_path, wrappers):
+    state = {"module.w": torch.arange(3.0)}
+    for name in wrappers:
+        state = {name: state, "epoch": 3}
+    torch.save(state, file := tmp_path / "network.pth")
+    torch.testing.assert_close(read_weights(file), {"w": torch.arange(3.0)})
+
+
+def test_a_weight_that_the_network_has_no_place_for_is_named():
+    state = torch.nn.Linear(2, 2).state_dict() | {"scale": torch.ones(1)}
+    with pytest.raises(UserError, match=r"w\.pth is of another architecture: it has scale, which the config has no"):
+        load_state(torch.nn.Linear(2, 2), state, "w.pth")
+
+
+def test_a_trained_network_needs_no_more_the_files_that_it_started_from(shapes, tmp_path):
+    files = {name: tmp_path / f"{name}.pth" for name in ("caae", "segmentor")}
+    micro = load_config("micro")
+    for name, file in files.items():
+        torch.save(timm.create_model(getattr(micro, name).backbone).state_dict(), file)
+    config = load_config("micro", {f"{name}.weights": str(file) for name, file in files.items()})
+    store = Store(tmp_path / "store")
+    key = run(config, shapes, store, until="segmentor")["segmentor"].key
+    for file in files.values():
+        file.unlink()
+    image = str(shapes / "VOC2012" / "JPEGImages" / "val_000000.jpg")
+    command = ["predict", image, "--network", key, "--store", str(store.root), "--out", str(tmp_path / "maps")]
+    assert main([*command, "--preset", "micro"]) == 0
+
+
+def test_predict_draws_the_contour_of_the_fixed_threshold(finished, shapes, tmp_path):
+    (store, runs), path = finished, shapes / "VOC2012" / "JPEGImages" / "val_000000.jpg"
+    network = network_by_key(runs["evaluate"].key, load_config("micro"), store)
+    (drawn,) = draw_maps(network, [path], "star,disc", tmp_path, CPU)
+    model = segmentor.load(network.config.segmentor, network.segmentor, device=CPU)
+    image, classes = np.array(Image.open(path)), [network.classes.index(name) for name in ("disc", "star")]
+    maps = maps_of_every_kind(model, image, classes, network.config.cams, precision="float32")
+    maps = {kind: one.numpy() for kind, one in maps.items()}
+    with Image.open(drawn.picture) as picture:
+        assert np.array_equal(picture, figure4(image, maps, classes, network.classes, threshold=0.25))
+
+
 def test_predict_draws_a_picture_per_image(finished, shapes, tmp_path):
     store, _ = finished
     image = shapes / "VOC2012" / "JPEGImages" / "val_000000.jpg"
@@ -78,7 +153,8 @@ def test_predict_draws_a_picture_per_image(finished, shapes, tmp_path):
     assert main(["predict", str(image), "--classes", "star,disc", *common]) == 0
     assert (tmp_path / "val_000000.png").stat().st_size > 1000
     assert main(["predict", str(image), *common]) == 0
-    assert main(["predict", str(image), "--classes", "dragon", *common]) == 2
+    for name in ("dragon", "background"):
+        assert main(["predict", str(image), "--classes", name, *common]) == 2
 
 
 def test_predict_touches_no_image_and_gives_each_its_own_picture(finished, tmp_path, capsys):
@@ -133,6 +209,18 @@ def test_predict_takes_a_network_by_its_key_without_the_data(finished, tmp_path,
     told = " ".join(capsys.readouterr().err.split())
     assert "--network 0123: in " in told
     assert "no segmentation network, maps or scores have a key that begins so" in told
+
+
+def test_a_network_by_a_trial_s_key_has_the_options_of_the_trial_and_by_its_own_those_that_are_given(finished):
+    store, runs = finished
+    made, given = load_config("micro"), load_config("paper")
+    by_trial, by_network = (network_by_key(runs[stage].key, given, store) for stage in ("evaluate", "segmentor"))
+    for network in (by_trial, by_network):
+        assert (network.config.segmentor, network.config.precision) == (made.segmentor, made.precision)
+    assert (by_trial.config.cams, by_trial.config.evaluate) == (made.cams, made.evaluate)
+    assert (by_network.config.cams, by_network.config.evaluate) == (given.cams, given.evaluate)
+    with pytest.raises(UserError, match="several stages have a key that begins so"):
+        network_by_key("", given, store)
 
 
 def test_predict_by_a_key_that_leads_nowhere_says_where_it_ends(finished, tmp_path, capsys):

@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import numpy as np
@@ -25,6 +26,7 @@ from semformer.errors import UserError
 from semformer.keys import StageKey
 from semformer.models.vit import build_vit
 from semformer.stages import caae, segmentor
+from semformer.stages.context import Progress
 from semformer.stages.training import TrainingDiverged
 from semformer.store import Store
 from semformer.store.leases import LeaseLost
@@ -446,8 +448,25 @@ def test_who_waits_without_a_terminal_is_told_at_once_and_now_and_then(capsys, m
 def test_each_network_starts_from_the_file_that_is_given_for_it():
     parser = argparse.ArgumentParser()
     add_config_arguments(parser)
-    config = read_config(parser.parse_args(["--weights", "a.pth", "--caae-weights", "b.pth"]))
+    files = ["--weights", "a.pth", "--caae-weights", "b.pth"]
+    config = read_config(parser.parse_args(files))
     assert (config.segmentor.weights, config.caae.weights) == ("a.pth", "b.pth")
+    config = read_config(parser.parse_args([*files, "--set", "caae.weights=c.pth"]))
+    assert (config.segmentor.weights, config.caae.weights) == ("a.pth", "c.pth")
+
+
+def test_who_stops_a_run_is_told_that_it_can_go_on(shapes, tmp_path, monkeypatch, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(caae, "train", stop)
+    assert main(["run", "--preset", "micro", "--data", str(shapes), "--store", str(tmp_path / "store")]) == 130
+    assert "the same command goes on from there" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_time_left_is_that_of_the_images_that_are_left():
+    told = Progress.of_images("cams", 3, 12, time.monotonic() - 6)
+    assert (told.images_per_second, told.seconds_left) == pytest.approx((0.5, 18), rel=0.01)
 
 
 def test_a_run_takes_as_many_threads_as_it_is_given(finished, shapes):

@@ -63,6 +63,23 @@ def test_a_step_moves_a_weight_by_its_rate_times_its_own_gradient(tmp_path, warm
     assert moves == pytest.approx(wanted, abs=1e-5)
 
 
+def test_what_is_new_learns_faster_than_what_is_pretrained(tmp_path):
+    model = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+
+    def add(batch, generator, pieces):
+        for parameter in model.parameters():
+            nn.init.zeros_(parameter)
+            parameter.grad = torch.ones(1, 1)
+        return {"total": torch.zeros(())}
+
+    optimizer = ONE | {"new_multiplier": 10, "power": 0}
+    config = load_config("micro", {"caae.optimizer": optimizer, "caae.epochs": 1}).caae
+    ctx = Context(CPU, lambda told: None, tmp_path, tmp_path)
+    options = {"stage": "caae", "config": config, "precision": "float32", "seed": 0, "ctx": ctx}
+    train(model, loader=TwoSteps(), gradients=add, pretrained=model[0], **options)
+    assert [weight.item() for weight in model.parameters()] == pytest.approx([-0.01, -0.1])
+
+
 def test_a_network_learns_in_training_mode_though_it_is_measured_in_evaluation_mode(tmp_path):
     modes = []
     measured = {"miou": 1.0}

@@ -213,6 +213,27 @@ def test_nothing_is_kept_of_weights_that_changed_meanwhile(finished, shapes, tmp
     assert run(config, shapes, store)["segmentor"].artifact.info["history"]
 
 
+@pytest.mark.parametrize(
+    ("stage", "pretrained", "new"),
+    [
+        ("caae", "encoder.blocks.0.attn.qkv.weight", "primary.weight"),
+        ("segmentor", "backbone.blocks.0.attn.qkv.weight", "patch_head.weight"),
+    ],
+)
+def test_the_backbone_of_each_network_is_what_counts_as_pretrained(shapes, tmp_path, stage, pretrained, new):
+    options = load_config("micro")
+    backbone = getattr(options, stage).backbone
+    save_file(build_vit(backbone, pretrained=False, weights="", num_classes=0).state_dict(), file := tmp_path / "w")
+    file = file.rename(tmp_path / "w.safetensors")
+    ended = []
+    for lr in (1e-3, 3e-3):
+        rates = {"name": "sgd", "lr": lr, "momentum": 0, "weight_decay": 0, "new_multiplier": 1e-12}
+        changes = {f"{stage}.weights": str(file), f"{stage}.optimizer": rates, f"{stage}.epochs": 1}
+        ended.append(weights(run(load_config("micro", changes), shapes, Store(tmp_path / "store"), until=stage)[stage]))
+    assert torch.equal(ended[0][new], ended[1][new])
+    assert not torch.equal(ended[0][pretrained], ended[1][pretrained])
+
+
 def test_a_network_with_values_that_are_no_numbers_is_refused(finished, shapes, tmp_path):
     _, trained = finished
     state = to_published("segmentor", weights(trained["segmentor"]))

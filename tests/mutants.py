@@ -16,10 +16,11 @@ WANTED = 90
 UNNOTICED = ("survived", "no tests")
 PLACES = (
     r"\.to\((?:None|[\w.]*device|\"cpu\")?(?:, )?(?:non_blocking=\w+)?\)",
+    r"(?<=\.to\()(?:None|\"cpu\"), ",
     r",? ?device=[\w.]+",
     r"non_blocking=\w+(?:, )?",
     r",? ?fused=\w+",
-    r".*cuda.*",
+    r".*(?:cuda|gpu_memory).*",
 )
 """Where tensors lie, whether a copy is waited for, and what is done on a GPU alone: on a CPU, that changes nothing."""
 

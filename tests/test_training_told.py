@@ -63,6 +63,8 @@ def test_a_training_tells_how_far_it_is_and_how_fast(tmp_path):
     assert [(one.epoch, one.done) for one, _ in ends] == [(e, e * STEPS) for e in (1, 2, 3)]
     assert [one.done for one, _ in told] == sorted(one.done for one, _ in told)
     for one, seconds in ends:
+        assert set(one.values) == {"total", "lr", "pieces", "images_per_second"}
+        assert one.values["images_per_second"] == pytest.approx(one.images_per_second, rel=0.1)
         assert one.images_per_second == pytest.approx(one.done * IMAGES / seconds, rel=0.5)
         left = (one.total - one.done) * IMAGES / one.images_per_second
         assert one.seconds_left == pytest.approx(left, rel=0.1, abs=0.01)

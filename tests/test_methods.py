@@ -18,7 +18,7 @@ from semformer.inference import final_map
 from semformer.losses import similarity
 from semformer.models.caae import CAAE
 from semformer.models.segmentor import Segmentor
-from semformer.models.vit import Backbone, backbone_shape, build_backbone, class_to_patch_attention
+from semformer.models.vit import Backbone, backbone_shape, build_backbone, build_vit, class_to_patch_attention
 from semformer.stages import caae as caae_stage
 from semformer.stages import segmentor as segmentor_stage
 from tests import reference
@@ -280,6 +280,29 @@ def test_impossible_download_tells_how_to_give_a_file(monkeypatch, tmp_path):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match="--weights FILE"):
         build_backbone("deit_tiny_patch16_224", pretrained=True, image_size=224)
+
+
+@pytest.mark.parametrize("options", [{}, {"pretrained": True, "weights": "w.pth"}, {"pretrained": True}])
+def test_only_a_download_that_failed_is_told_as_one(monkeypatch, options):
+    """Memory that ran out, and what no download is part of, stay what they are."""
+    error = MemoryError() if options == {"pretrained": True} else RuntimeError("no such option")
+
+    def fail(*_, **__):
+        raise error
+
+    backbone_shape("vit_shapes_patch8_64")
+    monkeypatch.setattr(timm, "create_model", fail)
+    with pytest.raises(type(error)) as raised:
+        build_backbone("vit_shapes_patch8_64", image_size=64, **options)
+    assert raised.value is error
+
+
+def test_the_classifier_of_a_file_is_left_where_a_network_has_its_own(tmp_path):
+    donor = timm.create_model("vit_wiring_patch8_48", num_classes=5)
+    torch.save(donor.state_dict(), tmp_path / "w.pth")
+    made = build_vit("vit_wiring_patch8_48", pretrained=False, weights=str(tmp_path / "w.pth"), num_classes=3)
+    assert made.head.weight.shape == (3, donor.embed_dim)
+    torch.testing.assert_close(made.blocks[0].attn.qkv.weight, donor.blocks[0].attn.qkv.weight)
 
 
 def test_local_weights_are_loaded_and_position_embeddings_resized(tmp_path):

@@ -22,12 +22,16 @@ CONFIDENCE = 0.95
 
 @dataclass(frozen=True)
 class Pair:
-    """The second row's value less the first one's, in points: the paper's, and ours by seed."""
+    """The second row's value less the first one's, in points: the paper's, and ours by seed.
+
+    `untold` are the seeds in which both are one run, or equal as printed.
+    """
 
     table: str
     rows: tuple[str, str]
     paper: float
     ours: Mapping[int, float]
+    untold: tuple[int, ...] = ()
 
     def is_ordered(self, seed: int) -> bool:
         return (self.ours[seed] > 0) == (self.paper > 0)
@@ -42,15 +46,21 @@ def find_pairs(compiled: Iterable[CompiledTable]) -> list[Pair]:
         measured = [(line, _by_seed(line, metric)) for line in table.lines if line.cells[metric].paper is not None]
         for (first, a), (second, b) in itertools.combinations(measured, 2):
             paper = _rounded(second.cells[metric].paper) - _rounded(first.cells[metric].paper)
+            if not paper:
+                continue
             ours: dict[int, float] = {}
+            untold = []
             for seed in sorted(a.keys() & b.keys()):
                 runs = (seed, frozenset((a[seed].trial_key, b[seed].trial_key)))
-                difference = b[seed].values[metric] - a[seed].values[metric]
-                if runs not in seen and _rounded(b[seed].values[metric]) != _rounded(a[seed].values[metric]) and paper:
-                    ours[seed] = difference
-                    seen.add(runs)
-            if ours:
-                pairs.append(Pair(table.table.name, (first.label, second.label), paper, ours))
+                if runs in seen:
+                    continue
+                seen.add(runs)
+                if _rounded(b[seed].values[metric]) == _rounded(a[seed].values[metric]):
+                    untold.append(seed)
+                else:
+                    ours[seed] = b[seed].values[metric] - a[seed].values[metric]
+            if ours or untold:
+                pairs.append(Pair(table.table.name, (first.label, second.label), paper, ours, tuple(untold)))
     return pairs
 
 
@@ -79,7 +89,10 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
 def to_markdown(compiled: Sequence[CompiledTable]) -> str:
     """Counts by table, tau of all pairs and of those that the paper tells apart by more than its noise, all pairs."""
     pairs = find_pairs(compiled)
-    seeds = sorted({seed for pair in pairs for seed in pair.ours})
+    heading = "### Pairs of rows that are ordered as in the paper"
+    if not pairs:
+        return f"{heading}\n\nNo two rows have measured values and different values of the paper.\n"
+    seeds = sorted({seed for pair in pairs for seed in (*pair.ours, *pair.untold)})
     by_table = {name: list(own) for name, own in itertools.groupby(pairs, key=lambda pair: pair.table)}
     counts = [["table", "pairs", *(f"as in the paper, seed {seed}" for seed in seeds)]]
     counts += [[name, str(len(own)), *(_count(own, seed) for seed in seeds)] for name, own in by_table.items()]
@@ -87,20 +100,27 @@ def to_markdown(compiled: Sequence[CompiledTable]) -> str:
     for name, some in (("all", pairs), (f"all that differ by more than {NOISE} in the paper", far)):
         counts.append([f"**{name}**", str(len(some)), *(_count(some, seed) for seed in seeds)])
     every = [["table", "rows", "paper", "ours", "seeds as in the paper"]]
-    for pair in pairs:
+    for pair in (pair for pair in pairs if pair.ours):
         ordered = sum(map(pair.is_ordered, pair.ours))
         rows, ours = f"{pair.rows[0]} → {pair.rows[1]}", _told(list(pair.ours.values()), "+.1f")
         every.append([pair.table, markdown(rows), f"{pair.paper:+.1f}", ours, f"{ordered} of {len(pair.ours)}"])
     return "\n\n".join(
         [
-            "### Pairs of rows that are ordered as in the paper",
+            heading,
             markdown_grid(counts),
+            "Of each table its first metric; a pair of runs that several tables show counts in the first. "
+            f"{NOISE} points: by so much the paper's sum and mean differ in Table 5, which are the same maps but for a "
+            f"factor. Not counted, as both rows are one run or equal as printed: {_untold(pairs, seeds)}.",
             f"Kendall's tau (1: all, -1: none): {_tau(pairs, seeds)}; of those that differ by more than {NOISE} points "
             f"in the paper: {_tau(far, seeds)}.",
             f"What a row has more than another, in points{' (interval of 95 % over seeds)' * (len(seeds) > 1)}:",
             markdown_grid(every) + "\n",
         ]
     )
+
+
+def _untold(pairs: Sequence[Pair], seeds: Sequence[int]) -> str:
+    return ", ".join(f"{sum(seed in pair.untold for pair in pairs)} pairs of seed {seed}" for seed in seeds)
 
 
 def _count(pairs: Sequence[Pair], seed: int) -> str:
@@ -117,4 +137,4 @@ def _told(values: Sequence[float], form: str) -> str:
         return "not measured"
     between = interval(values)
     told = f" ({between[0]:{form}} to {between[1]:{form}})" if between else ""
-    return f"{statistics.fmean(values):{form}}{told}"
+    return f"{statistics.fmean(values) + 0.0:{form}}{told}"

@@ -22,10 +22,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 2 when there are no tables, 1 when they could not be kept in MLflow."""
     options = _parser().parse_args(arguments)
     try:
-        return _tables(options)
+        status = _tables(options)
+        sys.stdout.flush()
+        return status
     except UserError as error:
         _say(f"error: {error}", options, sys.stderr)
         return 2
+    except BrokenPipeError:  # who read it has seen enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 class Parser(argparse.ArgumentParser):
@@ -79,11 +84,16 @@ def _tables(options: argparse.Namespace) -> int:
     _say("\n".join(renderer(table) for table in compiled for renderer in renderers[options.format]).rstrip(), options)
     if len(tables) > 1:
         _say(f"\n{'% ' * (options.format != 'markdown')}{_count(tables, compiled)}", options)
-    if options.agreement:
-        _say(f"\n{agreement.to_markdown(compiled).rstrip()}", options)
+    agreed = agreement.to_markdown(compiled) if options.agreement else ""
+    if agreed:
+        comment = "% " * (options.format != "markdown")
+        _say("\n" + "\n".join(f"{comment}{line}" for line in agreed.splitlines()), options)
     if options.out:
         for path in (path for table in compiled for path in write_files(table, options.out)):
             _say(f"wrote {path}", options, sys.stderr)
+        if agreed:
+            (options.out / "agreement.md").write_text(agreed, encoding="utf-8")
+            _say(f"wrote {options.out / 'agreement.md'}", options, sys.stderr)
     return _log(options, compiled) if options.log else 0
 
 

@@ -100,8 +100,10 @@ def _parser() -> argparse.ArgumentParser:
     drawing = command("draw", _draw, "draw the maps of tables' rows side by side, as the paper's Figure 3 does")
     _add_tables(drawing)
     _add_configs(drawing)
-    drawing.add_argument("--images", type=_positive(int), default=4, metavar="N", help="default: %(default)s")
-    drawing.add_argument("--out", type=Path, default=Path(), metavar="DIR", help="for TABLE.png (default: here)")
+    kept = f"to draw, at most {DRAWABLE}, of which maps are kept (default: %(default)s)"
+    drawing.add_argument("--images", type=_positive(int), default=DRAWABLE, metavar="N", help=kept)
+    named = "for TABLE-PRESET-seedN.png (default: %(default)s)"
+    drawing.add_argument("--out", type=Path, default=Path("runs/figures"), metavar="DIR", help=named)
 
     search = command("search", _search, "search the ablation axes with Optuna")
     _add_configs(search, seeds=False)
@@ -311,7 +313,7 @@ def _draw(options: argparse.Namespace, console: Console) -> int:
     for table in plan.tables:
         for seed in plan.seeds:
             trials = [trial for trial in plan.trials if trial.config.seed == seed]
-            path = options.out / (f"{table.name}-seed{seed}.png" if len(plan.seeds) > 1 else f"{table.name}.png")
+            path = options.out / f"{table.name}-{plan.preset}-seed{seed}.png"
             picture = figure3(table, trials, store, options.images)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -26,12 +26,15 @@ def figure3(table: Table, trials: Sequence[Trial], store: Store, n_images: int) 
         trial = by_row[row.id]
         cams, scored = (store.find(trial.keys[stage]) for stage in ("cams", "evaluate"))
         if cams is None or scored is None:
-            raise UserError(f"{table.name}/{row.id} has no maps in {store.location} yet: run it, then draw it")
+            raise UserError(
+                f"{table.name}/{row.id}, seed {trial.config.seed}, has no maps of these settings in {store.location}: "
+                f"run `semformer-sweep run {table.name}` with the same --preset, --seeds and --set first"
+            )
         config = trial.config
         split = pipeline.open_data(config, trial.data)[config.data.eval_split]
         splits[split.digest] = split
         metrics = {name.rpartition("/")[2]: value for name, value in scored.info["metrics"].items()}
-        heading = f"{row.label}\n{metrics['miou']:.1f}"
+        heading = f"{row.label}\nmIoU {metrics['miou']:.1f} %"
         columns.append((heading, load_file(cams.file(PICTURES)), config.cams.final_map, metrics["threshold"]))
     if len(splits) > 1:
         raise UserError(f"the rows of {table.name} are measured on different images: they cannot be drawn side by side")

@@ -40,14 +40,14 @@ def test_each_column_has_the_final_map_of_its_row_and_its_score(place, shapes, t
     drawn = []
     monkeypatch.setattr(figure, "draw", lambda lines: drawn.extend(lines) or Image.new("RGB", (1, 1)))
     assert draw(place, shapes, "--images", "3", "--out", str(tmp_path / "out")) == 0
-    assert (tmp_path / "out" / "maps.png").is_file()
+    assert (tmp_path / "out" / "maps-micro-seed0.png").is_file()
     for column, stages in enumerate(place[1]):
         metrics = stages["evaluate"].artifact.info["metrics"]
         maps = [maps for _, maps in list(read_maps(stages["cams"].artifact))[:3]]
         assert len(drawn) == sum(len(one.classes) for one in maps)
         for line, heat in zip(drawn, (heat for one in maps for heat in one.full), strict=True):
             heading, values, threshold = line.maps[column]
-            assert heading == f"{('alone', 'with CRA')[column]}\n{metrics['cam/val/miou']:.1f}"
+            assert heading == f"{('alone', 'with CRA')[column]}\nmIoU {metrics['cam/val/miou']:.1f} %"
             assert threshold == metrics["cam/val/threshold"]
             np.testing.assert_allclose(values, heat.numpy(), atol=2e-3)
     assert all(set(np.unique(line.truth)) - {0, 255} for line in drawn)
@@ -55,14 +55,14 @@ def test_each_column_has_the_final_map_of_its_row_and_its_score(place, shapes, t
 
 def test_the_picture_has_a_panel_for_each_image_map_and_truth(place, shapes, tmp_path):
     assert draw(place, shapes, "--images", "1", "--out", str(tmp_path)) == 0
-    with Image.open(tmp_path / "maps.png") as picture:
+    with Image.open(tmp_path / "maps-micro-seed0.png") as picture:
         assert picture.width == int(2.2 * 4 * 110)
 
 
 @pytest.mark.parametrize(
     ("options", "told"),
     [
-        (["--seeds", "7"], "maps/activation has no maps in"),
+        (["--seeds", "7"], "maps/activation, seed 7, has no maps of these settings in"),
         (["--images", "1000"], "maps to draw are kept of"),
     ],
 )

@@ -61,6 +61,17 @@ def test_a_mark_is_the_value_that_its_field_is_set_to(mine):
     assert load_table(mine("marks: {D: 32}", "marks: {D: few}")), "words say what they like"
 
 
+@pytest.mark.parametrize(("name", "found"), [("table3", "table03"), ("3", "table03"), ("table013", "table13")])
+def test_a_table_is_found_by_its_number(name, found):
+    assert load_table(name).name == found
+
+
+@pytest.mark.parametrize("name", ["table99", "9", "table"])
+def test_a_number_without_a_table_is_told(name):
+    with pytest.raises(UserError, match=f"no table is named '{name}'"):
+        load_table(name)
+
+
 # ---- the paper's tables ----
 
 

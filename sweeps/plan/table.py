@@ -8,6 +8,7 @@
 """
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -207,7 +208,9 @@ def _overlap(a: str, b: str) -> bool:
 def _find(name: str) -> Path:
     if name.endswith((".yaml", ".yml")) or "/" in name:
         return Path(name)
-    matches = [stem for stem in table_names() if stem == name or stem.partition("_")[0] == name]
+    number = re.fullmatch(r"(?:table)?0*(\d+)", name)  # "table3" and "3" as well
+    wanted = f"table{int(number[1]):02}" if number else name
+    matches = [stem for stem in table_names() if stem == name or stem.partition("_")[0] == wanted]
     if len(matches) == 1:
         return TABLES / f"{matches[0]}.yaml"
     known = [f"{stem.partition('_')[0]} ({stem})" for stem in table_names()]

@@ -33,14 +33,17 @@ def test_without_ties_it_is_kendalls(sweep):
 def test_rows_equal_as_printed_and_runs_of_two_tables_count_once(sweep):
     sweep.full([30.04, 29.96, 40.0])
     compiled = sweep.compiled()
-    assert [pair.rows for pair in find_pairs([compiled])] == [("CF", "CF + AS"), ("CF + CB", "CF + AS")]
-    assert len(find_pairs([compiled, compiled])) == 2
+    pairs = find_pairs([compiled])
+    assert {pair.rows for pair in pairs if pair.ours} == {("CF", "CF + AS"), ("CF + CB", "CF + AS")}
+    assert [(pair.rows, pair.untold) for pair in pairs if not pair.ours] == [(("CF", "CF + CB"), (0,))]
+    assert find_pairs([compiled, compiled]) == pairs
+    assert "equal as printed: 1 pairs of seed 0." in agreement.to_markdown([compiled])
 
 
 def test_rows_that_are_one_run_are_no_pair(sweep):
     sweep.trial("CF", 40.0, rows="CF,CF-CB")
     sweep.trial("CF-AS", 50.0)
-    assert [pair.rows for pair in find_pairs([sweep.compiled()])] == [("CF", "CF + AS")]
+    assert [pair.rows for pair in find_pairs([sweep.compiled()]) if pair.ours] == [("CF", "CF + AS")]
 
 
 def test_what_is_not_comparable_is_left_out(sweep):
@@ -57,6 +60,9 @@ def test_rows_without_a_value_in_the_paper_are_left_out(database):
     sweep = Sweep(database, path)
     sweep.full([60.0, 70.0])
     assert find_pairs([sweep.compiled()]) == []
+    assert "No two rows have measured values and different values of the paper." in agreement.to_markdown(
+        [sweep.compiled()]
+    )
 
 
 def test_pairs_are_of_the_first_metric_and_their_labels_are_text(cra):
@@ -110,3 +116,7 @@ def test_the_command_tells_it(sweep, capsys):
     assert "### Pairs of rows that are ordered as in the paper" in capsys.readouterr().out
     assert main(["table03", "--tracking-uri", sweep.uri]) == 0
     assert "### Pairs" not in capsys.readouterr().out
+    out = sweep.folder / "out"
+    assert main(["table03", "--tracking-uri", sweep.uri, "--agreement", "--format", "latex", "--out", str(out)]) == 0
+    assert all(line.startswith("% ") for line in capsys.readouterr().out.partition("% ### Pairs")[2].splitlines()[1:])
+    assert (out / "agreement.md").read_text().startswith("### Pairs")

@@ -1,6 +1,8 @@
 """`semformer-tables`."""
 
 import re
+import subprocess
+import sys
 
 import pytest
 from mlflow import MlflowClient
@@ -197,3 +199,13 @@ def test_a_misspelt_option_prints_no_password(capsys):
     error = capsys.readouterr().err
     assert "postgresql://me:***@host/x" in error
     assert "secret" not in error
+
+
+def test_who_reads_no_further_is_no_error(sweep):
+    sweep.full()
+    command = [sys.executable, "-m", "analysis.cli", "table03", "--tracking-uri", sweep.uri]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        process.stdout.close()
+        told = process.stderr.read()
+    assert "Traceback" not in told
+    assert process.returncode == 0

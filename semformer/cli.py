@@ -168,6 +168,8 @@ def _run(options: argparse.Namespace) -> int:
         ):
             runs.append(run)
             display.done(run)
+    if not all(run.found for run in runs):
+        store.roots.keep(f"run-{runs[-1].key[:12]}", [run.key for run in runs], {"preset": options.preset})
     evaluated = runs[-1].artifact
     metrics = evaluated.info["metrics"]
     for name, value in metrics.items():
@@ -228,7 +230,8 @@ def _pretrain(options: argparse.Namespace) -> int:
     _put(artifact.file(WEIGHTS), options.out)
     made = f"{'found' if found else 'made'}, {artifact.info['accuracy']:.1f} % right on new images"
     console.print(f"{options.backbone} {artifact.key.short} ({made}): {options.out}", highlight=False, soft_wrap=True)
-    use = f"--weights or --caae-weights {options.out}, in a sweep with --weights {options.backbone}={options.out}"
+    use = f"--weights {options.out} --set segmentor.backbone={options.backbone}, or --caae-weights and caae.backbone, "
+    use += f"in a sweep with --weights {options.backbone}={options.out}"
     console.print(f"use it with {use}", highlight=False, soft_wrap=True)
     return 0
 

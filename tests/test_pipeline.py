@@ -29,6 +29,7 @@ from semformer.stages import caae, segmentor
 from semformer.stages.context import Progress
 from semformer.stages.training import TrainingDiverged
 from semformer.store import Store
+from semformer.store.collection import collect
 from semformer.store.leases import LeaseLost
 from tests.pipelines import CPU, damage, run, weights
 from tests.test_predict import to_published
@@ -451,6 +452,21 @@ def test_where_there_is_no_terminal_a_long_stage_tells_now_and_then_how_far_it_i
     assert main(["run", "--preset", "micro", "--data", str(shapes), "--store", str(store)]) == 0
     told = re.findall(r"cams: (\d+)/(\d+) [\d.]+ img/s, \d+ s left", capsys.readouterr().err)
     assert bool(told) == (every == 0)
+
+
+def test_what_a_run_has_made_is_kept_until_it_is_dropped(shapes, tmp_path):
+    store = Store(tmp_path / "store")
+    command = ["run", "--preset", "micro", "--data", str(shapes), "--store", str(store.root)]
+    assert main(command) == 0
+    collect(store, apply=True, grace=0)
+    assert {artifact.key.stage for artifact in store.artifacts()} >= set(NAMES)
+    (name,) = store.roots.all()
+    assert name.startswith("run-")
+    store.roots.drop(name)
+    assert main(command) == 0
+    assert not store.roots.all(), "what was found belongs to who made it"
+    store.roots.keep("another", [])
+    assert {one.stage for one in collect(store, grace=0)} >= set(NAMES)
 
 
 @pytest.mark.parametrize("every", [0.0, 100.0])

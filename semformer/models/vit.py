@@ -225,5 +225,7 @@ def _load_weights(vit: VisionTransformer, name: str, path: Path) -> None:
         state["pos_embed"] = _resampled(state["pos_embed"], wanted["pos_embed"], n_prefix, vit.patch_embed.grid_size)
     head = {key: value for key, value in wanted.items() if key.startswith("head")}  # which is new
     load_state(
-        vit, {key: value for key, value in state.items() if not key.startswith("head")} | head, f"{path} ({name})"
+        vit,
+        {key: value for key, value in state.items() if not key.startswith("head")} | head,
+        f"{path}, read as {name},",
     )

@@ -44,6 +44,7 @@ cluster.shutdown()
 DRIVER = """
 import json, sys
 from pathlib import Path
+from semformer.config import ShapesConfig
 from semformer.errors import UserError
 from sweeps.cluster import preflight
 from sweeps.cluster.connect import connect
@@ -56,7 +57,8 @@ try:
             print(json.dumps(trial_share(1, gpus, address=address)))
         elif told:
             data = told.pop("data")
-            images = preflight.Images(data if isinstance(data, dict) else Path(data), told.pop("digests"))
+            where = ShapesConfig(**data) if isinstance(data, dict) else Path(data)
+            images = preflight.Images(where, told.pop("digests"))
             preflight.ANSWER = told.pop("timeout", preflight.ANSWER)
             watch = preflight.Watch(told.pop("share"), [images], told.pop("store"), **told)
             try:
@@ -311,7 +313,7 @@ def test_every_node_makes_the_embedded_data(three, tmp_path):
     devkit = open_devkit(make_shapes(tmp_path / "shapes", **parameters))
     driver = three.ask(data=parameters, digests={"val": devkit.split("val").digest})
     assert driver.returncode == 0, driver.stderr
-    assert list((Path(three.env["HOME"]) / ".cache" / "semformer").glob("shapes-*-train2-val1-size48-seed0"))
+    assert list((Path(three.env["HOME"]) / ".cache" / "semformer").glob("shapes-*-train-2-val-1-size-48-seed-0"))
 
 
 def test_a_full_disk_and_gpus_that_are_not_there_are_told(three):

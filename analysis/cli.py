@@ -67,7 +67,7 @@ def _tables(options: argparse.Namespace) -> int:
         raise UserError("which tables? Name some (table03 table08), or give --all alone")
     tables = load_all_tables() if options.all else load_tables(options.tables)
     from analysis import agreement
-    from analysis.render import to_latex, to_markdown, write_files
+    from analysis.render import to_latex, to_markdown, write_files, write_text
     from analysis.tables import compile_from_mlflow
 
     compiled = compile_from_mlflow(
@@ -92,8 +92,7 @@ def _tables(options: argparse.Namespace) -> int:
         for path in (path for table in compiled for path in write_files(table, options.out)):
             _say(f"wrote {path}", options, sys.stderr)
         if agreed:
-            (options.out / "agreement.md").write_text(agreed, encoding="utf-8")
-            _say(f"wrote {options.out / 'agreement.md'}", options, sys.stderr)
+            _say(f"wrote {write_text(options.out / 'agreement.md', agreed)}", options, sys.stderr)
     return _log(options, compiled) if options.log else 0
 
 

@@ -141,14 +141,23 @@ def to_frame(compiled: CompiledTable) -> pd.DataFrame:
 def write_files(compiled: CompiledTable, folder: Path) -> list[Path]:
     """<table>.md, <table>.tex and <table>.parquet in a folder, made if need be. Raises UserError if it cannot."""
     paths = [folder / f"{compiled.table.name}.{suffix}" for suffix in ("md", "tex", "parquet")]
+    write_text(paths[0], to_markdown(compiled))
+    write_text(paths[1], to_latex(compiled))
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        paths[0].write_text(to_markdown(compiled), encoding="utf-8")
-        paths[1].write_text(to_latex(compiled), encoding="utf-8")
         to_frame(compiled).to_parquet(paths[2], index=False)
     except OSError as error:
         raise UserError(f"cannot write {error.filename or folder}: {error.strerror}") from error
     return paths
+
+
+def write_text(path: Path, text: str) -> Path:
+    """In a folder that is made if need be. Raises UserError if it cannot."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {error.filename or path}: {error.strerror}") from error
+    return path
 
 
 def _entries(compiled: CompiledTable, footnotes: Footnotes) -> tuple[list[list[Entry]], set[int]]:

@@ -11,6 +11,7 @@ Image i of a split depends on (seed, split, i, size) and on nothing else. An obj
 texture periods are in pixels of a 96-pixel image. Change VERSION with anything that changes an image.
 """
 
+import glob
 import json
 import os
 import shutil
@@ -272,7 +273,7 @@ def make_shapes(
     if _is_made(root, parameters):
         return root
     making = root.parent / f".{root.name}.{machine()}-{os.getpid()}-{threading.get_ident()}"
-    for left in root.parent.glob(f".{root.name}.{machine()}-*"):
+    for left in root.parent.glob(f".{glob.escape(root.name)}.{machine()}-*"):
         if not is_alive(int(left.name.split("-")[-2])):
             shutil.rmtree(left, ignore_errors=True)
     try:
@@ -297,16 +298,7 @@ def cached_shapes(
         {"kind": kind} | config.model_dump(exclude={"difficulty"}) | config.difficulty.model_dump(exclude_defaults=True)
     )
     name = "-".join([f"shapes-v{VERSION}", *(f"{key}-{value}" for key, value in parameters.items())])
-    return make_shapes(
-        cache_folder() / name,
-        train=config.train,
-        val=config.val,
-        size=config.size,
-        seed=config.seed,
-        kind=kind,
-        difficulty=config.difficulty,
-        progress=progress,
-    )
+    return make_shapes(cache_folder() / name, **dict(config), kind=kind, progress=progress)
 
 
 def _is_made(root: Path, parameters: dict[str, Any]) -> bool:

@@ -108,6 +108,17 @@ def test_the_papers_noise_is_what_the_sum_gains_over_the_mean():
     assert paper["sum"] - paper["mean"] == pytest.approx(agreement.NOISE)
 
 
+def test_a_difference_of_just_the_papers_noise_is_not_beyond_it(database):
+    path = database / "cra.yaml"
+    path.write_text(CRA.replace("miou: 55.8", "miou: 61.6"))
+    sweep = Sweep(database, path)
+    sweep.full([60.0, 70.0])
+    assert agreement.NOISE < 63.7 - 61.6, "as floats"
+    assert (
+        grid(agreement.to_markdown([sweep.compiled()]))["**all that differ by more than 2.1 in the paper**"][0] == "0"
+    )
+
+
 def test_the_command_tells_it(sweep, capsys):
     from analysis.cli import main
 

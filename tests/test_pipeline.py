@@ -211,7 +211,21 @@ def test_nothing_is_kept_of_weights_that_changed_meanwhile(finished, shapes, tmp
     with pytest.raises(UserError, match=r"weights.safetensors has changed since segmentor began: run it again"):
         run(config, shapes, store, replace)
     assert not (store.root / "segmentor").exists()
+    assert not list((store.root / "checkpoints").glob("segmentor/*/*")), "which a later run would go on from"
     assert run(config, shapes, store)["segmentor"].artifact.info["history"]
+
+
+def test_a_file_that_changes_once_it_has_been_read_costs_no_training(shapes, tmp_path):
+    store, file = Store(tmp_path / "store"), tmp_path / "weights.safetensors"
+    vit = build_vit("vit_wiring_patch8_48", pretrained=False, weights="", num_classes=0)
+    save_file(vit.state_dict(), file)
+    trained = run(
+        load_config("micro", {"segmentor.weights": str(file)}),
+        shapes,
+        store,
+        lambda report: report.stage == "segmentor" and file.write_bytes(b"others'"),
+    )
+    assert not trained["segmentor"].found
 
 
 @pytest.mark.parametrize(

@@ -31,10 +31,11 @@ def run(config: Config, data: Packed, ctx: Context) -> dict[str, Any]:
     options = config.caae
     torch.manual_seed(config.seed)
     model = build(options, n_classes=len(data.classes)).to(ctx.device)
-    history: dict[str, list[float]] = {}
     if options.checkpoint:
         load_published(model, "caae", options.checkpoint)
-    else:
+    ctx.have_read(options)
+    history: dict[str, list[float]] = {}
+    if not options.checkpoint:
         network = compiled(model, options)
         history = train(
             model,

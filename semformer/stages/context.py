@@ -8,7 +8,9 @@ from typing import Any, Self
 
 import torch
 
+from semformer.config import Settings
 from semformer.data.pack import Packed
+from semformer.errors import UserError
 from semformer.store import Lease, Store
 
 
@@ -43,8 +45,9 @@ class Context:
 
     `probe` measures a segmentation network after each of its epochs; its scores are reported, and kept nowhere.
     `check` raises when the stage must stop (its lease was taken over); it is called between epochs or shards. `saved`
-    is called, in any thread, when there is something new in `checkpoints`. `selection` is the split by which the stage
-    chooses the epoch that it keeps, if it does.
+    is called, in any thread, when there is something new in `checkpoints`. `have_read` raises UserError if the
+    files that a stage with these options has just read are not those of its key: before it trains, as checkpoints would
+    outlive the error. `selection` is the split by which the stage chooses the epoch that it keeps, if it does.
     """
 
     device: torch.device
@@ -53,6 +56,7 @@ class Context:
     checkpoints: Path
     check: Callable[[], None] = lambda: None
     saved: Callable[[], None] = lambda: None
+    have_read: Callable[[Settings], None] = lambda options: None
     probe: Callable[[Any], Mapping[str, float]] | None = None
     selection: Packed | None = None
 
@@ -72,4 +76,9 @@ class Context:
             lease.check()
             store.save_checkpoints(lease.key)
 
-        return cls(device, progress, out, store.checkpoints(lease.key), check=lease.check, saved=saved, **rest)
+        def have_read(options: Settings) -> None:
+            if options.key_parameters() != lease.key.spec["params"]:
+                raise UserError(f"{' or '.join(options.files)} has changed since {lease.key.stage} began: run it again")
+
+        checkpoints = store.checkpoints(lease.key)
+        return cls(device, progress, out, checkpoints, check=lease.check, saved=saved, have_read=have_read, **rest)

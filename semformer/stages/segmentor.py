@@ -45,10 +45,11 @@ def run(config: Config, data: Packed, caae: Artifact, ctx: Context) -> dict[str,
     n_classes = len(data.classes)
     torch.manual_seed(config.seed)
     model = build(options, n_classes=n_classes, class_dim=config.caae.class_dim).to(ctx.device)
-    history: dict[str, list[float]] = {}
     if options.checkpoint:
         load_published(model, "segmentor", options.checkpoint)
-    else:
+    ctx.have_read(options)
+    history: dict[str, list[float]] = {}
+    if not options.checkpoint:
         guide = caae_stage.load(config.caae, caae, device=ctx.device)
         network = compiled(model, options)
         if options.compile:

@@ -52,7 +52,7 @@ def find_pairs(compiled: Iterable[CompiledTable]) -> list[Pair]:
             untold = []
             for seed in sorted(a.keys() & b.keys()):
                 runs = (seed, frozenset((a[seed].trial_key, b[seed].trial_key)))
-                if runs in seen:
+                if runs in seen and len(runs[1]) > 1:
                     continue
                 seen.add(runs)
                 if _rounded(b[seed].values[metric]) == _rounded(a[seed].values[metric]):
@@ -102,21 +102,21 @@ def to_markdown(compiled: Sequence[CompiledTable]) -> str:
     every = [["table", "rows", "paper", "ours", "seeds as in the paper"]]
     for pair in (pair for pair in pairs if pair.ours):
         ordered = sum(map(pair.is_ordered, pair.ours))
-        rows, ours = f"{pair.rows[0]} → {pair.rows[1]}", _told(list(pair.ours.values()), "+.1f")
+        rows, ours = f"{pair.rows[0]} → {pair.rows[1]}", _told(list(pair.ours.values()), "+z.1f")
         every.append([pair.table, markdown(rows), f"{pair.paper:+.1f}", ours, f"{ordered} of {len(pair.ours)}"])
-    return "\n\n".join(
-        [
-            heading,
-            markdown_grid(counts),
-            "Of each table its first metric; a pair of runs that several tables show counts in the first. "
-            f"{NOISE} points: by so much the paper's sum and mean differ in Table 5, which are the same maps but for a "
-            f"factor. Not counted, as both rows are one run or equal as printed: {_untold(pairs, seeds)}.",
-            f"Kendall's tau (1: all, -1: none): {_tau(pairs, seeds)}; of those that differ by more than {NOISE} points "
-            f"in the paper: {_tau(far, seeds)}.",
-            f"What a row has more than another, in points{' (interval of 95 % over seeds)' * (len(seeds) > 1)}:",
-            markdown_grid(every) + "\n",
-        ]
-    )
+    told = [
+        heading,
+        markdown_grid(counts),
+        "Of each table its first metric; a pair of runs that several pairs of rows show counts in the first. "
+        f"{NOISE} points: by so much the paper's sum and mean differ in Table 5, which are the same maps but for a "
+        f"factor. Not counted, as both rows are one run or equal as printed: {_untold(pairs, seeds)}.",
+        f"Kendall's tau (1: all, -1: none): {_tau(pairs, seeds)}; of those that differ by more than {NOISE} points "
+        f"in the paper: {_tau(far, seeds)}.",
+    ]
+    if len(every) > 1:
+        over = " (interval of 95 % over seeds)" * (len(seeds) > 1)
+        told += [f"What a row has more than another, in points{over}:", markdown_grid(every)]
+    return "\n\n".join(told) + "\n"
 
 
 def _untold(pairs: Sequence[Pair], seeds: Sequence[int]) -> str:
@@ -129,7 +129,7 @@ def _count(pairs: Sequence[Pair], seed: int) -> str:
 
 
 def _tau(pairs: Sequence[Pair], seeds: Sequence[int]) -> str:
-    return _told([value for seed in seeds if (value := tau(pairs, seed)) is not None], ".2f")
+    return _told([value for seed in seeds if (value := tau(pairs, seed)) is not None], "z.2f")
 
 
 def _told(values: Sequence[float], form: str) -> str:
@@ -137,4 +137,4 @@ def _told(values: Sequence[float], form: str) -> str:
         return "not measured"
     between = interval(values)
     told = f" ({between[0]:{form}} to {between[1]:{form}})" if between else ""
-    return f"{statistics.fmean(values) + 0.0:{form}}{told}"
+    return f"{statistics.fmean(values):{form}}{told}"

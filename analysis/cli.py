@@ -22,15 +22,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 2 when there are no tables, 1 when they could not be kept in MLflow."""
     options = _parser().parse_args(arguments)
     try:
-        status = _tables(options)
-        sys.stdout.flush()
-        return status
+        return _tables(options)
     except UserError as error:
         _say(f"error: {error}", options, sys.stderr)
         return 2
-    except BrokenPipeError:  # who read it has seen enough, as `| head` does
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
 
 
 class Parser(argparse.ArgumentParser):
@@ -66,6 +61,8 @@ def _tables(options: argparse.Namespace) -> int:
     if options.all == bool(options.tables):
         raise UserError("which tables? Name some (table03 table08), or give --all alone")
     tables = load_all_tables() if options.all else load_tables(options.tables)
+    if options.agreement and options.out and any(table.name == "agreement" for table in tables):
+        raise UserError("--agreement --out writes agreement.md, which would be your table's: give it another name")
     from analysis import agreement
     from analysis.render import to_latex, to_markdown, write_files, write_text
     from analysis.tables import compile_from_mlflow
@@ -97,7 +94,10 @@ def _tables(options: argparse.Namespace) -> int:
 
 
 def _say(text: str, options: argparse.Namespace, file: TextIO | None = None) -> None:
-    print(without_password(text, options.tracking_uri), file=file)
+    try:
+        print(without_password(text, options.tracking_uri), file=file, flush=True)
+    except BrokenPipeError:  # who read it has seen enough, as `| head` does: the files are written all the same
+        os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
 
 def _check_some_finished(compiled: Sequence[CompiledTable]) -> None:

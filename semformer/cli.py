@@ -10,7 +10,7 @@ import time
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from rich.console import Console
 from rich.markup import escape
@@ -19,6 +19,10 @@ from rich.progress import Progress as Bars
 
 from semformer.config import PRESETS, Config, LossName, PretrainConfig, ShapesConfig, load_config, parse_overrides
 from semformer.errors import UserError, first_line
+
+if TYPE_CHECKING:  # torch takes seconds to import
+    from semformer.keys import StageKey
+    from semformer.store import Store
 
 STORE = Path("runs/store")
 LOSSES = (*get_args(LossName), "recon")
@@ -157,6 +161,8 @@ def _run(options: argparse.Namespace) -> int:
     with _Display() as display:
         data = pipeline.open_data(config, options.data, progress=display.data)
         store = open_store(options.store)
+        keys = list(pipeline.stage_keys(config, data).values())
+        _keep(store, "run", keys, {"preset": options.preset})
         runs = []
         for run in pipeline.run(
             config,
@@ -168,15 +174,13 @@ def _run(options: argparse.Namespace) -> int:
         ):
             runs.append(run)
             display.done(run)
-    if not all(run.found for run in runs):
-        store.roots.keep(f"run-{runs[-1].key[:12]}", [run.key for run in runs], {"preset": options.preset})
     evaluated = runs[-1].artifact
     metrics = evaluated.info["metrics"]
     for name, value in metrics.items():
         console.print(f"{name:28} {value:8.2f}", highlight=False)
     for name in sorted(evaluated.files):
         if name.startswith("pictures/"):
-            console.print(f"picture {evaluated.file(name)}", highlight=False, soft_wrap=True)
+            _tell(f"picture {evaluated.file(name)}")
     if options.json:
         stages = [{"stage": r.stage, "key": r.key, "found": r.found, "seconds": round(r.seconds, 3)} for r in runs]
         print(json.dumps({"metrics": metrics, "stages": stages}))
@@ -197,8 +201,20 @@ def _predict(options: argparse.Namespace) -> int:
     for one in drawn:
         told = f"{one.image}: {', '.join(one.classes) or 'no object class'} -> {one.picture}"
         told += f" ({one.note})" if one.note else ""
-        console.print(told, highlight=False, markup=False, soft_wrap=True)
+        _tell(told)
     return 0
+
+
+def _tell(text: str) -> None:
+    """A line with names of files, in which nothing is markup."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
+def _keep(store: "Store", kind: str, keys: "Sequence[StageKey]", about: dict[str, Any]) -> None:
+    """`gc` leaves these stages: who asks for them wants them, before they are made, and if it is interrupted."""
+    name = f"{kind}-{keys[-1].digest[:12]}"
+    if not store.roots.kept(name):
+        store.roots.keep(name, [key.digest for key in keys], about)
 
 
 def _pretrain(options: argparse.Namespace) -> int:
@@ -207,7 +223,7 @@ def _pretrain(options: argparse.Namespace) -> int:
     from semformer.data.shapes import cached_shapes
     from semformer.data.voc import open_devkit
     from semformer.models.vit import check_tiles
-    from semformer.pretrain import WEIGHTS, pretrain
+    from semformer.pretrain import WEIGHTS, pretrain, pretrain_key
     from semformer.store import open_store
 
     check_tiles(options.backbone, options.image_size, "--image-size")
@@ -217,11 +233,12 @@ def _pretrain(options: argparse.Namespace) -> int:
     torch.set_num_threads(options.threads)
     with _Display() as display:
         shapes = ShapesConfig(train=options.images, val=2000, size=options.image_size)
-        folder = cached_shapes(shapes, "pretraining", display.data)
+        devkit, store = open_devkit(cached_shapes(shapes, "pretraining", display.data)), open_store(options.store)
+        _keep(store, "pretrain", [pretrain_key(config, devkit.split("train"), options.seed)], {})
         artifact, found = pretrain(
             config,
-            open_devkit(folder),
-            open_store(options.store),
+            devkit,
+            store,
             seed=options.seed,
             device=device,
             progress=display.stage,
@@ -229,10 +246,10 @@ def _pretrain(options: argparse.Namespace) -> int:
         )
     _put(artifact.file(WEIGHTS), options.out)
     made = f"{'found' if found else 'made'}, {artifact.info['accuracy']:.1f} % right on new images"
-    console.print(f"{options.backbone} {artifact.key.short} ({made}): {options.out}", highlight=False, soft_wrap=True)
+    _tell(f"{options.backbone} {artifact.key.short} ({made}): {options.out}")
     use = f"--weights {options.out} --set segmentor.backbone={options.backbone}, or --caae-weights and caae.backbone, "
     use += f"in a sweep with --weights {options.backbone}={options.out}"
-    console.print(f"use it with {use}", highlight=False, soft_wrap=True)
+    _tell(f"use it with {use}")
     return 0
 
 
@@ -266,18 +283,19 @@ def _import_checkpoint(options: argparse.Namespace) -> int:
     from semformer import pipeline
     from semformer.store import open_store
 
-    data = pipeline.open_classes(config, options.data)
+    data, store = pipeline.open_classes(config, options.data), open_store(options.store)
+    _keep(store, "import", list(pipeline.stage_keys(config, data, options.kind).values()), {"file": str(options.file)})
     with _Display() as display:
         *_, run = pipeline.run(
             config,
             data,
-            open_store(options.store),
+            store,
             device=_device("cpu"),
             progress=display.stage,
             until=options.kind,
         )
-    console.print(f"{options.kind} {run.key} {'was there' if run.found else 'imported'}: {run.artifact.path}")
-    console.print(f"use it with --set {options.kind}.checkpoint={options.file}", soft_wrap=True, highlight=False)
+    _tell(f"{options.kind} {run.key} {'was there' if run.found else 'imported'}: {run.artifact.path}")
+    _tell(f"use it with --set {options.kind}.checkpoint={options.file}")
     return 0
 
 
@@ -293,7 +311,7 @@ def _make_shapes(options: argparse.Namespace) -> int:
             seed=options.seed,
             progress=display.data,
         )
-    console.print(f"shapes data set in {folder}: use it with --data {folder}", highlight=False, soft_wrap=True)
+    _tell(f"shapes data set in {folder}: use it with --data {folder}")
     return 0
 
 
@@ -303,7 +321,7 @@ def _check_data(options: argparse.Namespace) -> int:
     with _Display() as display:
         findings = check_devkit(options.folder, progress=display.data)
     for line in findings.lines:
-        console.print(line, highlight=False, soft_wrap=True)
+        _tell(line)
     for problem in findings.problems:
         console.print(f"[red]problem:[/] {escape(problem)}", highlight=False, soft_wrap=True)
     return 1 if findings.problems else 0
@@ -319,8 +337,8 @@ def _pack_data(options: argparse.Namespace) -> int:
         for name, kind, artifact, found in pipeline.find_or_pack(config, data, store, display.stage, display.waiting):
             size = sum(file["size"] for file in artifact.files.values()) / 2**20
             done = "were there" if found else "packed"
-            told = f"{name}: {len(data[name])} {kind} {done}, {size:.1f} MiB in {artifact.path}"
-            console.print(told, highlight=False, soft_wrap=True)
+            _keep(store, "pack", [artifact.key], {"data": str(options.folder)})
+            _tell(f"{name}: {len(data[name])} {kind} {done}, {size:.1f} MiB in {artifact.path}")
     return 0
 
 

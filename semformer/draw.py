@@ -76,7 +76,7 @@ def draw(lines: Sequence[Line]) -> Image.Image:
             panel.set_xticks([])
             panel.set_yticks([])
     for panel, heading in zip(axes[0], headings, strict=True):
-        panel.set_title(heading, fontsize=9)
+        panel.set_title(heading, fontsize=9, parse_math=False)
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     buffer.seek(0)

@@ -72,6 +72,7 @@ def pretrain(
                 num_classes=len(data.classes) - 1,
                 img_size=options.image_size,
             ).to(device)
+            ctx.have_read(options)
             network = compiled(model, options)
             history = train(
                 model,

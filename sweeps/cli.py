@@ -48,11 +48,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(stderr=options.json)
     _log_without_passwords(options)
     try:
-        return options.command(options, console)
+        status = options.command(options, console)
+        if sys.stdout:
+            sys.stdout.flush()
+        return status
     except UserError as error:
         told = without_password(str(error), *_addresses(options))
         Console(stderr=True).print(f"[red]error:[/] {escape(told)}", highlight=False, soft_wrap=True)
         return 2
+    except BrokenPipeError:  # who read it has seen enough, as `| head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         console.print("stopped; the same command, or resume, goes on from the last epochs", highlight=False)
         return 130
@@ -102,7 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_configs(drawing)
     kept = f"to draw, at most {DRAWABLE}, of which maps are kept (default: %(default)s)"
     drawing.add_argument("--images", type=_positive(int), default=DRAWABLE, metavar="N", help=kept)
-    named = "for TABLE-PRESET-seedN.png (default: %(default)s)"
+    named = "for TABLE-PRESET-seedN.png, with a mark of --set if given (default: %(default)s)"
     drawing.add_argument("--out", type=Path, default=Path("runs/figures"), metavar="DIR", help=named)
 
     search = command("search", _search, "search the ablation axes with Optuna")
@@ -124,7 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_sweep(sync)
     sync.add_argument("--tracking-uri", metavar="URI", help="of MLflow (default: the sweep's)")
 
-    gc = command("gc", _gc, "delete from a store what no sweep reaches; without --apply, tell what that is")
+    gc = command("gc", _gc, "delete from a store what no sweep and no run reaches; without --apply, tell what that is")
     gc.add_argument("--store", default=STORE, metavar="DIR", help="a folder, or s3://BUCKET/PREFIX")
     gc.add_argument("--apply", action="store_true", help="delete it")
     drop = "no longer keep what this sweep reaches, wherever it was started"
@@ -309,11 +315,13 @@ def _draw(options: argparse.Namespace, console: Console) -> int:
     plan, store = _make_plan(options, console)
     from sweeps.figure import figure3
 
+    others = json.dumps(plan.overrides, sort_keys=True, default=str)
+    settings = f"-{sha256(others.encode()).hexdigest()[:6]}" if plan.overrides else ""
     paths = []
     for table in plan.tables:
         for seed in plan.seeds:
             trials = [trial for trial in plan.trials if trial.config.seed == seed]
-            path = options.out / f"{table.name}-{plan.preset}-seed{seed}.png"
+            path = options.out / f"{table.name}-{plan.preset}-seed{seed}{settings}.png"
             picture = figure3(table, trials, store, options.images)
             try:
                 path.parent.mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,7 @@ def figure3(table: Table, trials: Sequence[Trial], store: Store, n_images: int) 
         if cams is None or scored is None:
             raise UserError(
                 f"{table.name}/{row.id}, seed {trial.config.seed}, has no maps of these settings in {store.location}: "
-                f"run `semformer-sweep run {table.name}` with the same --preset, --seeds and --set first"
+                "run the same tables first, by `semformer-sweep run` with the same options but --images and --out"
             )
         config = trial.config
         split = pipeline.open_data(config, trial.data)[config.data.eval_split]

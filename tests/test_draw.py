@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from semformer.draw import colored_mask, figure4
+from semformer.draw import Line, Map, colored_mask, draw, figure4
 
 IMAGE = np.full((40, 60, 3), 90, np.uint8)
 NAMES = ("background", "cat", "dog", "cow")
@@ -39,6 +39,10 @@ def test_the_threshold_is_drawn_where_the_map_crosses_it():
     low, high, never = (picture([slope], classes=(1,), threshold=t) for t in (0.2, 0.8, 1.5))
     columns = [np.flatnonzero((one != never).any(axis=(0, 2))).mean() for one in (low, high)]
     assert columns[0] < columns[1]
+
+
+def test_a_heading_is_no_formula():
+    draw([Line("a", IMAGE, [Map("with $\\bm{M}$", None, 0.5)])])
 
 
 def test_an_image_without_objects_is_drawn():

@@ -59,6 +59,15 @@ def test_the_picture_has_a_panel_for_each_image_map_and_truth(place, shapes, tmp
         assert picture.width == int(2.2 * 4 * 110)
 
 
+def test_pictures_of_seeds_and_settings_are_kept_apart(place, shapes, tmp_path, monkeypatch):
+    monkeypatch.setattr(figure, "figure3", lambda table, trials, *_: Image.new("RGB", (trials[0].config.seed + 1, 1)))
+    assert draw(place, shapes, "--seeds", "0,1", "--out", str(tmp_path)) == 0
+    assert draw(place, shapes, "--set", "segmentor.sigma=0.5", "--out", str(tmp_path)) == 0
+    assert draw(place, shapes, "--set", "segmentor.sigma=0.4", "--out", str(tmp_path)) == 0
+    assert Image.open(tmp_path / "maps-micro-seed1.png").width == 2
+    assert len(list(tmp_path.glob("maps-micro-seed0*.png"))) == 3
+
+
 @pytest.mark.parametrize(
     ("options", "told"),
     [

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,6 +32,7 @@ from semformer.stages.training import TrainingDiverged
 from semformer.store import Store
 from semformer.store.collection import collect
 from semformer.store.leases import LeaseLost
+from semformer.weights import read_weights
 from tests.pipelines import CPU, damage, run, weights
 from tests.test_predict import to_published
 
@@ -208,7 +210,7 @@ def test_nothing_is_kept_of_weights_that_changed_meanwhile(finished, shapes, tmp
         if report.stage == "caae":
             save_file({name: value + 1 for name, value in vit.state_dict().items()}, file)
 
-    with pytest.raises(UserError, match=r"weights.safetensors has changed since segmentor began: run it again"):
+    with pytest.raises(UserError, match=r"weights.safetensors has changed since this run began: start it again"):
         run(config, shapes, store, replace)
     assert not (store.root / "segmentor").exists()
     assert not list((store.root / "checkpoints").glob("segmentor/*/*")), "which a later run would go on from"
@@ -226,6 +228,30 @@ def test_a_file_that_changes_once_it_has_been_read_costs_no_training(shapes, tmp
         lambda report: report.stage == "segmentor" and file.write_bytes(b"others'"),
     )
     assert not trained["segmentor"].found
+
+
+@pytest.mark.parametrize("gone", [False, True])
+@pytest.mark.parametrize("source", ["weights", "checkpoint"])
+@pytest.mark.parametrize("stage", ["caae", "segmentor"])
+def test_a_file_that_changes_while_it_is_read_is_not_trained_from(shapes, tmp_path, monkeypatch, stage, source, gone):
+    file, trained, read = tmp_path / "w.safetensors", [], read_weights
+    backbone = getattr(load_config("micro"), stage).backbone
+    save_file(build_vit(backbone, pretrained=False, weights="", num_classes=0).state_dict(), file)
+
+    def reading(path):
+        state = read(path)
+        path.unlink()  # the tensors are still those of the file that was there
+        if not gone:
+            path.write_bytes(b"others'")
+        return state
+
+    monkeypatch.setattr("semformer.models.vit.read_weights", reading)
+    monkeypatch.setattr(f"semformer.stages.{stage}.load_published", lambda model, kind, path: reading(Path(path)))
+    store = Store(tmp_path / "store")
+    with pytest.raises(UserError, match=r"w\.safetensors has changed since this run began: start it again"):
+        run(load_config("micro", {f"{stage}.{source}": str(file)}), shapes, store, trained.append, until=stage)
+    assert stage not in {report.stage for report in trained}
+    assert not (store.root / stage).exists()
 
 
 @pytest.mark.parametrize(
@@ -477,10 +503,43 @@ def test_what_a_run_has_made_is_kept_until_it_is_dropped(shapes, tmp_path):
     (name,) = store.roots.all()
     assert name.startswith("run-")
     store.roots.drop(name)
-    assert main(command) == 0
-    assert not store.roots.all(), "what was found belongs to who made it"
     store.roots.keep("another", [])
     assert {one.stage for one in collect(store, grace=0)} >= set(NAMES)
+    assert main(command) == 0
+    assert sorted(store.roots.all()) == ["another", name], "who asks for what is there wants it, too"
+    assert not {one.stage for one in collect(store, grace=0)} & set(NAMES)
+
+
+def test_what_an_interrupted_run_has_made_is_kept(shapes, tmp_path, monkeypatch):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    store = Store(tmp_path / "store")
+    monkeypatch.setattr(
+        pipeline, "STAGES", tuple(replace(s, run=interrupted) if s.name == "cams" else s for s in pipeline.STAGES)
+    )
+    assert main(["run", "--preset", "micro", "--data", str(shapes), "--store", str(store.root)]) == 130
+    assert len(store.roots.all()) == 1
+    collect(store, apply=True, grace=0)
+    assert {artifact.key.stage for artifact in store.artifacts()} >= {"caae", "segmentor"}
+
+
+def test_runs_of_several_settings_are_kept_apart(shapes, tmp_path):
+    store = Store(tmp_path / "store")
+    for seed in (0, 1):
+        command = ["run", "--preset", "micro", "--data", str(shapes), "--store", str(store.root)]
+        assert main([*command, "--set", f"seed={seed}"]) == 0
+    collect(store, apply=True, grace=0)
+    made = [artifact.key.stage for artifact in store.artifacts()]
+    assert [made.count(name) for name in NAMES] == [2] * len(NAMES)
+
+
+def test_names_of_files_are_no_markup(shapes, tmp_path, capsys):
+    folder = tmp_path / "[red]x[" / "b]"
+    assert main(["run", "--preset", "micro", "--data", str(shapes), "--store", str(folder)]) == 0
+    assert f"picture {folder}/evaluate/" in capsys.readouterr().err
+    assert main(["data", "make-shapes", str(folder / "[set]"), "--train", "3", "--val", "1", "--size", "32"]) == 0
+    assert f"use it with --data {folder / '[set]'}" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("every", [0.0, 100.0])

@@ -28,6 +28,7 @@ from semformer.errors import MachineError
 from semformer.models.vit import build_backbone
 from semformer.pretrain import accuracy, gradients, pretrain, pretrain_key
 from semformer.store import Store
+from semformer.store.collection import collect
 from sweeps.plan.table import load_table, resolve
 
 NAME = "vit_wiring_patch8_32"
@@ -53,6 +54,7 @@ def test_the_command_writes_weights_that_a_network_starts_from(tmp_path, monkeyp
     command = ["pretrain", NAME, "--images", "40", "--epochs", "1", "--image-size", "32", "--seed", "7"]
     command += ["--store", str(store), "--out", str(file)]
     assert cli.main(command) == 0
+    assert not [stage for stage in collect(Store(store), grace=0) if stage.stage == "pretrain"], "gc leaves it"
     told = " ".join(capsys.readouterr().err.split())
     assert "made" in told
     assert "% right on new images" in told

@@ -266,7 +266,7 @@ def make_shapes(
     image.
     Raises UserError if `root` holds anything else: nothing is overwritten.
     """
-    root = Path(root).expanduser()
+    root = Path(root).expanduser().resolve()  # "." and links, in whose place a folder is put
     difficulty = difficulty or Difficulty()
     parameters: dict[str, Any] = {"version": VERSION, "kind": kind}
     parameters |= {"train": train, "val": val, "size": size, "seed": seed} | difficulty.model_dump()

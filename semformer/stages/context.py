@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -77,8 +78,10 @@ class Context:
             store.save_checkpoints(lease.key)
 
         def have_read(options: Settings) -> None:
-            if options.key_parameters() != lease.key.spec["params"]:
-                raise UserError(f"{' or '.join(options.files)} has changed since {lease.key.stage} began: run it again")
+            with suppress(UserError):  # of a file that is gone
+                if options.key_parameters() == lease.key.spec["params"]:
+                    return
+            raise UserError(f"{' or '.join(options.files)} has changed since this run began: start it again")
 
         checkpoints = store.checkpoints(lease.key)
         return cls(device, progress, out, checkpoints, check=lease.check, saved=saved, have_read=have_read, **rest)

@@ -208,7 +208,7 @@ def _overlap(a: str, b: str) -> bool:
 def _find(name: str) -> Path:
     if name.endswith((".yaml", ".yml")) or "/" in name:
         return Path(name)
-    number = re.fullmatch(r"(?:table)?0*(\d+)", name)  # "table3" and "3" as well
+    number = re.fullmatch(r"(?:[Tt]able)?0*([0-9]{1,3})", name)  # "table3" and "3" as well
     wanted = f"table{int(number[1]):02}" if number else name
     matches = [stem for stem in table_names() if stem == name or stem.partition("_")[0] == wanted]
     if len(matches) == 1:

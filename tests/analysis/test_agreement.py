@@ -1,7 +1,10 @@
 """How far measured rows are ordered as in the paper, against counts by hand."""
 
 import itertools
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 from scipy.stats import kendalltau, ttest_1samp
@@ -43,7 +46,23 @@ def test_rows_equal_as_printed_and_runs_of_two_tables_count_once(sweep):
 def test_rows_that_are_one_run_are_no_pair(sweep):
     sweep.trial("CF", 40.0, rows="CF,CF-CB")
     sweep.trial("CF-AS", 50.0)
-    assert [pair.rows for pair in find_pairs([sweep.compiled()]) if pair.ours] == [("CF", "CF + AS")]
+    pairs = find_pairs([sweep.compiled()])
+    assert [pair.rows for pair in pairs if pair.ours] == [("CF", "CF + AS")]
+    sweep.trial("CF-AC", 60.0, rows="CF-AC,CF-CB-AS,CF-CB-AC")
+    told = agreement.to_markdown([sweep.compiled()])
+    assert "both rows are one run or equal as printed: 3 pairs of seed 0." in told, "1 of the first run, 2 of the last"
+
+
+def test_pairs_that_are_all_one_run_have_no_list(sweep):
+    sweep.trial("CF", 40.0, rows="CF,CF-CB")
+    told = agreement.to_markdown([sweep.compiled()])
+    assert "1 pairs of seed 0" in told
+    assert "What a row has more" not in told
+
+
+def test_zero_has_no_sign():
+    assert agreement._told([0.03, -0.05], "+z.1f").startswith("+0.0 (")
+    assert agreement._told([-1 / 3, 1 / 3 - 1e-9], "z.2f").startswith("0.00 (-4.24 to ")
 
 
 def test_what_is_not_comparable_is_left_out(sweep):
@@ -131,3 +150,35 @@ def test_the_command_tells_it(sweep, capsys):
     assert main(["table03", "--tracking-uri", sweep.uri, "--agreement", "--format", "latex", "--out", str(out)]) == 0
     assert all(line.startswith("% ") for line in capsys.readouterr().out.partition("% ### Pairs")[2].splitlines()[1:])
     assert (out / "agreement.md").read_text().startswith("### Pairs")
+
+
+def test_a_table_named_so_is_not_overwritten(sweep, capsys):
+    from analysis.cli import main
+
+    path = sweep.folder / "own.yaml"
+    path.write_text(CRA.replace("name: cra", "name: agreement", 1))
+    assert load_table(str(path)).name == "agreement"
+    assert main([str(path), "--tracking-uri", sweep.uri, "--agreement", "--out", str(sweep.folder / "out")]) == 2
+    assert "give it another name" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("buffered", [False, True])
+def test_files_are_written_whoever_reads_the_text(sweep, buffered):
+    sweep.full()
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    environment |= {} if buffered else {"PYTHONUNBUFFERED": "1"}
+    out = sweep.folder / "out"
+    command = [sys.executable, "-m", "analysis.cli", "table03", "--tracking-uri", sweep.uri, "--agreement"]
+    process = subprocess.Popen(
+        [*command, "--format", "both", "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=environment,
+        text=True,
+    )
+    process.stdout.close()
+    _, told = process.communicate(timeout=120)
+    assert (process.returncode, {path.name for path in out.iterdir()}) == (
+        0,
+        {"agreement.md", "table03.md", "table03.tex", "table03.parquet"},
+    ), told

@@ -12,6 +12,7 @@ from typing import Annotated, Any, ClassVar, Literal, get_args
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from semformer.errors import UserError
+from semformer.machine import Note
 
 LossName = Literal["CF", "CB", "AS", "AC", "SS"]
 FinalMap = Literal["activation", "attention", "both"]
@@ -54,6 +55,7 @@ def _at_most_one(value: tuple[float, float]) -> tuple[float, float]:
 Jitter = Annotated[
     tuple[Fraction, Fraction, Fraction, Annotated[float, Field(ge=0, le=0.5)]], BeforeValidator(_split_commas)
 ]
+LongSide = Annotated[tuple[Count, Count], BeforeValidator(_split_commas), AfterValidator(_ascending)]
 Range = Annotated[tuple[Positive, Positive], BeforeValidator(_split_commas), AfterValidator(_ascending)]
 
 
@@ -62,8 +64,13 @@ class Settings(BaseModel):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """The paths of the files that the stage reads beside the data."""
+        """The paths of the files, or folders of files, that the stage reads beside the data."""
         return ()
+
+    @property
+    def replaces_inputs(self) -> bool:
+        """Whether what the stage makes comes from files, or from masks, and not from the stages before it."""
+        return False
 
     def key_parameters(self) -> dict[str, Any]:
         """The resolved parameters that can change the stage's result, as JSON values."""
@@ -101,6 +108,10 @@ class DataConfig(Settings):
     eval_split: str = "train"
     selection_split: str = "train"
     """On which an epoch is chosen: by the labels of its images (caae.selection), by its masks (segmentor.selection)."""
+    mask_split: str = "train"
+    """On which pseudo masks are measured: some or all images of `train_split`."""
+    test_split: str = "val"
+    """On which the segmentation is measured."""
     shapes: ShapesConfig | None = None
 
 
@@ -120,6 +131,10 @@ class OptimizerConfig(Settings):
     warmup_steps: Annotated[int, Field(ge=0)] = 0
     new_multiplier: Positive = 10.0
     bias_multiplier: Positive = 2.0
+
+    @property
+    def decays_biases(self) -> bool:
+        return False
 
     def key_parameters(self) -> dict[str, Any]:
         return self.model_dump(mode="json", exclude={"momentum"} if self.name == "adamw" else None)
@@ -190,6 +205,10 @@ class NetworkConfig(TrainingConfig):
     def files(self) -> tuple[str, ...]:
         return (*super().files, *filter(None, (self.checkpoint,)))
 
+    @property
+    def replaces_inputs(self) -> bool:
+        return bool(self.checkpoint)
+
     def key_parameters(self) -> dict[str, Any]:
         """An import depends on no training option."""
         if self.checkpoint:
@@ -249,7 +268,7 @@ class SegmentorConfig(NetworkConfig):
     """Eq. 10: the maximum runs over the image's other present classes (published code) or over all K (paper)."""
     token_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.5
     """Probability with which a whole patch token is dropped before the activation layer."""
-    long_side: Annotated[tuple[Count, Count], BeforeValidator(_split_commas), AfterValidator(_ascending)] = (224, 896)
+    long_side: LongSide = (224, 896)
     """Range of the random resize, in pixels of the longer side."""
     selection: Literal["last", "best_miou"] = "last"
     """`best_miou` keeps the epoch with the best map on the *pixel masks* of data.selection_split (published code)."""
@@ -275,8 +294,27 @@ DRAWABLE = 4
 """So many images of a split have maps of every kind, to be drawn."""
 
 
-class CamsConfig(Settings):
-    """Multi-scale activation maps (Eq. 5, 6; Tables 4, 12, 13, 16)."""
+class FolderConfig(Settings):
+    """What a folder of files can take the place of."""
+
+    folder: str = ""
+    """A folder with a file an image, such as another method has made, instead of what the stages before it make."""
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        return (self.folder,) if self.folder else ()
+
+    @property
+    def replaces_inputs(self) -> bool:
+        return bool(self.folder)
+
+    def key_parameters(self) -> dict[str, Any]:
+        """A folder counts by its contents, and then nothing else does."""
+        return {"folder": file_digest(self.folder)} if self.folder else _without(super().key_parameters(), "folder")
+
+
+class CamsConfig(FolderConfig):
+    """Multi-scale activation maps (Eq. 5, 6; Tables 4, 12, 13, 16). A folder has ID.npy: see `cams.foreign_maps`."""
 
     scales: Scales = (0.5, 1.0, 1.5, 2.0)
     flip: bool = True
@@ -323,6 +361,114 @@ class EvaluateConfig(Settings):
         return tuple(sorted({*self.threshold_values(), self.fixed_threshold}))
 
 
+class CrfConfig(Settings):
+    """Dense CRF: standard deviations (pixels, grey values) and weights of its two Gaussians."""
+
+    iterations: Annotated[int, Field(ge=0)]
+    """0 is none."""
+    gt_prob: Annotated[float, Field(gt=0, lt=1)] = 0.7
+    """How sure a hard label is to begin with."""
+    gaussian_sxy: Positive = 3.0
+    gaussian_compat: Annotated[float, Field(ge=0)] = 3.0
+    bilateral_sxy: Positive = 50.0
+    bilateral_srgb: Positive = 5.0
+    bilateral_compat: Annotated[float, Field(ge=0)] = 10.0
+
+
+class AffinityLabelsConfig(Settings):
+    """What AffinityNet learns from: maps at two background thresholds, each through the CRF.
+
+    A pixel has the object that the map at `foreground_threshold` names, is background where neither map names one, and
+    else ignored. (IRN: 0.30 and 0.05.)
+    """
+
+    foreground_threshold: Fraction = 0.11
+    background_threshold: Fraction = 0.15
+    crf: CrfConfig = CrfConfig(iterations=10)
+
+
+class AllDecayed(OptimizerConfig):
+    """All parameters at one rate, biases decayed as well."""
+
+    new_multiplier: Positive = 1.0
+    bias_multiplier: Positive = 1.0
+
+    @property
+    def decays_biases(self) -> bool:
+        return True
+
+
+class AffinityConfig(TrainingConfig):
+    """AffinityNet."""
+
+    variant: Literal["edge", "feature"] = "edge"
+    """Edges between pixels (as published), or likeness of features (the original of CVPR 2018, with resnet38)."""
+    backbone: str = "resnet50"
+    frozen: bool = True
+    """Whether the backbone stays as it is."""
+    image_size: Count = 512
+    epochs: Count = 3
+    batch_size: Count = 32
+    optimizer: AllDecayed = AllDecayed(lr=0.1, weight_decay=1e-4, momentum=1e-4)
+    long_side: LongSide = (320, 640)
+    """Range of the random resize, in pixels of the longer side."""
+    radius: Annotated[int, Field(ge=2)] = 10
+    """Pairs of pixels nearer than that are compared, in pixels of the edge or feature map."""
+
+
+class WalkConfig(Settings):
+    """Random walk of the maps along the affinities."""
+
+    radius: Annotated[int, Field(ge=2)] = 5
+    """As `affinity.radius`."""
+    beta: Positive = 10.0
+    """Power of an affinity."""
+    log2_steps: Annotated[int, Field(ge=0, le=16)] = 8
+    """2^so many steps."""
+
+
+class PseudoMasksConfig(FolderConfig):
+    """Label maps, made of the maps that have walked, of which the segmentation learns. A folder has them as ID.png."""
+
+    threshold: Fraction = 0.25
+    """What is below is background."""
+    crf: CrfConfig = CrfConfig(iterations=1)
+    skip_failing: bool = False
+    """Whether an image of which no mask can be made is ignored; else that is an error."""
+
+
+class DeeplabConfig(NetworkConfig):
+    """DeepLabV1."""
+
+    ARCHITECTURE = (*NetworkConfig.ARCHITECTURE, "head_width", "head_dilation")
+
+    backbone: str = "resnet38"
+    image_size: Count = 321
+    epochs: Count = 30
+    batch_size: Count = 4
+    optimizer: OptimizerConfig = OptimizerConfig(lr=7e-4, momentum=0.9, weight_decay=1e-5, bias_multiplier=1.0)
+    long_side: LongSide = (250, 750)
+    """Range of the random resize, in pixels of the longer side."""
+    head_width: Count = 512
+    head_dilation: Count = 12
+    frozen_statistics: bool = True
+    """Whether the backbone's BatchNorms stay as they are."""
+    supervised: bool = False
+    """Learn from the *pixel masks* of data.train_split instead of pseudo masks."""
+
+    @property
+    def replaces_inputs(self) -> bool:
+        return super().replaces_inputs or self.supervised
+
+
+class SegmentationConfig(Settings):
+    """The label maps of the segmentation network: the highest softmax over several scales."""
+
+    scales: Scales = (0.5, 0.75, 1.0, 1.25, 1.5)
+    flip: bool = False
+    crf: CrfConfig = CrfConfig(iterations=10, bilateral_sxy=80.0, bilateral_srgb=13.0)
+
+
 class Config(Settings):
     """The whole pipeline. `load_config` (in `config.overrides`) is the one way to make one."""
 
@@ -334,6 +480,12 @@ class Config(Settings):
     segmentor: SegmentorConfig = SegmentorConfig()
     cams: CamsConfig = CamsConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    affinity_labels: AffinityLabelsConfig = AffinityLabelsConfig()
+    affinity: AffinityConfig = AffinityConfig()
+    walk: WalkConfig = WalkConfig()
+    pseudo_masks: PseudoMasksConfig = PseudoMasksConfig()
+    deeplab: DeeplabConfig = DeeplabConfig()
+    segmentation: SegmentationConfig = SegmentationConfig()
 
 
 def _without(parameters: dict[str, Any], *names: str) -> dict[str, Any]:
@@ -341,12 +493,30 @@ def _without(parameters: dict[str, Any], *names: str) -> dict[str, Any]:
 
 
 def file_digest(path: str | Path) -> str:
-    """sha256 of a file's bytes, read again only when it has changed. Raises UserError when it cannot be read."""
+    """sha256 of a file's bytes, or of the names and bytes of a folder's files, read again only when one has changed.
+
+    Raises UserError when it cannot be read, and for a folder without files.
+    """
     try:
+        if os.path.isdir(path):
+            return _folder_digest(Path(path))
         there = os.stat(path)
         return _digest(os.path.abspath(path), there.st_ino, there.st_size, there.st_mtime_ns, there.st_ctime_ns)
     except OSError as error:
-        raise UserError(f"cannot read the weights file {path}: {error.strerror}") from error
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _folder_digest(folder: Path) -> str:
+    files = sorted(path for path in folder.iterdir() if path.is_file())
+    if not files:
+        raise UserError(f"{folder} is a folder without files")
+    note = Note(files, about="folder")
+    digest = note.read()
+    if not digest:
+        contents = "".join(f"{file.name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n" for file in files)
+        digest = hashlib.sha256(contents.encode()).hexdigest()
+        note.write(digest)
+    return digest
 
 
 @lru_cache(maxsize=1000)

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
@@ -48,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="run the pipeline for one config", allow_abbrev=False)
     add_config_arguments(run)
+    until = "the last stage; its scores follow it (default: cams, the activation maps)"
+    run.add_argument("--until", default="cams", choices=("cams", "pseudo_masks", "deeplab"), help=until)
     run.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
     run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     run.add_argument(
@@ -161,7 +163,8 @@ def _run(options: argparse.Namespace) -> int:
     with _Display() as display:
         data = pipeline.open_data(config, options.data, progress=display.data)
         store = open_store(options.store)
-        keys = list(pipeline.stage_keys(config, data).values())
+        until = pipeline.ends(config, options.until)
+        keys = list(pipeline.stage_keys(config, data, until).values())
         _keep(store, "run", keys, {"preset": options.preset})
         runs = []
         for run in pipeline.run(
@@ -171,20 +174,41 @@ def _run(options: argparse.Namespace) -> int:
             device=device,
             progress=display.stage,
             waiting=display.waiting,
+            until=until,
         ):
             runs.append(run)
             display.done(run)
-    evaluated = runs[-1].artifact
-    metrics = evaluated.info["metrics"]
+    evaluated = [run.artifact for run in runs if "metrics" in run.artifact.info]
+    metrics: dict[str, float] = {}
+    for one in evaluated:
+        metrics = {**one.info["metrics"], **metrics}
     for name, value in metrics.items():
-        console.print(f"{name:28} {value:8.2f}", highlight=False)
-    for name in sorted(evaluated.files):
-        if name.startswith("pictures/"):
-            _tell(f"picture {evaluated.file(name)}")
+        console.print(f"{name:32} {value:8.2f}", highlight=False)
+    for one in evaluated:
+        for name in sorted(name for name in one.files if name.startswith("pictures/")):
+            _tell(f"picture {one.file(name)}")
+    if chain := _chain(metrics, config.data.mask_split, config.data.test_split):
+        _tell(f"mIoU: {chain}")
     if options.json:
         stages = [{"stage": r.stage, "key": r.key, "found": r.found, "seconds": round(r.seconds, 3)} for r in runs]
         print(json.dumps({"metrics": metrics, "stages": stages}))
     return 0
+
+
+LINKS = (
+    ("maps", "cam/{masks}/miou"),
+    ("random walk", "walk/{masks}/miou"),
+    ("pseudo masks", "pseudo/{masks}/miou"),
+    ("segmentation", "seg/{test}/miou"),
+    ("with CRF", "seg/{test}/miou_crf"),
+)
+
+
+def _chain(metrics: Mapping[str, float], masks: str, test: str) -> str:
+    """From the maps to the segmentation, as far as it was made: "maps 63.7 -> ..."."""
+    names = {told: name.format(masks=masks, test=test) for told, name in LINKS}
+    links = [f"{told} {metrics[name]:.1f}" for told, name in names.items() if name in metrics]
+    return " -> ".join(links) + f" (maps and masks of {masks}, segmentation of {test})" if len(links) > 1 else ""
 
 
 def _predict(options: argparse.Namespace) -> int:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from semformer.data.voc import IGNORE, voc_palette
 
-TITLES = {"activation": "Act. Map", "attention": "CRA", "both": "Act. Map ⊗ CRA"}
+TITLES = {"activation": "Act. Map", "attention": "CRA", "both": "Act. Map ⊗ CRA", "foreign": "Map"}
 
 
 class Map(NamedTuple):
@@ -22,13 +22,25 @@ class Map(NamedTuple):
     threshold: float
 
 
+class Labels(NamedTuple):
+    """What stands in a column: class indices (H, W), 255 = ignored."""
+
+    heading: str
+    values: np.ndarray
+
+
 class Line(NamedTuple):
-    """A class of an image: `image` (H, W, 3) uint8, `truth` (H, W) class indices."""
+    """A class of an image: `image` (H, W, 3) uint8, its maps, and its label maps."""
 
     name: str
     image: np.ndarray
     maps: Sequence[Map]
-    truth: np.ndarray | None = None
+    labels: Sequence[Labels] = ()
+
+
+def truth_of(mask: np.ndarray | None) -> list[Labels]:
+    """The column of the ground truth, where there is one."""
+    return [] if mask is None else [Labels("Ground Truth", mask)]
 
 
 def figure4(
@@ -47,16 +59,17 @@ def figure4(
     The contour of `threshold` is drawn on every map.
     """
     lines = [
-        Line(class_names[k], image, [Map(TITLES[kind], maps[kind][row], threshold) for kind in maps], truth)
+        Line(class_names[k], image, [Map(TITLES[kind], maps[kind][row], threshold) for kind in maps], truth_of(truth))
         for row, k in enumerate(classes)
     ]
-    return draw(lines or [Line("no object", image, [Map(TITLES[kind], None, threshold) for kind in maps], truth)])
+    return draw(
+        lines or [Line("no object", image, [Map(TITLES[kind], None, threshold) for kind in maps], truth_of(truth))]
+    )
 
 
 def draw(lines: Sequence[Line]) -> Image.Image:
-    """Images, their maps over them, and ground truth. All lines have the columns of the first."""
-    with_truth = lines[0].truth is not None
-    headings = ["Image", *(column.heading for column in lines[0].maps), *["Ground Truth"] * with_truth]
+    """Images, their maps over them, and label maps. All lines have the columns of the first."""
+    headings = ["Image", *(one.heading for one in lines[0].maps), *(one.heading for one in lines[0].labels)]
     aspects = [line.image.shape[0] / line.image.shape[1] for line in lines]
     figure = Figure(figsize=(2.2 * len(headings), 2.2 * sum(aspects) + 0.35), layout="constrained")
     axes = figure.subplots(len(lines), len(headings), squeeze=False, height_ratios=aspects)
@@ -70,8 +83,8 @@ def draw(lines: Sequence[Line]) -> Image.Image:
                 panel.imshow(colormaps["jet"](heat), alpha=0.55)
                 if heat.min() < threshold < heat.max() and min(heat.shape) > 1:
                     panel.contour(heat, levels=[threshold], colors="white", linewidths=0.8)
-        if line.truth is not None:
-            panels[-1].imshow(colored_mask(line.truth))
+        for panel, labels in zip(panels[1 + len(line.maps) :], line.labels, strict=True):
+            panel.imshow(colored_mask(labels.values))
         for panel in panels:
             panel.set_xticks([])
             panel.set_yticks([])

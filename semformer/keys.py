@@ -1,6 +1,7 @@
 """Keys of stage results: what a result depends on, its digest, and how two of them differ."""
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -56,18 +57,30 @@ class StageKey:
         return f"{self.stage} {self.short}"
 
 
-def to_make(keys: Mapping[str, StageKey], is_there: Callable[[StageKey], bool]) -> list[StageKey]:
-    """Of the stages of one pipeline, in order, those that must be made so that the last one is there.
+def ends(keys: Mapping[str, StageKey]) -> list[str]:
+    """Of the stages of one pipeline, in order, those that no other one needs."""
+    needed: set[str] = set()
+    for name, key in reversed([*keys.items()]):
+        needed |= _needs(name, key, keys)
+    return [name for name in keys if name not in needed]
 
-    They are resolved from the end: what is there needs nothing before it, and that is not asked for. A stage whose key
-    tells no inputs may need all before it.
+
+def to_make(keys: Mapping[str, StageKey], is_there: Callable[[StageKey], bool]) -> list[StageKey]:
+    """Of the stages of one pipeline, in order, those that must be made so that its `ends` are there.
+
+    They are resolved from the ends: what is there needs nothing before it, and that is not asked for.
     """
-    needed, missing = {*list(keys)[-1:]}, []
-    for key in reversed(list(keys.values())):
-        if key.stage in needed and not is_there(key):
+    needed, missing = {*ends(keys)}, []
+    for name, key in reversed([*keys.items()]):
+        if name in needed and not is_there(key):
             missing.append(key)
-            needed |= key.inputs.keys() if "inputs" in key.spec else keys.keys()
+            needed |= _needs(name, key, keys)
     return missing[::-1]
+
+
+def _needs(name: str, key: StageKey, keys: Mapping[str, StageKey]) -> set[str]:
+    """A stage whose key tells no inputs may need all before it."""
+    return {*key.inputs} if "inputs" in key.spec else {*itertools.takewhile(lambda other: other != name, keys)}
 
 
 def plain(value: Any, where: str) -> Any:

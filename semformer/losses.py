@@ -18,6 +18,7 @@ from torch import Tensor
 
 SIMILARITY_MARGIN = 1e-4
 NORM_EPS = 1e-8
+AFFINITY_EPS = 1e-5
 
 
 def similarity(E: Tensor, S: Tensor) -> Tensor:
@@ -114,6 +115,16 @@ def activation_complementation(
     N = torch.where(is_strongest, second, first)
     counted = valid * present
     return ((M + N - 1).square() * counted).sum() / counted.sum().clamp(min=1)
+
+
+def affinity(affinities: Tensor, background: Tensor, objects: Tensor, different: Tensor) -> Tensor:
+    """Loss of AffinityNet: pairs of one label are alike, background and object pairs counting alike; others are not.
+
+    affinities: (B, pairs, h, w) in 0..1. The others, of the same shape, weigh the pairs that are both background, both
+    of one object class, and of two labels; the weights of each kind add up to 1 over the batch.
+    """
+    alike, apart = -(affinities + AFFINITY_EPS).log(), -(1 + AFFINITY_EPS - affinities).log()
+    return (((background + objects) * alike).sum() / 2 + (different * apart).sum()) / 2
 
 
 def _weights(pairs: Pairs, reduction: str) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,15 @@ SMALLER = {
     "segmentor": "a smaller segmentor.image_size or segmentor.backbone",
     "cams": "smaller cams.scales",
     "evaluate": "smaller images",
+    "train_cams": "smaller cams.scales",
+    "affinity_labels": "smaller images",
+    "affinity": "a smaller affinity.image_size or affinity.backbone",
+    "walk": "a smaller affinity.backbone or walk.radius",
+    "pseudo_masks": "smaller images",
+    "evaluate_masks": "smaller images",
+    "deeplab": "a smaller deeplab.image_size or deeplab.backbone",
+    "segmentation": "smaller segmentation.scales",
+    "evaluate_seg": "smaller images",
     "pretrain": "a smaller --image-size or backbone",
 }
 STATUS = Path("/proc/self/status")

@@ -53,6 +53,27 @@ def scores(confusion: np.ndarray) -> Scores:
     )
 
 
+def confusion(truth: np.ndarray, predicted: np.ndarray, n_classes: int) -> np.ndarray:
+    """Pixel counts (K, K) int64, indexed [true, predicted], of label maps (H, W) uint8.
+
+    Ignored pixels of the truth do not count; a prediction of 255 is one of background.
+    """
+    known = truth != IGNORE
+    predicted = np.where(predicted == IGNORE, 0, predicted)
+    cell = truth[known].astype(np.int64) * n_classes + predicted[known]
+    return np.bincount(cell, minlength=n_classes**2).reshape(n_classes, n_classes)
+
+
+def label_map_metrics(counts: np.ndarray) -> dict[str, float]:
+    """miou, precision and recall of a confusion matrix (K, K), in percent: means over all K classes."""
+    hit, predicted, true = np.diagonal(counts), counts.sum(axis=0), counts.sum(axis=1)
+    return {
+        "miou": float(scores(counts).miou),
+        "precision": float((100 * hit / np.maximum(predicted, 1)).mean()),
+        "recall": float((100 * hit / np.maximum(true, 1)).mean()),
+    }
+
+
 class ThresholdCurve:
     """Confusion matrices of activation maps at every background threshold, accumulated image by image.
 
@@ -149,10 +170,12 @@ COSINES = ("cosine_activation", "cosine_attention")
 """What stage cams tells of them (`inference.class_cosines`)."""
 
 
-def reported(curve: ThresholdCurve, options: EvaluateConfig, split: str) -> tuple[dict[str, float], int]:
+def reported(
+    curve: ThresholdCurve, options: EvaluateConfig, split: str, of: str = "cam"
+) -> tuple[dict[str, float], int]:
     """The final metrics of maps, and the index of the threshold that they are reported at.
 
-    `curve` is over `options.scored_thresholds()`. "cam/<split>/miou", "fp", "fn" and "threshold" are by the config's
+    `curve` is over `options.scored_thresholds()`. "<of>/<split>/miou", "fp", "fn" and "threshold" are by the config's
     rule, "miou_oracle" and "miou_fixed" by each; percent.
     """
     scores, thresholds = curve.scores(), curve.thresholds
@@ -162,7 +185,7 @@ def reported(curve: ThresholdCurve, options: EvaluateConfig, split: str) -> tupl
     chosen = oracle if options.rule == "oracle" else fixed
     at_chosen = scores.miou[chosen], scores.fp[chosen], scores.fn[chosen], thresholds[chosen]
     values = zip(REPORTED, (*at_chosen, scores.miou[oracle], scores.miou[fixed]), strict=True)
-    return {f"cam/{split}/{name}": float(value) for name, value in values}, chosen
+    return {f"{of}/{split}/{name}": float(value) for name, value in values}, chosen
 
 
 def label_ap(similarities: np.ndarray, labels: np.ndarray) -> float:

@@ -1,15 +1,19 @@
 """The whole pipeline: the stages in order, what each reads, and how one is found or made.
 
 images, labels ──> caae ──> segmentor ──> cams ──> evaluate <── pixel masks
+                                └──> train_cams ──> affinity_labels ──> affinity
+                                        └──> walk <────────────────────────┘
+                                               └──> pseudo_masks ──> deeplab ──> segmentation
+                         pixel masks ──> evaluate_masks <─┘   pixel masks ──> evaluate_seg <─┘
 """
 
 import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
@@ -27,9 +31,25 @@ from semformer.errors import UserError
 from semformer.keys import StageKey, to_make
 from semformer.models.vit import backbone_shape, check_tiles
 from semformer.precision import determinism
-from semformer.stages import caae, cams, evaluate, pack, segmentor
+from semformer.stages import (
+    affinity,
+    affinity_labels,
+    caae,
+    cams,
+    deeplab,
+    evaluate,
+    evaluate_masks,
+    evaluate_seg,
+    pack,
+    pseudo_masks,
+    segmentation,
+    segmentor,
+    walk,
+)
 from semformer.stages.context import Context, Progress
 from semformer.store import Artifact, Lease, LeaseHolder, Store
+
+SplitField = Literal["train_split", "eval_split", "selection_split", "mask_split", "test_split"]
 
 
 @dataclass(frozen=True)
@@ -39,29 +59,47 @@ class Stage:
     name: str
     run: Callable[..., dict[str, Any]]
     inputs: tuple[str, ...]
-    split: Literal["train_split", "eval_split"]
+    split: SplitField
     version: int = 1
     reads_images: bool = True
     selects: Callable[[Config], bool] = lambda config: False
     """Whether it keeps the epoch that is best on `data.selection_split`, so that it reads that split as well."""
-    split_of_masks: Literal["eval_split", "selection_split"] | None = None
+    split_of_masks: SplitField | None = None
     """The split whose pixel masks it reads, if it reads that split."""
+    learns_from_masks: Callable[[Config], bool] = lambda config: False
+    """Whether it reads the pixel masks of its own split in the place of its inputs."""
+    group: str = ""
+    """The group of options that it has, where that is not named as the stage is."""
+    spares: Callable[[Config], bool] = lambda config: False
+    """Whether it does without all of its inputs but the last."""
+
+    def options(self, config: Config) -> Settings:
+        return getattr(config, self.group or self.name)
 
     def splits(self, config: Config) -> dict[str, list[pack.Kind]]:
         """The splits that it reads, its own first, and what of them; an imported network reads none."""
-        if _is_imported(self, config):
+        if self.is_imported(config):
             return {}
         fields = [self.split, "selection_split"] if self.selects(config) else [self.split]
         images: list[pack.Kind] = ["images"] if self.reads_images else []
         kinds: dict[str, list[pack.Kind]] = {}
         for field in fields:
             of_split = kinds.setdefault(getattr(config.data, field), [*images])
-            if field == self.split_of_masks:
+            if field == self.split_of_masks or (field == self.split and self.learns_from_masks(config)):
                 of_split.append("masks")
         return kinds
 
     def reads_masks(self, config: Config) -> bool:
         return any("masks" in kinds for kinds in self.splits(config).values())
+
+    def is_imported(self, config: Config) -> bool:
+        return bool(getattr(self.options(config), "checkpoint", ""))
+
+    def needs(self, config: Config) -> tuple[str, ...]:
+        """The stages whose results it reads."""
+        if self.options(config).replaces_inputs:
+            return ()
+        return self.inputs[-1:] if self.spares(config) else self.inputs
 
 
 STAGES = (
@@ -85,7 +123,51 @@ STAGES = (
         reads_images=False,
         split_of_masks="eval_split",
     ),
+    Stage("train_cams", cams.run, inputs=("segmentor",), split="train_split", version=3, group="cams"),
+    Stage("affinity_labels", affinity_labels.run, inputs=("train_cams",), split="train_split"),
+    Stage("affinity", affinity.run, inputs=("affinity_labels",), split="train_split"),
+    Stage("walk", walk.run, inputs=("train_cams", "affinity"), split="train_split"),
+    Stage("pseudo_masks", pseudo_masks.run, inputs=("walk",), split="train_split"),
+    Stage(
+        "evaluate_masks",
+        evaluate_masks.run,
+        inputs=("train_cams", "walk", "pseudo_masks"),
+        split="mask_split",
+        split_of_masks="mask_split",
+        group="evaluate",
+        spares=lambda config: bool(config.pseudo_masks.folder),
+    ),
+    Stage(
+        "deeplab",
+        deeplab.run,
+        inputs=("pseudo_masks",),
+        split="train_split",
+        learns_from_masks=lambda config: config.deeplab.supervised,
+    ),
+    Stage("segmentation", segmentation.run, inputs=("deeplab",), split="test_split"),
+    Stage(
+        "evaluate_seg",
+        evaluate_seg.run,
+        inputs=("segmentation",),
+        split="test_split",
+        split_of_masks="test_split",
+        group="evaluate",
+    ),
 )
+Goal = Literal["cams", "pseudo_masks", "deeplab"]
+MAPS = ("evaluate",)
+"""What a run ends with that goes as far as the maps."""
+
+
+def ends(config: Config, goal: Goal) -> tuple[str, ...]:
+    """The stages that a run ends with which goes so far: they hold the scores of what leads to there."""
+    masks, seg = ("evaluate_masks",), ("evaluate_seg",)
+    if goal == "cams":
+        return MAPS
+    scored = masks if config.pseudo_masks.folder else (*MAPS, *masks)
+    if goal == "pseudo_masks":
+        return scored
+    return seg if config.deeplab.replaces_inputs else (*scored, *seg)
 
 
 class Data:
@@ -138,8 +220,8 @@ def open_classes(config: Config, folder: str | Path | None) -> Data:
     return Data(Devkit(Path(), (BACKGROUND, *(SHAPES if config.data.shapes else VOC_CLASSES))))
 
 
-def check(config: Config) -> None:
-    """Raises UserError for what no single field shows to be wrong."""
+def check(config: Config, stages: Collection[str] = ()) -> None:
+    """Raises UserError for what no single field shows to be wrong, of the networks and of these stages."""
     for stage in ("caae", "segmentor"):
         options = getattr(config, stage)
         check_tiles(options.backbone, options.image_size, f"{stage}.image_size")
@@ -155,23 +237,41 @@ def check(config: Config) -> None:
             f"{config.caae.backbone}"
         )
 
+    if "affinity" in stages:
+        affinity.check(config.affinity)
+    if "deeplab" in stages:
+        deeplab.check(config.deeplab)
 
-def needed_stages(config: Config, until: str = "evaluate") -> list[Stage]:
-    """The stages that lead to `until`, in order. An imported network needs none before it."""
-    wanted = {until}
+
+def _check_splits(config: Config, data: Data) -> None:
+    fields = config.data.mask_split, config.data.train_split
+    masks, train = (data[name] for name in fields)
+    if strange := sorted(set(masks.ids) - set(train.ids)):
+        raise UserError(
+            f"data.mask_split = {fields[0]} has images that have no pseudo masks, such as {strange[0]}: those of "
+            f"data.train_split = {fields[1]} have some"
+        )
+
+
+def needed_stages(config: Config, until: str | Sequence[str] = MAPS) -> list[Stage]:
+    """The stages that lead to `until`, one or several, in order. An imported network needs none before it."""
+    wanted = {until} if isinstance(until, str) else set(until)
     for stage in reversed(STAGES):
         if stage.name in wanted:
-            wanted.update(_inputs(stage, config))
+            wanted.update(stage.needs(config))
     return [stage for stage in STAGES if stage.name in wanted]
 
 
-def stage_keys(config: Config, data: Data, until: str = "evaluate") -> dict[str, StageKey]:
+def stage_keys(config: Config, data: Data, until: str | Sequence[str] = MAPS) -> dict[str, StageKey]:
     """The keys of the needed stages, in order: everything that can change a stage's result, and nothing else."""
-    check(config)
+    stages = needed_stages(config, until)
+    check(config, names := {stage.name for stage in stages})
+    if "evaluate_masks" in names:
+        _check_splits(config, data)
     keys: dict[str, StageKey] = {}
-    for stage in needed_stages(config, until):
-        options = getattr(config, stage.name)
-        if _is_imported(stage, config):
+    for stage in stages:
+        options = stage.options(config)
+        if stage.is_imported(config):
             rest: dict[str, Any] = {"data": {"classes": list(data.devkit.classes)}}
         else:
             rest = {"data": {}}
@@ -179,7 +279,7 @@ def stage_keys(config: Config, data: Data, until: str = "evaluate") -> dict[str,
                 rest["data"][role] = data[name].digest
                 if "masks" in kinds:
                     rest["data"]["masks"] = data[name].mask_digest
-            rest["inputs"] = {name: keys[name].digest for name in stage.inputs}
+            rest["inputs"] = {name: keys[name].digest for name in stage.needs(config)}
             rest |= {"seed": config.seed, "precision": config.precision}
         files = tuple(map(file_digest, options.files))
         keys[stage.name] = _stage_key(stage.name, stage.version, options, files, json.dumps(rest))
@@ -201,10 +301,10 @@ def run(
     device: torch.device,
     progress: Callable[[Progress], None],
     waiting: Callable[[StageKey, LeaseHolder], None] = lambda key, holder: None,
-    until: str = "evaluate",
+    until: str | Sequence[str] = MAPS,
     probe: Callable[[Any], Mapping[str, float]] | None = None,
 ) -> Iterator[StageRun]:
-    """Make what is missing of the stages that lead to `until`; yields these and what was found, in order, once done.
+    """Make what is missing of the stages that lead to `until`; yields these and what was found, in order.
 
     What is missing is resolved from the end (`keys.to_make`): a stage that nothing missing reads may be gone, and is
     looked up by its manifest alone.
@@ -232,8 +332,9 @@ def run(
     def make(stage: Stage, workspace: Path, lease: Lease) -> dict[str, Any]:
         splits = [packed(name, *kinds) for name, kinds in stage.splits(config).items()] or [data.unread()]
         selection = splits[-1] if stage.selects(config) else None
-        ctx = Context.of(store, lease, workspace, device, progress, probe=probe, selection=selection)
-        inputs = [done.get(name) for name in stage.inputs]
+        told = partial(_told, progress, stage.name)
+        ctx = Context.of(store, lease, workspace, device, told, probe=probe, selection=selection)
+        inputs = [done[name] if name in stage.needs(config) else None for name in stage.inputs]
         started = time.monotonic()  # when the images are there: a pack is made once for all stages
         with memory.explained(stage.name, device), determinism(device):
             memory.reset_peak(device)
@@ -249,9 +350,18 @@ def run(
             yield StageRun(stage.name, key.digest, found, 0.0 if found else artifact.info["seconds"], artifact)
 
 
-def packs(config: Config) -> list[tuple[str, pack.Kind]]:
-    """The packs (split, of what) that making all stages takes."""
-    read = [(name, kind) for stage in STAGES for name, kinds in stage.splits(config).items() for kind in kinds]
+def _told(progress: Callable[[Progress], None], stage: str, report: Progress) -> None:
+    progress(replace(report, stage=stage))
+
+
+def packs(config: Config, until: str | Sequence[str] = MAPS) -> list[tuple[str, pack.Kind]]:
+    """The packs (split, of what) that making the stages of `until` takes."""
+    read = [
+        (name, kind)
+        for stage in needed_stages(config, until)
+        for name, kinds in stage.splits(config).items()
+        for kind in kinds
+    ]
     return list(dict.fromkeys(read))
 
 
@@ -265,14 +375,6 @@ def find_or_pack(
     """Makes the packs that are missing; yields each with its split, of what it is, and whether it was there."""
     for name, kind in packs(config):
         yield name, kind, *pack.find_or_pack(data[name], kind, store, progress, waiting)
-
-
-def _is_imported(stage: Stage, config: Config) -> bool:
-    return bool(getattr(getattr(config, stage.name), "checkpoint", ""))
-
-
-def _inputs(stage: Stage, config: Config) -> tuple[str, ...]:
-    return () if _is_imported(stage, config) else stage.inputs
 
 
 def versions() -> dict[str, str]:

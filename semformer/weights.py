@@ -80,13 +80,17 @@ RULES: dict[str, tuple[tuple[str, str | None], ...]] = {
         (r"segmentor\.cls_head\.(weight|bias)", r"class_head_\1"),
         (r"segmentor\.seg_head\.1\.(weight|bias)", r"patch_head.\1"),
     ),
+    "deeplab": (
+        (r"(fc8_seg_conv[12]\.(weight|bias))", r"\1"),
+        (r"((conv1a|b\d(_\d)?|bn7)\..*)", r"features.backbone.\1"),
+    ),
 }
 
 
 def published_to_ours(kind: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The state of our network from one under the published names.
 
-    kind: "caae" or "segmentor". Raises UserError that names a weight which the method does not know.
+    kind: "caae", "segmentor" or "deeplab". Raises UserError that names a weight which the method does not know.
     """
     ours = {}
     for name, value in state.items():

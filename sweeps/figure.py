@@ -6,9 +6,9 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from semformer import pipeline
-from semformer.draw import Line, Map, draw
+from semformer.draw import Line, Map, draw, truth_of
 from semformer.errors import UserError
-from semformer.stages.cams import PICTURES
+from semformer.stages.cams import FOREIGN, PICTURES
 from semformer.store import Store
 from sweeps.plan.table import Table
 from sweeps.plan.trials import Trial
@@ -35,7 +35,8 @@ def figure3(table: Table, trials: Sequence[Trial], store: Store, n_images: int) 
         splits[split.digest] = split
         metrics = {name.rpartition("/")[2]: value for name, value in scored.info["metrics"].items()}
         heading = f"{row.label}\nmIoU {metrics['miou']:.1f} %"
-        columns.append((heading, load_file(cams.file(PICTURES)), config.cams.final_map, metrics["threshold"]))
+        kind = FOREIGN if config.cams.folder else config.cams.final_map
+        columns.append((heading, load_file(cams.file(PICTURES)), kind, metrics["threshold"]))
     if len(splits) > 1:
         raise UserError(f"the rows of {table.name} are measured on different images: they cannot be drawn side by side")
     (split,) = splits.values()
@@ -47,7 +48,7 @@ def figure3(table: Table, trials: Sequence[Trial], store: Store, n_images: int) 
                 Map(heading, tensors[f"{i}/{kind}"][channel].float().numpy(), threshold)
                 for heading, tensors, kind, threshold in columns
             ]
-            lines.append(Line(split.classes[k], image, maps, truth))
+            lines.append(Line(split.classes[k], image, maps, truth_of(truth)))
     if not lines:
         raise UserError(f"the first {n_images} images of {split.name} show no object")
     return draw(lines)

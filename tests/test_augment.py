@@ -10,7 +10,16 @@ from PIL import Image
 from torchvision.transforms import functional as tvf
 
 from semformer.config import load_config
-from semformer.data.augment import ADJUST, caae_crops, jitter, luma, make_crops, segmentor_crops, valid_mask
+from semformer.data.augment import (
+    ADJUST,
+    caae_crops,
+    crop_labels,
+    jitter,
+    luma,
+    make_crops,
+    segmentor_crops,
+    valid_mask,
+)
 from semformer.data.loading import cut
 from semformer.data.pixels import MEAN, STD, as_batch, normalized, resize, resize_exactly
 
@@ -280,3 +289,27 @@ def test_floats_are_resized_to_whole_values_in_the_range_of_bytes_like_bytes(res
         assert (ours == ours.round()).all()
         assert (ours.min(), ours.max()) == (theirs.min(), theirs.max())
         assert np.abs(ours - theirs).max() <= 2
+
+
+@pytest.mark.parametrize("side", [448, 112, 56])
+def test_labels_are_cropped_as_their_images_are(side):
+    """As Pillow does: resized with the image, cut, mirrored, put into a frame of 255, and that resized.
+
+    Where a pixel lies just between two, rounding decides which is the nearest: rows or columns may differ, few do.
+    """
+    rng = np.random.default_rng(0)
+    sizes = np.array([(375, 500), (500, 333), (120, 500), (1, 1), (96, 64), (700, 800)] * 4)
+    labels = [rng.integers(0, 21, size, dtype=np.uint8) for size in sizes]
+    crops = segmentor_crops(sizes, config("segmentor"), seed=3, epoch=1)
+    assert len(set(crops.flip)) == 2
+    for row, of_image in enumerate(labels):
+        (h, w), (top, left, box_h, box_w), (y, x) = crops.scaled[row], crops.box[row], crops.corner[row]
+        part = Image.fromarray(of_image).resize((w, h), Image.Resampling.NEAREST)
+        part = part.crop((left, top, left + box_w, top + box_h))
+        part = part.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if crops.flip[row] else part
+        frame = Image.new("L", (448, 448), 255)
+        frame.paste(part, (int(x), int(y)))
+        expected = np.array(frame.resize((side, side), Image.Resampling.NEAREST))
+        found = crop_labels(of_image, crops, row, side)
+        np.testing.assert_array_equal(found == 255, expected == 255)
+        assert (found == expected).mean() > 0.97

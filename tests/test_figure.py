@@ -50,7 +50,7 @@ def test_each_column_has_the_final_map_of_its_row_and_its_score(place, shapes, t
             assert heading == f"{('alone', 'with CRA')[column]}\nmIoU {metrics['cam/val/miou']:.1f} %"
             assert threshold == metrics["cam/val/threshold"]
             np.testing.assert_allclose(values, heat.numpy(), atol=2e-3)
-    assert all(set(np.unique(line.truth)) - {0, 255} for line in drawn)
+    assert all(set(np.unique(line.labels[0].values)) - {0, 255} for line in drawn)
 
 
 def test_the_picture_has_a_panel_for_each_image_map_and_truth(place, shapes, tmp_path):

@@ -4,14 +4,26 @@ The numbers come from random small models: 4 heads, patch 8; all other sizes are
 a user's file would: a .pth under the published names.
 """
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from timm.models import VisionTransformer
 
-from semformer import losses
-from semformer.config import CaaeConfig, CamsConfig, SegmentorConfig
+from semformer import losses, random_walk
+from semformer.config import (
+    AffinityConfig,
+    CaaeConfig,
+    CamsConfig,
+    DeeplabConfig,
+    PseudoMasksConfig,
+    SegmentationConfig,
+    SegmentorConfig,
+)
+from semformer.crf import DenseCrf
 from semformer.data.augment import valid_mask
 from semformer.data.loading import Batch
 from semformer.inference import multi_scale_maps
@@ -20,8 +32,11 @@ from semformer.metrics import ThresholdCurve
 from semformer.models.caae import CAAE
 from semformer.models.segmentor import Segmentor
 from semformer.models.vit import Backbone
+from semformer.stages import affinity as affinity_stage
 from semformer.stages import caae as caae_stage
+from semformer.stages import deeplab as deeplab_stage
 from semformer.stages import segmentor as segmentor_stage
+from semformer.stages.affinity import Kinds
 from semformer.stages.training import build_optimizer, lr_factor, set_rates
 from semformer.weights import load_published, published_to_ours
 
@@ -226,3 +241,72 @@ def test_scores_at_all_thresholds(golden, name, erosion):
     scores = curve.scores()
     for part in ("miou", "fp", "fn", "iou"):
         close(getattr(scores, part), numbers[f"{name}.{part}"])
+
+
+# AffinityNet, random walk, CRF, ResNet38
+
+
+@pytest.mark.parametrize("radius", [4, 5])
+def test_affinities_and_labels_of_pairs(golden, radius):
+    """Theirs are listed by first pixel and by pair, ours lie on the grid of first pixels."""
+    numbers = {
+        name.removeprefix(f"r{radius}."): value
+        for name, value in tensors(golden("affinity")).items()
+        if name.startswith(f"r{radius}.")
+    }
+    H, W = numbers["label"].shape
+    offsets = numbers["dst_index"][:, 0] - numbers["src_index"][0]
+    ours = [dy * W + dx for dy, dx in random_walk.neighbours(radius)]
+    assert sorted(ours) == sorted(offsets.tolist())
+    order = [ours.index(offset) for offset in offsets.tolist()]
+
+    index = torch.arange(H * W).view(H, W)
+    assert torch.equal(random_walk.shifted(index, radius, 0, 0).flatten(), numbers["src_index"])
+    assert torch.equal(random_walk.seconds(index, radius)[order].flatten(1), numbers["dst_index"])
+    close(random_walk.edge_affinities(numbers["edge"][:, 0], radius)[:, order].flatten(2), numbers["affinity"])
+    kinds = Kinds.of(numbers["label"][None], radius)
+    for ours_of_kind, name in zip(kinds, ("bg_pos", "fg_pos", "neg"), strict=True):
+        assert torch.equal(ours_of_kind[0, order].flatten(1), numbers[name])
+
+
+@pytest.mark.parametrize(("beta", "exponent"), [(10, 8), (8, 6)])
+def test_random_walk(golden, beta, exponent):
+    """To 1e-4 of the largest value. The published float32 powers are themselves about as far from those in float64."""
+    numbers = tensors(golden("affinity"))
+    walked = random_walk.along_edges(
+        numbers["walk.cam"][None], numbers["walk.edge"], radius=5, beta=beta, steps=2**exponent
+    )
+    theirs = numbers[f"walk.result_beta{beta}_exp{exponent}"][:, 0]
+    torch.testing.assert_close(walked[0], theirs, atol=1e-4 * theirs.max().item(), rtol=0)
+
+
+@pytest.mark.parametrize("iterations", [1, 10])
+def test_crf_of_hard_labels(golden, iterations):
+    numbers = tensors(golden("crf"))
+    labels = numbers["label"].long()
+    field = DenseCrf(
+        numbers["image"].permute(2, 0, 1), PseudoMasksConfig().crf.model_copy(update={"iterations": iterations})
+    )
+    agreed = field.refine_labels(labels, int(labels.max()) + 1) == numbers[f"label_refined_t{iterations}"]
+    assert agreed.float().mean() > 0.995
+
+
+def test_crf_of_probabilities(golden):
+    numbers = tensors(golden("crf"))
+    field = DenseCrf(numbers["image"].permute(2, 0, 1), SegmentationConfig().crf)
+    torch.testing.assert_close(field.refine(numbers["probs"]), numbers["probs_refined_t10"], atol=1e-3, rtol=0)
+
+
+def test_resnet38_has_the_usual_names_and_shapes():
+    told = json.loads((Path(__file__).parent / "golden" / "resnet38_state_shapes.json").read_text())
+    model = deeplab_stage.build(DeeplabConfig(pretrained=False), n_classes=21)
+    ours = {name: list(value.shape) for name, value in model.state_dict().items()}
+    renamed = published_to_ours("deeplab", {name: name for name in told["deeplab_v1_resnet38"]})
+    assert {name: told["deeplab_v1_resnet38"][theirs] for name, theirs in renamed.items()} == ours
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(
+        told["notes"]["deeplab_parameters_millions"], abs=1e-3
+    )
+    affinity = affinity_stage.build(AffinityConfig(variant="feature", backbone="resnet38", pretrained=False))
+    extra = {name: list(value.shape) for name, value in affinity.state_dict().items() if "features." not in name}
+    shapes = sorted(extra.values())
+    assert shapes == sorted(told["affinitynet_resnet38_extra"].values())

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from semformer.keys import StageKey, differences
+from semformer.keys import StageKey, differences, ends, to_make
 from semformer.store import Store
 from semformer.store.reasons import reasons
 from tests.artifacts import SPEC, build, caae, make_weights, segmentor, visible, why
@@ -164,3 +164,43 @@ def test_differences_of_an_input_are_told_inside_it_under_its_own_name():
     specs = {"0": {"version": 1}, "1": {"version": 2}}
     told = differences("net", {"inputs": {"caae": "0"}}, {"inputs": {"caae": "1"}}, specs.get)
     assert told == "input caae changed (caae code version 1 -> 2)"
+
+
+@pytest.fixture
+def branches() -> dict[str, StageKey]:
+    """a -> b -> c, and b -> d -> e, e needs a as well."""
+    inputs = {"a": "", "b": "a", "c": "b", "d": "b", "e": "ad"}
+    keys: dict[str, StageKey] = {}
+    for name, needed in inputs.items():
+        keys[name] = StageKey(name, {"stage": name, "inputs": {one: keys[one].digest for one in needed}})
+    return keys
+
+
+def test_the_ends_are_what_nothing_else_needs(branches):
+    assert ends(branches) == ["c", "e"]
+    assert ends({name: branches[name] for name in "ab"}) == ["b"]
+    assert ends({}) == []
+    unknown = {name: StageKey(name, {"stage": name}) for name in "xyz"}
+    assert ends(unknown) == ["z"], "one that tells no inputs may need all before it"
+
+
+@pytest.mark.parametrize(
+    ("there", "made"),
+    [
+        ("", "abcde"),
+        ("ce", ""),
+        ("c", "abde"),
+        ("cd", "ae"),
+        ("cad", "e"),
+        ("e", "abc"),
+        ("eb", "c"),
+        ("abd", "ce"),
+    ],
+)
+def test_what_must_be_made_is_resolved_from_the_ends(branches, there, made):
+    asked = []
+    found = to_make(branches, lambda key: asked.append(key.stage) or key.stage in there)
+    assert [key.stage for key in found] == list(made)
+    assert len(asked) == len(set(asked))
+    if there == "ce":
+        assert sorted(asked) == ["c", "e"], "what nothing missing needs is not looked for"

@@ -11,6 +11,14 @@ from typing import Any
 
 _ALIKE = {"new_multiplier": 1.0, "bias_multiplier": 1.0}  # one learning rate for all parameters
 
+_SMALL_IMAGES = {  # of a CRF
+    "iterations": 5,
+    "gaussian_sxy": 1.0,
+    "bilateral_sxy": 10.0,
+    "bilateral_srgb": 20.0,
+    "bilateral_compat": 5.0,
+}
+
 PRESETS: dict[str, dict[str, Any]] = {
     "paper": {},
     "tiny": {
@@ -40,6 +48,34 @@ PRESETS: dict[str, dict[str, Any]] = {
         "cams.scales": (1.0, 1.5, 2.0),
         "evaluate.thresholds": (0.01, 0.99, 0.01),
         "evaluate.erosion": 0,
+        "affinity_labels.foreground_threshold": 0.3,
+        "affinity_labels.background_threshold": 0.2,
+        "affinity_labels.crf": _SMALL_IMAGES,
+        "affinity.backbone": "test_resnet",
+        "affinity.pretrained": False,
+        "affinity.frozen": False,
+        "affinity.image_size": 64,
+        "affinity.epochs": 3,
+        "affinity.batch_size": 16,
+        "affinity.color_jitter": (0.0, 0.0, 0.0, 0.0),
+        "affinity.long_side": (54, 80),
+        "affinity.radius": 5,
+        "affinity.optimizer": {"name": "adamw", "lr": 2e-3, "weight_decay": 0.05, "warmup_steps": 50},
+        "walk.radius": 4,
+        "walk.beta": 16.0,
+        "walk.log2_steps": 4,
+        "pseudo_masks.crf": _SMALL_IMAGES,
+        "deeplab.backbone": "vit_shapes_patch8_64",
+        "deeplab.image_size": 64,
+        "deeplab.epochs": 4,
+        "deeplab.batch_size": 8,
+        "deeplab.color_jitter": (0.0, 0.0, 0.0, 0.0),
+        "deeplab.long_side": (54, 80),
+        "deeplab.head_width": 64,
+        "deeplab.head_dilation": 1,
+        "deeplab.optimizer": {"name": "adamw", "lr": 3e-4, "weight_decay": 0.05, "warmup_steps": 50},
+        "segmentation.scales": (1.0, 1.25),
+        "segmentation.crf": _SMALL_IMAGES | {"bilateral_srgb": 10.0},
     },
 }
 PRESETS["micro"] = PRESETS["tiny"] | {
@@ -62,4 +98,15 @@ PRESETS["micro"] = PRESETS["tiny"] | {
     "segmentor.long_side": (40, 60),
     "cams.scales": (0.5, 1.0),
     "evaluate.pictures": 2,
+    "affinity.image_size": 48,
+    "affinity.epochs": 1,
+    "affinity.batch_size": 8,
+    "affinity.long_side": (40, 60),
+    "deeplab.pretrained": False,
+    "deeplab.backbone": "vit_wiring_patch8_48",
+    "deeplab.image_size": 48,
+    "deeplab.epochs": 1,
+    "deeplab.long_side": (40, 60),
+    "deeplab.head_width": 16,
+    "segmentation.scales": (0.5, 1.0),
 }

@@ -16,6 +16,7 @@ from torch import Tensor
 from semformer.config import CaaeConfig, PretrainConfig, SegmentorConfig
 from semformer.data.pack import LUMA
 from semformer.data.pixels import Resample, as_batch, normalized, resize, resize_axis
+from semformer.data.voc import IGNORE
 
 RATIO = (3 / 4, 4 / 3)
 """Width by height of the CAAE's boxes."""
@@ -204,6 +205,25 @@ def _taps(crops: Crops, rows: np.ndarray, axis: int, device: torch.device) -> tu
     centre = centre.clamp(min=0).minimum(size - 1.0)
     low = centre.floor()
     return (low - first).long(), (low + 1).minimum(size - 1.0).long() - first, (centre - low).float()
+
+
+def crop_labels(labels: np.ndarray, crops: Crops, row: int, side: int) -> np.ndarray:
+    """The labels (side, side) of the crop of the image in this row, 255 where it shows no image; labels: (H, W) uint8.
+
+    By nearest neighbours twice, as published: the labels are resized with the image, and their crop to this side.
+    """
+    (H, W), scaled = labels.shape, crops.scaled[row]
+    pixel = np.floor((np.arange(side) + 0.5) * crops.size / side).astype(np.int64)
+    y, x = (pixel - corner for corner in crops.corner[row])
+    (h, w) = crops.shown[row]
+    inside_y, inside_x = (y >= 0) & (y < h), (x >= 0) & (x < w)
+    y, x = y[inside_y], x[inside_x]
+    x = w - 1 - x if crops.flip[row] else x
+    y, x = (one + first for one, first in zip((y, x), crops.box[row, :2], strict=True))
+    y, x = (np.floor((one + 0.5) * n / m).astype(np.int64) for one, n, m in zip((y, x), (H, W), scaled, strict=True))
+    found = np.full((side, side), IGNORE, dtype=np.uint8)
+    found[np.ix_(inside_y, inside_x)] = labels[np.ix_(y, x)]
+    return found
 
 
 def jitter(images: Tensor, order: Tensor, amounts: Tensor, lumas: Tensor, adjusted: Sequence[int]) -> Tensor:

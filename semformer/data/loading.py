@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from semformer.config import TrainingConfig
-from semformer.data.augment import Crops, make_crops
+from semformer.data.augment import Crops, crop_labels, make_crops
 from semformer.data.pack import Packed
 from semformer.threads import in_order
 
@@ -24,12 +24,14 @@ AHEAD = 2
 class Batch:
     """images (B, 3, S, S), normalised; regions (B, 4), what of a crop is image (see `Crops.regions`); Y (B, K) labels.
 
-    Y stays on the host: what is decided by labels alone needs no answer from the device.
+    Y stays on the host: what is decided by labels alone needs no answer from the device. label_maps: (B, s, s) uint8,
+    class indices, 255 where there is none, if the loader has label maps.
     """
 
     images: Tensor
     regions: Tensor
     Y: Tensor
+    label_maps: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.Y)
@@ -39,10 +41,22 @@ class Loader:
     """The batches of an epoch, in an order that depends on seed and epoch alone; what is left over is dropped."""
 
     def __init__(
-        self, data: Packed, crops: Callable[..., Crops], options: TrainingConfig, *, seed: int, device: torch.device
+        self,
+        data: Packed,
+        crops: Callable[..., Crops],
+        options: TrainingConfig,
+        *,
+        seed: int,
+        device: torch.device,
+        label_map: Callable[[int], np.ndarray] | None = None,
+        label_side: int = 0,
     ):
-        """crops: `caae_crops` or `segmentor_crops`, with the `options` that they take."""
+        """crops: `caae_crops` or `segmentor_crops`, with the `options` that they take.
+
+        label_map: of image i, (H, W) uint8; crops have them with a side of `label_side`.
+        """
         self.data, self.crops, self.options, self.seed, self.device = data, crops, options, seed, device
+        self.label_map, self.label_side = label_map, label_side
         self.batch_size = min(options.batch_size, len(data))
         self._copies = torch.cuda.Stream(device) if device.type == "cuda" else None
 
@@ -59,7 +73,7 @@ class Loader:
             run = map if self.data.decoded else decoders.map
 
             def read(rows: np.ndarray) -> tuple:
-                return self._read(crops, rows, run(self.data.pixels, rows))
+                return *self._read(crops, rows, run(self.data.pixels, rows)), self._label_maps(crops, rows)
 
             for parts in in_order(reader, read, batches, ahead=AHEAD):
                 yield self._batch(crops, *parts)
@@ -76,7 +90,20 @@ class Loader:
         parts = zip(moved.split(sizes), images, strict=True)
         return rows, [part.view(image.shape) for part, image in parts], self._copies.record_event()
 
-    def _batch(self, crops: Crops, rows: np.ndarray, images: list[Tensor], arrived: torch.cuda.Event | None) -> Batch:
+    def _label_maps(self, crops: Crops, rows: np.ndarray) -> Tensor | None:
+        if self.label_map is None:
+            return None
+        maps = torch.from_numpy(np.stack([crop_labels(self.label_map(i), crops, i, self.label_side) for i in rows]))
+        return maps.pin_memory() if self.device.type == "cuda" else maps
+
+    def _batch(
+        self,
+        crops: Crops,
+        rows: np.ndarray,
+        images: list[Tensor],
+        arrived: torch.cuda.Event | None,
+        label_maps: Tensor | None,
+    ) -> Batch:
         if arrived:
             stream = torch.cuda.current_stream(self.device)
             stream.wait_event(arrived)
@@ -85,6 +112,7 @@ class Loader:
             make_crops(images, torch.from_numpy(self.data.luma[rows]), crops, rows),
             torch.from_numpy(crops.regions[rows]).to(self.device, non_blocking=True),
             torch.from_numpy(self.data.labels[rows]),
+            None if label_maps is None else label_maps.to(self.device, non_blocking=True),
         )
 
 

@@ -188,6 +188,15 @@ def _is_plain(vit: nn.Module) -> TypeGuard[VisionTransformer]:
     )
 
 
+def is_plain_vit(name: str) -> bool:
+    """Whether timm has such a model, and all that its features go through is what `Backbone` takes of it."""
+    try:
+        backbone_shape(name)
+    except UserError:
+        return False
+    return True
+
+
 @cache
 def backbone_shape(name: str) -> dict[str, int]:
     """depth, dim, num_heads and patch_size of a timm ViT, without allocating its weights."""

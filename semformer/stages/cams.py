@@ -5,10 +5,12 @@ import time
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -17,7 +19,7 @@ from semformer import memory
 from semformer.config import DRAWABLE, Config
 from semformer.data.pack import Packed
 from semformer.errors import UserError
-from semformer.inference import Maps, class_cosines, maps_of_every_kind, multi_scale_maps
+from semformer.inference import STRIDE, Maps, class_cosines, maps_of_every_kind, multi_scale_maps
 from semformer.models.segmentor import Segmentor
 from semformer.stages import segmentor as segmentor_stage
 from semformer.stages.context import Context, Progress
@@ -30,14 +32,19 @@ TOGETHER = 8
 COMPARED = 64
 """Images with several classes whose maps are compared, spread over the split."""
 PICTURES = "pictures.safetensors"
+FOREIGN = "foreign"
+"""The kind of maps of which nothing else is known."""
 
 
-def run(config: Config, data: Packed, segmentor: Artifact, ctx: Context) -> dict[str, Any]:
+def run(config: Config, data: Packed, segmentor: Artifact | None, ctx: Context) -> dict[str, Any]:
     """Makes `maps-*.safetensors` (float16), and all kinds of maps of the first images, to be drawn.
 
-    Returns the number of images, and how alike the maps of an image's classes are, in the mean over images.
+    Returns the number of images, and how alike the maps of an image's classes are, in the mean over images. With
+    `config.cams.folder`, the maps are those in it.
     """
-    model = segmentor_stage.load(config.segmentor, segmentor, device=ctx.device)
+    if config.cams.folder:
+        return _import(config, data, ctx)
+    model = segmentor_stage.load(config.segmentor, cast(Artifact, segmentor), device=ctx.device)
     started, done = time.monotonic(), 0
     with ThreadPoolExecutor(1) as writer:  # which waits for the device, so that this thread need not
         pending: deque[Future] = deque()
@@ -50,8 +57,7 @@ def run(config: Config, data: Packed, segmentor: Artifact, ctx: Context) -> dict
                     pending.popleft().result()
                 done += len(together)
                 ctx.progress(Progress.of_images("cams", done, len(data), started))
-            names = {"ids": json.dumps([data.ids[i] for i in rows])}
-            pending.append(writer.submit(save_file, shard, ctx.out / f"maps-{number:05d}.safetensors", names))
+            pending.append(writer.submit(_write, shard, [data.ids[i] for i in rows], ctx.out, number))
             ctx.check()
         for one in pending:
             one.result()
@@ -61,6 +67,50 @@ def run(config: Config, data: Packed, segmentor: Artifact, ctx: Context) -> dict
         pictures |= {f"{i}/{kind}": maps.half().contiguous() for kind, maps in drawn.items()}
     save_file(pictures, ctx.out / PICTURES)
     return {"images": len(data), "cosine": _mean_cosines(model, data, config)}
+
+
+def _import(config: Config, data: Packed, ctx: Context) -> dict[str, Any]:
+    started, pictures = time.monotonic(), dict[str, Tensor]()
+    for number, rows in enumerate(data.batches(SHARD)):
+        shard: dict[str, Tensor] = {}
+        for i in rows:
+            found = foreign_maps(Path(config.cams.folder), data, i)
+            _keep(shard, [data.ids[i]], [found])
+            if i < DRAWABLE:
+                pictures[f"{i}/{FOREIGN}"] = found.full.half()
+            ctx.progress(Progress.of_images("cams", i + 1, len(data), started))
+        _write(shard, [data.ids[i] for i in rows], ctx.out, number)
+        ctx.check()
+    ctx.have_read(config.cams)
+    save_file(pictures, ctx.out / PICTURES)
+    return {"images": len(data), "cosine": {}}
+
+
+def foreign_maps(folder: Path, data: Packed, i: int) -> Maps:
+    """The maps of image i from ID.npy: floats in 0..1, (C, H, W) with a channel for each present object class of the
+    image, ascending, (K - 1, H, W) with one for every object class, or (K, H, W) with the background's before them.
+
+    Raises UserError that names the file for anything else.
+    """
+    path, classes, size = folder / f"{data.ids[i]}.npy", data.objects(i), tuple(data.sizes[i])
+    try:
+        maps = np.load(path, allow_pickle=False)
+    except FileNotFoundError:
+        raise UserError(f"{folder} has no {path.name}, the maps of an image of split {data.name!r}") from None
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} holds no array of numbers ({error}): write it with numpy.save, no pickle") from error
+    n_objects = len(data.classes) - 1
+    channels = {n_objects + 1: classes, n_objects: classes - 1, len(classes): np.arange(len(classes))}
+    if maps.ndim != 3 or maps.shape[1:] != size or len(maps) not in channels:
+        raise UserError(
+            f"{path} has the shape {maps.shape}; the maps of its image must be (C, {size[0]}, {size[1]}), with C = "
+            f"{len(classes)} (its classes), {n_objects} (all objects) or {n_objects + 1} (and the background first)"
+        )
+    full = torch.from_numpy(maps[channels[len(maps)]].astype(np.float32))
+    if not (full.isfinite() & (full >= 0) & (full <= 1)).all():
+        raise UserError(f"{path} has values that are not within 0..1")
+    strided = F.interpolate(full[None], [-(-side // STRIDE) for side in size], mode="bilinear", antialias=True)[0]
+    return Maps(classes, strided, full)
 
 
 def _mean_cosines(model: Segmentor, data: Packed, config: Config) -> dict[str, float]:
@@ -106,10 +156,34 @@ def _keep(shard: dict[str, Tensor], ids: list[str], found: list[Maps]) -> None:
         shard[f"{image_id}/full"] = maps.full.half().cpu().contiguous()
 
 
+class MapFiles:
+    """The maps of a cams artifact by image id, one image in memory at a time; threads may read them at once."""
+
+    def __init__(self, artifact: Artifact):
+        self.path = artifact.path
+        self._shard_of: dict[str, Any] = {}
+        for name in sorted(name for name in artifact.files if name.startswith("maps-")):
+            shard = safe_open(artifact.file(name), framework="pt")
+            self._shard_of |= dict.fromkeys(json.loads(shard.metadata()["ids"]), shard)
+
+    def __iter__(self) -> Iterator[str]:
+        """The ids, in the split's order."""
+        return iter(self._shard_of)
+
+    def __getitem__(self, image_id: str) -> Maps:
+        """Raises UserError where there are none."""
+        if image_id not in self._shard_of:
+            raise UserError(f"{self.path} holds no maps of {image_id}")
+        shard = self._shard_of[image_id]
+        parts = {part: shard.get_tensor(f"{image_id}/{part}") for part in ("classes", "strided", "full")}
+        return Maps(parts["classes"].numpy(), parts["strided"].float(), parts["full"].float())
+
+
+def _write(shard: dict[str, Tensor], ids: list[str], folder: Path, number: int) -> None:
+    save_file(shard, folder / f"maps-{number:05d}.safetensors", {"ids": json.dumps(ids)})
+
+
 def read_maps(artifact: Artifact) -> Iterator[tuple[str, Maps]]:
-    """(image id, maps) of a cams artifact in the split's order, one image in memory at a time."""
-    for name in sorted(name for name in artifact.files if name.startswith("maps-")):
-        with safe_open(artifact.file(name), framework="pt") as shard:
-            for image_id in json.loads(shard.metadata()["ids"]):
-                parts = {part: shard.get_tensor(f"{image_id}/{part}") for part in ("classes", "strided", "full")}
-                yield image_id, Maps(parts["classes"].numpy(), parts["strided"].float(), parts["full"].float())
+    """(image id, maps) of a cams artifact in the split's order."""
+    files = MapFiles(artifact)
+    return ((image_id, files[image_id]) for image_id in files)

@@ -17,7 +17,7 @@ from semformer.data.pack import Packed
 from semformer.errors import UserError
 from semformer.inference import MAP_KINDS, Maps
 from semformer.metrics import ThresholdCurve, reported
-from semformer.stages.cams import PICTURES, read_maps
+from semformer.stages.cams import FOREIGN, PICTURES, read_maps
 from semformer.stages.context import Context, Progress
 from semformer.store import Artifact
 from semformer.threads import in_order
@@ -65,7 +65,8 @@ def _draw(config: Config, data: Packed, cams: Artifact, threshold: float, ctx: C
     folder = ctx.out / "pictures"
     folder.mkdir()
     for i in range(min(config.evaluate.pictures, len(data))):
-        maps: dict[str, np.ndarray] = {kind: tensors[f"{i}/{kind}"].float().numpy() for kind in MAP_KINDS}
+        kinds = [kind for kind in (*MAP_KINDS, FOREIGN) if f"{i}/{kind}" in tensors]
+        maps: dict[str, np.ndarray] = {kind: tensors[f"{i}/{kind}"].float().numpy() for kind in kinds}
         picture = draw.figure4(
             data.pixels(i), maps, data.objects(i), data.classes, truth=data.mask(i), threshold=threshold
         )

@@ -245,7 +245,7 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, pretrained: nn.Mo
     groups = []
     for (old, bias), parameters in kinds.items():
         lr = config.lr * (1 if old else config.new_multiplier) * (config.bias_multiplier if bias else 1)
-        decay = 0.0 if bias else config.weight_decay
+        decay = 0.0 if bias and not config.decays_biases else config.weight_decay
         groups.append({"params": parameters, "lr": lr, "initial_lr": lr, "weight_decay": decay})
     fused = next(model.parameters()).is_cuda
     if config.name == "sgd":

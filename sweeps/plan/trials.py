@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from semformer import pipeline
-from semformer.config import Config
+from semformer.config import Config, flatten
 from semformer.errors import UserError
 from semformer.keys import StageKey, to_make
 from semformer.store import Store
@@ -53,6 +53,13 @@ class Trial:
     def name(self) -> str:
         """For people: its first row, and how many more it fills."""
         return _first(self.rows)
+
+    @property
+    def fields(self) -> dict[str, Any]:
+        """The fields of its config that its stages have a use for."""
+        groups = {stage.group or stage.name for stage in pipeline.STAGES if stage.name in self.keys}
+        groups |= {"seed", "precision", "data"}
+        return {name: value for name, value in flatten(self.config).items() if name.partition(".")[0] in groups}
 
     @property
     def masks_read_by(self) -> tuple[str, ...]:

@@ -248,7 +248,7 @@ class Recorder:
         if "described" in run.tags or run.tags["status"] == "queued":
             return
         trial = self._describe(key)
-        self.runs.pending(run).params |= _params(flatten(trial.config))
+        self.runs.pending(run).params |= _params(trial.fields)
         self.runs.client.log_inputs(run.id, datasets=exhibits.datasets(trial))
         self.runs.flush()
         self.runs.client.log_dict(run.id, trial.config.model_dump(mode="json"), "config.json")

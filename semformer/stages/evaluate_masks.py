@@ -1,0 +1,122 @@
+"""Stage evaluate_masks: scores of each link from maps to pseudo masks, on the same images, and pictures of them."""
+
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from semformer import draw
+from semformer.config import Config
+from semformer.data.label_maps import LabelMaps
+from semformer.data.pack import Packed
+from semformer.metrics import ThresholdCurve, confusion, label_map_metrics, reported, scores
+from semformer.stages.affinity_labels import hard_labels
+from semformer.stages.cams import MapFiles
+from semformer.stages.context import Context, Progress
+from semformer.stages.evaluate import CLASS_IOU, METRICS
+from semformer.stages.walk import WalkedFiles
+from semformer.store import Artifact
+from semformer.threads import in_order
+
+CPU = torch.device("cpu")
+
+
+def run(
+    config: Config, data: Packed, cams: Artifact | None, walk: Artifact | None, pseudo_masks: Artifact, ctx: Context
+) -> dict[str, Any]:
+    """Makes `metrics.json`, the IoU of each class, and pictures. Reads pixel masks. Returns {"metrics": {...}}.
+
+    "cam/<split>/..." and "walk/<split>/..." as of maps (`metrics.reported`); "pseudo/<split>/miou", "precision" and
+    "recall" of the pseudo masks, and "pseudo/<split>/miou_before_crf" at their threshold. Foreign masks have no more
+    than the three.
+    """
+    links = _Links(config, cams, walk, pseudo_masks)
+    K, options, started = len(data.classes), config.evaluate, time.monotonic()
+    curves = {of: ThresholdCurve(K, options.scored_thresholds(), erosion=options.erosion) for of in links.maps}
+    counts: dict[str, np.ndarray] = {}
+    n_cores = torch.get_num_threads()
+
+    def count(i: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        image_id, truth = data.ids[i], data.mask(i)
+        maps = links.of(image_id, truth.shape)
+        labels = links.labels(image_id, truth.shape)
+        return (
+            {of: curves[of].count(full.numpy(), classes, truth, name=image_id) for of, (classes, full) in maps.items()},
+            {name: confusion(truth, predicted, K) for name, predicted in labels.items()},
+        )
+
+    with ThreadPoolExecutor(n_cores) as cores:
+        for done, (of_maps, of_labels) in enumerate(in_order(cores, count, range(len(data)), ahead=2 * n_cores), 1):
+            for of, counted in of_maps.items():
+                curves[of].include(*counted)
+            for name, one in of_labels.items():
+                counts[name] = counts.get(name, 0) + one
+            ctx.progress(Progress.of_images("evaluate_masks", done, len(data), started))
+
+    metrics: dict[str, float] = {}
+    for of, curve in curves.items():
+        metrics |= reported(curve, options, data.name, of)[0]
+    metrics |= {f"pseudo/{data.name}/{name}": value for name, value in label_map_metrics(counts["masks"]).items()}
+    if "before" in counts:
+        metrics[f"pseudo/{data.name}/miou_before_crf"] = float(scores(counts["before"]).miou)
+    (ctx.out / METRICS).write_text(json.dumps(metrics, indent=1) + "\n")
+    pq.write_table(pa.table({"class": data.classes, "iou": scores(counts["masks"]).iou}), ctx.out / CLASS_IOU)
+    _draw(config, data, links, ctx)
+    return {"metrics": metrics}
+
+
+class _Links:
+    """What there is of an image, from its maps to its pseudo mask."""
+
+    def __init__(self, config: Config, cams: Artifact | None, walk: Artifact | None, pseudo_masks: Artifact):
+        self.threshold = config.pseudo_masks.threshold
+        self._cams = MapFiles(cams) if cams else None
+        self._walked = WalkedFiles(walk) if walk else None
+        self.masks = LabelMaps([pseudo_masks.file(name) for name in sorted(pseudo_masks.files)])
+        self.maps = [of for of, artifact in (("cam", cams), ("walk", walk)) if artifact]
+
+    def of(self, image_id: str, size: tuple[int, int]) -> dict[str, tuple[np.ndarray, Tensor]]:
+        """Classes and maps (C, H, W), by "cam" and "walk"."""
+        found = {}
+        if self._cams:
+            maps = self._cams[image_id]
+            found["cam"] = (maps.classes, maps.full)
+        if self._walked:
+            found["walk"] = self._walked.full(image_id, size, CPU)
+        return found
+
+    def labels(self, image_id: str, size: tuple[int, int]) -> dict[str, np.ndarray]:
+        """The pseudo mask (H, W), and what it was before the CRF."""
+        found = {"masks": self.masks[image_id]}
+        if self._walked:
+            classes, full = self._walked.full(image_id, size, CPU)
+            index = np.array([0, *classes], dtype=np.uint8)
+            found["before"] = index[hard_labels(full, self.threshold)] if len(classes) else np.zeros(size, np.uint8)
+        return found
+
+
+def _draw(config: Config, data: Packed, links: _Links, ctx: Context) -> None:
+    """Per image and class: the map, the map after the walk, the pseudo mask, the truth."""
+    headings = {"cam": "Map", "walk": "Random walk"}
+    folder = ctx.out / "pictures"
+    folder.mkdir()
+    for i in range(min(config.evaluate.pictures, len(data))):
+        image, image_id = data.pixels(i), data.ids[i]
+        maps = links.of(image_id, image.shape[:2])
+        labels = [draw.Labels("Pseudo mask", links.masks[image_id]), draw.Labels("Ground Truth", data.mask(i))]
+        lines = [
+            draw.Line(
+                data.classes[k],
+                image,
+                [draw.Map(headings[of], full[row].numpy(), links.threshold) for of, (_, full) in maps.items()],
+                labels,
+            )
+            for row, k in enumerate(data.objects(i))
+        ]
+        draw.draw(lines).save(folder / f"{image_id}.png")

@@ -1,0 +1,67 @@
+"""Stage pseudo_masks: label maps of the maps that have walked, by a fixed background threshold and the CRF.
+
+Legend: C present object classes, H W pixels.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from semformer.config import Config
+from semformer.data.label_maps import LabelMaps, is_whole, write_label_maps
+from semformer.data.pack import Packed
+from semformer.data.voc import IGNORE, read_mask
+from semformer.errors import UserError
+from semformer.stages.affinity_labels import hard_labels, refiner
+from semformer.stages.context import Context
+from semformer.stages.shards import make_shards
+from semformer.stages.walk import WalkedFiles
+from semformer.store import Artifact
+
+
+def run(config: Config, data: Packed, walk: Artifact | None, ctx: Context) -> dict[str, Any]:
+    """Makes zips of PNGs. Returns which images failed, whose masks are 255 everywhere.
+
+    Raises UserError that names the image of which no mask can be made, unless the config says to skip it. Without maps,
+    the masks are those of `config.pseudo_masks.folder`.
+    """
+    options = config.pseudo_masks
+    if options.folder:
+        folder = Path(options.folder)
+        foreign = ((image_id, foreign_mask(folder, data, i)) for i, image_id in enumerate(data.ids))
+        write_label_maps(ctx.out / "00000.zip", foreign)
+        ctx.have_read(options)
+        return {"images": len(data), "failed": []}
+    assert walk is not None
+    maps = WalkedFiles(walk)
+
+    def make(rows: list[int]) -> list[tuple[str, np.ndarray]]:
+        return [(data.ids[i], mask(i)) for i in rows]
+
+    def mask(i: int) -> np.ndarray:
+        image = data.pixels(i)
+        try:
+            classes, full = maps.full(data.ids[i], image.shape[:2], ctx.device)
+            if not len(classes):
+                return np.zeros(image.shape[:2], dtype=np.uint8)
+            return refiner(image, classes, options.crf, ctx.device)(hard_labels(full, options.threshold))
+        except (UserError, RuntimeError) as error:
+            if not options.skip_failing:
+                raise UserError(
+                    f"no pseudo mask can be made of {data.ids[i]}: {error} (pseudo_masks.skip_failing=true goes on)"
+                ) from error
+            return np.full(image.shape[:2], IGNORE, dtype=np.uint8)
+
+    make_shards("pseudo_masks", data, ctx, ".zip", make, write_label_maps, is_whole)
+    made = LabelMaps(sorted(ctx.out.glob("*.zip")))
+    failed = [image_id for image_id in made if (made[image_id] == IGNORE).all()] if options.skip_failing else []
+    return {"images": len(data), "failed": failed}
+
+
+def foreign_mask(folder: Path, data: Packed, i: int) -> np.ndarray:
+    """The label map (H, W) of image i from ID.png, as pixel masks are. Raises UserError that names the file."""
+    path = folder / f"{data.ids[i]}.png"
+    if not path.exists():
+        raise UserError(f"{folder} has no {path.name}, the mask of an image of split {data.name!r}")
+    return read_mask(path, data.image_path(i), len(data.classes))

@@ -1,0 +1,126 @@
+"""Stage walk: the maps after a random walk along the affinities of their image.
+
+Legend: B images of one size, C present object classes, H W pixels; h w: H W / 4, rounded up (variant edge), or / 8.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from semformer.config import Config
+from semformer.data.pack import Packed
+from semformer.data.pixels import normalized
+from semformer.errors import UserError
+from semformer.inference import Maps
+from semformer.models.affinity import FEATURE_STRIDES, STRIDES, AffinityNet, EdgeNet
+from semformer.precision import autocast
+from semformer.random_walk import along_edges, along_features
+from semformer.stages import affinity as affinity_stage
+from semformer.stages.cams import MapFiles, of_one_size
+from semformer.stages.context import Context
+from semformer.stages.shards import make_shards
+from semformer.store import Artifact
+
+
+def run(config: Config, data: Packed, cams: Artifact, affinity: Artifact, ctx: Context) -> dict[str, Any]:
+    """Makes `*.safetensors` (float16) of the maps (C, h, w), each of its image's own scale. Returns their stride."""
+    maps, model = MapFiles(cams), affinity_stage.load(config.affinity, affinity, device=ctx.device)
+
+    def make(rows: list[int]) -> list[tuple[str, np.ndarray, Tensor]]:
+        found = [maps[data.ids[i]] for i in rows]
+        walked = walk(model, [data.pixels(i) for i in rows], found, config)
+        return [
+            (data.ids[i], one.classes, after.half().cpu().contiguous())
+            for i, one, after in zip(rows, found, walked, strict=True)
+        ]
+
+    make_shards("walk", data, ctx, ".safetensors", make, _write, _is_whole, groups=lambda rows: of_one_size(data, rows))
+    return {"images": len(data), "stride": STRIDES[config.affinity.variant]}
+
+
+@torch.inference_mode()
+def walk(model: AffinityNet, images: list[np.ndarray], maps: list[Maps], config: Config) -> list[Tensor]:
+    """Maps (C, h, w) of images (H, W, 3) uint8 of one size, after their walk."""
+    options, device = config.walk, next(model.parameters()).device
+    stride = STRIDES[config.affinity.variant]
+    seen = see(model, images, config).to(device)
+    h, w = seen.shape[-2:]
+    most = max(1, *(len(one.classes) for one in maps))
+    values = torch.zeros(len(maps), most, h, w, device=device)
+    for value, one in zip(values, maps, strict=True):
+        if len(one.classes):
+            strided = one.strided if stride == 4 else F.adaptive_avg_pool2d(one.full, (h, w))
+            value[: len(one.classes)] = strided.to(device)
+    along = along_edges if isinstance(model, EdgeNet) else along_features
+    after = along(values, seen, radius=options.radius, beta=options.beta, steps=2**options.log2_steps)
+    return [one[: len(of_image.classes)] for one, of_image in zip(after, maps, strict=True)]
+
+
+@torch.inference_mode()
+def see(model: AffinityNet, images: list[np.ndarray], config: Config) -> Tensor:
+    """Edges (B, h, w) in 0..1, or features (B, 448, h, w), of images (H, W, 3) uint8 of one size.
+
+    The mean of each image and its mirror, both padded with zeros at the bottom and the right, as published.
+    """
+    options, device = config.affinity, next(model.parameters()).device
+    (H, W), stride, multiple = images[0].shape[:2], STRIDES[options.variant], FEATURE_STRIDES[options.variant][-1]
+    height, width = (max(options.image_size, -(-side // multiple) * multiple) for side in (H, W))
+    views = normalized(torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2))
+    views = F.pad(torch.cat([views, views.flip(-1)]), (0, width - W, 0, height - H))
+    with autocast(device, config.precision):
+        found = model(views).float()
+    image, mirrored = found[..., : -(-H // stride), : -(-W // stride)].chunk(2)
+    mean = (image + mirrored.flip(-1)) / 2
+    return mean.sigmoid() if isinstance(model, EdgeNet) else mean
+
+
+def _write(path: Path, walked: Iterator[tuple[str, np.ndarray, Tensor]]) -> None:
+    tensors: dict[str, Tensor] = {}
+    ids = []
+    for image_id, classes, after in walked:
+        ids.append(image_id)
+        tensors |= {f"{image_id}/classes": torch.from_numpy(classes), f"{image_id}/walked": after}
+    save_file(tensors, path, {"ids": json.dumps(ids)})
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
+
+
+class WalkedFiles:
+    """The maps of a walk artifact by image id; threads may read them at once."""
+
+    def __init__(self, artifact: Artifact):
+        self.path, self.stride = artifact.path, int(artifact.info["stride"])
+        self._shard_of: dict[str, Any] = {}
+        for name in sorted(artifact.files):
+            shard = safe_open(artifact.file(name), framework="pt")
+            self._shard_of |= dict.fromkeys(json.loads(shard.metadata()["ids"]), shard)
+
+    def full(self, image_id: str, size: tuple[int, int], device: torch.device) -> tuple[np.ndarray, Tensor]:
+        """The classes, and their maps (C, H, W) at the image's size: divided by one maximum over all of them.
+
+        Raises UserError where there are none, or NaN.
+        """
+        if image_id not in self._shard_of:
+            raise UserError(f"{self.path} holds no maps of {image_id}")
+        classes, walked = (self._shard_of[image_id].get_tensor(f"{image_id}/{part}") for part in ("classes", "walked"))
+        if not walked.isfinite().all():
+            raise UserError(f"{self.path} holds maps of {image_id} that are no finite numbers")
+        if not len(classes):
+            return classes.numpy(), torch.zeros(0, *size, device=device)
+        enlarged = F.interpolate(walked[None].to(device).float(), scale_factor=self.stride, mode="bilinear")[0]
+        full = enlarged[:, : size[0], : size[1]]
+        return classes.numpy(), full / full.amax().clamp(min=torch.finfo(torch.float32).tiny)

@@ -1,0 +1,479 @@
+"""From maps to a segmentation, in preset micro: what each stage makes of what, and how files take a stage's place."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from semformer import pipeline
+from semformer.cli import main
+from semformer.config import load_config
+from semformer.crf import DenseCrf
+from semformer.data.label_maps import LabelMaps
+from semformer.data.voc import IGNORE, voc_palette
+from semformer.errors import UserError
+from semformer.metrics import confusion, label_map_metrics
+from semformer.stages import affinity, deeplab, segmentation
+from semformer.stages.affinity_labels import confident
+from semformer.stages.cams import MapFiles
+from semformer.stages.walk import WalkedFiles, see
+from semformer.store import Store
+from tests.pipelines import CPU, damage, run, weights
+
+ALL = [stage.name for stage in pipeline.STAGES]
+CHAIN = ALL[4:]
+
+
+@pytest.fixture(scope="module")
+def chain(shapes, tmp_path_factory):
+    """A store in which the whole micro pipeline has run once, and what happened to each stage."""
+    store = Store(tmp_path_factory.mktemp("chain") / "store")
+    return store, run(load_config("micro"), shapes, store, until=ALL)
+
+
+@pytest.fixture(scope="module")
+def split(shapes):
+    return pipeline.open_data(load_config("micro"), shapes)["train"]
+
+
+def label_maps(stage_run) -> LabelMaps:
+    artifact = stage_run.artifact
+    return LabelMaps([artifact.file(name) for name in sorted(artifact.files)])
+
+
+def test_every_stage_is_made_once_then_found(chain, shapes):
+    store, first = chain
+    assert list(first) == ALL
+    assert not any(stage_run.found for stage_run in first.values())
+    again = run(load_config("micro"), shapes, store, until=ALL)
+    assert all(stage_run.found for stage_run in again.values())
+    assert {name: stage_run.key for name, stage_run in again.items()} == {n: r.key for n, r in first.items()}
+
+
+def test_the_same_stages_have_the_same_digits_in_another_store(chain, shapes, tmp_path):
+    again = run(load_config("micro"), shapes, Store(tmp_path / "store"), until=ALL)
+    for name in CHAIN:
+        ours, theirs = (runs[name].artifact.files for runs in (chain[1], again))
+        assert {file: told["sha256"] for file, told in ours.items()} == {
+            f: told["sha256"] for f, told in theirs.items()
+        }
+
+
+@pytest.mark.parametrize(
+    ("goal", "last"),
+    [("cams", ["evaluate"]), ("pseudo_masks", ["evaluate", "evaluate_masks"]), ("deeplab", ALL[-1:])],
+)
+def test_a_goal_ends_with_its_scores(goal, last):
+    config = load_config("micro")
+    stages = [stage.name for stage in pipeline.needed_stages(config, pipeline.ends(config, goal))]
+    assert set(stages) >= set(last)
+    assert stages[-1] == last[-1]
+    assert [stage for stage in stages if stage in ("affinity", "deeplab")] == (
+        {"cams": [], "pseudo_masks": ["affinity"], "deeplab": ["affinity", "deeplab"]}[goal]
+    )
+
+
+def test_the_command_tells_the_scores_of_each_link(chain, shapes, capsys):
+    store, made = chain
+    command = ["run", "--preset", "micro", "--data", str(shapes), "--store", str(store.root), "--json"]
+    assert main([*command, "--until", "deeplab"]) == 0
+    told = capsys.readouterr()
+    metrics = json.loads(told.out)["metrics"]
+    for name in ("cam/val", "cam/train", "walk/train", "pseudo/train", "seg/val"):
+        assert 0 <= metrics[f"{name}/miou"] <= 100
+    for name in ("evaluate", "evaluate_masks", "evaluate_seg"):
+        assert made[name].artifact.info["metrics"].items() <= metrics.items()
+    links = [metrics[f"{name}/miou"] for name in ("cam/train", "walk/train", "pseudo/train", "seg/val")]
+    parts = zip(("maps", "random walk", "pseudo masks", "segmentation"), links, strict=True)
+    assert "mIoU: " + " -> ".join(f"{part} {value:.1f}" for part, value in parts) in told.err
+    assert main(command) == 0
+    assert not [name for name in json.loads(capsys.readouterr().out)["metrics"] if not name.startswith("cam/val/")]
+
+
+def test_labels_of_affinities_are_those_of_the_maps_and_the_crf(chain, split):
+    maps, found = MapFiles(chain[1]["train_cams"].artifact), label_maps(chain[1]["affinity_labels"])
+    assert list(found) == list(split.ids)
+    options = load_config("micro").affinity_labels
+    for i, image_id in enumerate(split.ids):
+        of_image, image = maps[image_id], torch.from_numpy(split.pixels(i)).permute(2, 0, 1)
+        refined = []
+        for threshold in (options.foreground_threshold, options.background_threshold):
+            labels = np.concatenate([np.full((1, *of_image.full.shape[1:]), threshold), of_image.full]).argmax(axis=0)
+            field = DenseCrf(image, options.crf)
+            refined.append(field.refine_labels(torch.from_numpy(labels), 1 + len(of_image.classes)).numpy())
+        index = np.array([0, *of_image.classes])
+        expected = index[refined[0]]
+        expected[(refined[0] == 0) & (refined[1] > 0)] = IGNORE
+        np.testing.assert_array_equal(found[image_id], expected)
+
+
+def test_where_the_thresholds_disagree_a_pixel_is_ignored(split):
+    options = load_config(
+        "micro",
+        {
+            "affinity_labels.foreground_threshold": 0.6,
+            "affinity_labels.background_threshold": 0.2,
+            "affinity_labels.crf.iterations": 0,
+        },
+    ).affinity_labels
+    image = split.pixels(0)
+    full = torch.zeros(2, *image.shape[:2])
+    full[0, :10], full[1, 20:30], full[0, 40:] = 0.9, 0.7, 0.4
+    from semformer.inference import Maps
+
+    found = confident(Maps(np.array([3, 5]), full, full), image, options, CPU)
+    assert (found[:10] == 3).all()
+    assert (found[10:20] == 0).all()
+    assert (found[20:30] == 5).all()
+    assert (found[40:] == IGNORE).all()
+
+
+def test_a_walk_starts_from_the_maps_and_ends_with_one_maximum(chain, split):
+    config = load_config("micro")
+    walked, maps = WalkedFiles(chain[1]["walk"].artifact), MapFiles(chain[1]["train_cams"].artifact)
+    for i, image_id in enumerate(split.ids):
+        size = split.pixels(i).shape[:2]
+        classes, full = walked.full(image_id, size, CPU)
+        np.testing.assert_array_equal(classes, split.objects(i))
+        assert full.shape == (len(classes), *size)
+        assert full.max().item() == pytest.approx(1)
+        assert full.min() >= 0
+    still = config.model_copy(update={"walk": config.walk.model_copy(update={"log2_steps": 0, "beta": 1e6})})
+    model = affinity.load(config.affinity, chain[1]["affinity"].artifact, device=CPU)
+    from semformer.stages.walk import walk
+
+    image, of_image = split.pixels(0), maps[split.ids[0]]
+    (found,) = walk(model, [image], [of_image], still)
+    torch.testing.assert_close(found, of_image.strided * (1 - see(model, [image], still)), atol=1e-6, rtol=1e-5)
+
+
+def test_edges_are_the_mean_of_an_image_and_its_mirror(chain, split):
+    config = load_config("micro")
+    model = affinity.load(config.affinity, chain[1]["affinity"].artifact, device=CPU)
+    image = split.pixels(0)[:, :40]
+    edges = see(model, [image, image[:, ::-1].copy()], config)
+    assert edges.shape == (2, 12, 10)
+    torch.testing.assert_close(edges[0], edges[1].flip(-1))
+    torch.testing.assert_close(edges[:1], see(model, [image], config), atol=1e-5, rtol=0)
+
+
+def test_pseudo_masks_are_pngs_in_vocs_palette(chain, split, tmp_path):
+    import zipfile
+
+    (name,) = chain[1]["pseudo_masks"].artifact.files
+    with zipfile.ZipFile(chain[1]["pseudo_masks"].artifact.file(name)) as file:
+        file.extractall(tmp_path)
+    assert {path.stem for path in tmp_path.iterdir()} == set(split.ids)
+    for i, image_id in enumerate(split.ids):
+        with Image.open(tmp_path / f"{image_id}.png") as image:
+            assert image.mode == "P"
+            assert image.getpalette() == voc_palette()
+            labels = np.array(image)
+        assert labels.shape == split.pixels(i).shape[:2]
+        assert set(np.unique(labels)) <= {0, *split.objects(i)}
+
+
+def test_scores_are_those_of_the_label_maps(chain, split, shapes):
+    K = len(split.classes)
+    masks, counts = label_maps(chain[1]["pseudo_masks"]), np.zeros((K, K), dtype=np.int64)
+    for i, image_id in enumerate(split.ids):
+        counts += confusion(split.mask(i), masks[image_id], K)
+    told = chain[1]["evaluate_masks"].artifact.info["metrics"]
+    assert {f"pseudo/train/{name}": value for name, value in label_map_metrics(counts).items()}.items() <= told.items()
+
+    val = pipeline.open_data(load_config("micro"), shapes)["val"]
+    found, told = label_maps(chain[1]["segmentation"]), chain[1]["evaluate_seg"].artifact.info["metrics"]
+    for kind, ending in (("single", "_single"), ("single_crf", "_single_crf"), ("multi", ""), ("multi_crf", "_crf")):
+        counts = sum(confusion(val.mask(i), found[f"{kind}/{val.ids[i]}"], K) for i in range(len(val)))
+        assert told[f"seg/val/miou{ending}"] == pytest.approx(label_map_metrics(counts)["miou"])
+
+
+def test_confusion_counts_pixels():
+    truth = np.array([[0, 1, 2, IGNORE], [1, 1, 0, 2]], dtype=np.uint8)
+    predicted = np.array([[0, 1, 1, 1], [2, IGNORE, 1, 2]], dtype=np.uint8)
+    expected = np.zeros((3, 3), dtype=int)
+    for t, p in ((0, 0), (1, 1), (2, 1), (1, 2), (1, 0), (0, 1), (2, 2)):
+        expected[t, p] += 1
+    np.testing.assert_array_equal(confusion(truth, predicted, 3), expected)
+    told = label_map_metrics(expected)
+    assert told["precision"] == pytest.approx(100 * np.mean([1 / 2, 1 / 3, 1 / 2]))
+    assert told["recall"] == pytest.approx(100 * np.mean([1 / 2, 1 / 3, 1 / 2]))
+    assert told["miou"] == pytest.approx(100 * np.mean([1 / 3, 1 / 5, 1 / 3]))
+
+
+def test_a_segmentation_takes_the_highest_softmax_of_all_views(chain, split):
+    config = load_config("micro", {"segmentation.scales": "0.5,1,1.5", "segmentation.flip": "true"})
+    model = deeplab.load(config.deeplab, chain[1]["deeplab"].artifact, device=CPU)
+    pixels = torch.from_numpy(split.pixels(0))
+
+    def alone(scale: float, image=pixels) -> torch.Tensor:
+        view = config.segmentation.model_copy(update={"scales": (scale,), "flip": False})
+        return segmentation.probabilities(model, image, view, "float32")
+
+    both = [alone(s) for s in (0.5, 1, 1.5)] + [alone(s, pixels.flip(1)).flip(-1) for s in (0.5, 1, 1.5)]
+    found = segmentation.probabilities(model, pixels, config.segmentation, "float32")
+    torch.testing.assert_close(found, torch.stack(both).amax(dim=0), atol=1e-5, rtol=0)
+    torch.testing.assert_close(alone(1).sum(dim=0), torch.ones(pixels.shape[:2]))
+
+
+def test_without_a_crf_there_are_no_scores_with_it(chain, shapes):
+    runs = run(load_config("micro", {"segmentation.crf.iterations": 0}), shapes, chain[0], until="evaluate_seg")
+    assert runs["deeplab"].found
+    assert not [name for name in runs["evaluate_seg"].artifact.info["metrics"] if "crf" in name]
+
+
+@pytest.mark.parametrize("stage", ["affinity", "deeplab"])
+def test_a_network_learns(shapes, tmp_path, stage):
+    config = load_config("micro", {f"{stage}.epochs": 12, "data.shapes.train": 16})
+    history = run(config, shapes, Store(tmp_path / "store"), until=stage)[stage].artifact.info["history"]["total"]
+    assert history[-1] < history[0] - {"affinity": 0.03, "deeplab": 0.3}[stage], history
+
+
+@pytest.mark.parametrize("stage", ["affinity", "deeplab"])
+def test_pieces_of_a_batch_have_its_gradients(chain, shapes, split, stage):
+    from semformer.data.augment import segmentor_crops
+    from semformer.data.loading import Loader
+    from semformer.stages.pack import packed
+
+    config = load_config("micro")
+    module, options = {"affinity": (affinity, config.affinity), "deeplab": (deeplab, config.deeplab)}[stage]
+    model = module.load(options, chain[1][stage].artifact, device=CPU).requires_grad_(True).eval()
+    labels = label_maps(chain[1]["pseudo_masks"])
+    side = options.image_size // (4 if stage == "affinity" else 1)
+    data = packed(split, ["images"], chain[0])
+    loader = Loader(
+        data, segmentor_crops, options, seed=0, device=CPU, label_map=lambda i: labels[data.ids[i]], label_side=side
+    )
+    batch = next(iter(loader.epoch(0)))
+    found = []
+    for pieces in (1, 2, 8):
+        model.zero_grad()
+        arguments = (batch, options, pieces) if stage == "affinity" else (batch, pieces)
+        total = module.gradients(model, *arguments)["total"]
+        found.append([total, *(p.grad.clone() for p in model.parameters() if p.grad is not None)])
+    for other in found[1:]:
+        for ours, theirs in zip(other, found[0], strict=True):
+            torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-3)
+
+
+def test_a_frozen_backbone_stays_as_it_is(chain, shapes, tmp_path):
+    config = load_config("micro", {"affinity.frozen": "true"})
+    trained = weights(run(config, shapes, chain[0], until="affinity")["affinity"])
+    torch.manual_seed(config.seed)
+    fresh = affinity.build(config.affinity).state_dict()
+    for name, value in trained.items():
+        assert torch.equal(value, fresh[name]) is name.startswith("features."), name
+
+
+def test_statistics_of_a_backbone_are_frozen_or_learnt(shapes, chain):
+    changed = {}
+    for frozen in (True, False):
+        options = {"deeplab.backbone": "test_resnet", "deeplab.frozen_statistics": frozen}
+        config = load_config("micro", options)
+        trained = weights(run(config, shapes, chain[0], until="deeplab")["deeplab"])
+        torch.manual_seed(config.seed)
+        fresh = deeplab.build(config.deeplab, n_classes=9).state_dict()
+        assert not torch.equal(
+            trained["features.backbone.layer1.0.conv1.weight"], fresh["features.backbone.layer1.0.conv1.weight"]
+        )
+        changed[frozen] = not torch.equal(
+            trained["features.backbone.layer1.0.bn1.running_mean"], fresh["features.backbone.layer1.0.bn1.running_mean"]
+        )
+    assert changed == {True: False, False: True}
+
+
+# Files in the place of stages
+
+
+def foreign(chain, split, folder: Path) -> Path:
+    """The maps of the store as a method of others would have left them."""
+    maps = MapFiles(chain[1]["train_cams"].artifact)
+    folder.mkdir()
+    for image_id in split.ids:
+        np.save(folder / f"{image_id}.npy", maps[image_id].full.numpy())
+    return folder
+
+
+def test_maps_of_others_take_the_place_of_the_networks(chain, split, shapes, tmp_path):
+    folder = foreign(chain, split, tmp_path / "maps")
+    config = load_config("micro", {"cams.folder": str(folder), "data.eval_split": "train"})
+    runs = run(config, shapes, Store(tmp_path / "store"), until=pipeline.ends(config, "deeplab"))
+    assert "segmentor" not in runs
+    ours, theirs = (r["evaluate_masks"].artifact.info["metrics"]["cam/train/miou"] for r in (runs, chain[1]))
+    assert ours == pytest.approx(theirs, abs=1e-6)
+    assert "pictures/train_000000.png" in runs["evaluate"].artifact.files
+    np.save(folder / f"{split.ids[0]}.npy", np.zeros((1, 48, 48)))
+    os.utime(folder / f"{split.ids[0]}.npy", (1, 1))
+    other = pipeline.stage_keys(config, pipeline.open_data(config, shapes), ALL)
+    assert other["train_cams"].digest != runs["train_cams"].key
+
+
+@pytest.mark.parametrize("channels", ["present", "objects", "all"])
+def test_maps_of_others_may_have_all_classes(chain, split, tmp_path, channels):
+    from semformer.stages.cams import foreign_maps
+    from semformer.stages.pack import packed
+
+    data = packed(split, ["images"], chain[0])
+    maps = np.random.default_rng(0).random((9, 48, 48)).astype(np.float32)
+    own = {"present": maps[split.objects(0)], "objects": maps[1:], "all": maps}[channels]
+    np.save(tmp_path / f"{split.ids[0]}.npy", own)
+    found = foreign_maps(tmp_path, data, 0)
+    np.testing.assert_array_equal(found.full.numpy(), maps[split.objects(0)])
+    assert found.strided.shape == (len(split.objects(0)), 12, 12)
+
+
+@pytest.mark.parametrize(
+    ("array", "told"),
+    [
+        (None, r"has no train_000000\.npy, the maps of an image of split 'train'"),
+        (np.zeros((1, 5, 5)), r"train_000000\.npy has the shape \(1, 5, 5\); .* must be \(C, 48, 48\)"),
+        (np.full((8, 48, 48), 1.5), r"train_000000\.npy has values that are not within 0\.\.1"),
+        (np.full((8, 48, 48), np.nan), r"train_000000\.npy has values that are not within 0\.\.1"),
+        (np.array({"cam": 1}, dtype=object), r"train_000000\.npy holds no array of numbers"),
+        (b"not an array", r"train_000000\.npy holds no array of numbers"),
+    ],
+)
+def test_maps_of_others_that_do_not_fit_are_told(shapes, tmp_path, array, told):
+    (tmp_path / "maps").mkdir()
+    (tmp_path / "maps" / "other.npy").write_bytes(b"")
+    if isinstance(array, bytes):
+        (tmp_path / "maps" / "train_000000.npy").write_bytes(array)
+    elif array is not None:
+        np.save(tmp_path / "maps" / "train_000000.npy", array)
+    config = load_config("micro", {"cams.folder": str(tmp_path / "maps")})
+    with pytest.raises(UserError, match=told):
+        run(config, shapes, Store(tmp_path / "store"), until="train_cams")
+
+
+def test_masks_of_others_take_the_place_of_pseudo_masks(chain, split, shapes, tmp_path):
+    masks, folder = label_maps(chain[1]["pseudo_masks"]), tmp_path / "masks"
+    folder.mkdir()
+    for image_id in split.ids:
+        Image.fromarray(masks[image_id]).save(folder / f"{image_id}.png")
+    config = load_config("micro", {"pseudo_masks.folder": str(folder)})
+    runs = run(config, shapes, Store(tmp_path / "store"), until=pipeline.ends(config, "deeplab"))
+    assert list(runs) == ["pseudo_masks", "evaluate_masks", "deeplab", "segmentation", "evaluate_seg"]
+    for stage, name in (("evaluate_masks", "pseudo/train/miou"), ("evaluate_seg", "seg/val/miou_crf")):
+        ours, theirs = (r[stage].artifact.info["metrics"][name] for r in (runs, chain[1]))
+        assert ours == theirs
+    (folder / f"{split.ids[3]}.png").unlink()
+    with pytest.raises(UserError, match=rf"has no {split.ids[3]}\.png, the mask of an image of split 'train'"):
+        run(config, shapes, Store(tmp_path / "another"), until="deeplab")
+
+
+def test_pixel_masks_are_learnt_from_only_when_asked(chain, shapes, tmp_path):
+    config = load_config("micro", {"deeplab.supervised": "true"})
+    by_name = {stage.name: stage for stage in pipeline.STAGES}
+    assert by_name["deeplab"].splits(config) == {"train": ["images", "masks"]}
+    assert by_name["deeplab"].splits(load_config("micro")) == {"train": ["images"]}
+    runs = run(config, shapes, Store(tmp_path / "store"), until=pipeline.ends(config, "deeplab"))
+    assert list(runs) == ["deeplab", "segmentation", "evaluate_seg"]
+    assert runs["deeplab"].key != chain[1]["deeplab"].key
+
+
+def test_a_network_under_the_usual_names_is_imported(chain, shapes, tmp_path, monkeypatch):
+    state = deeplab.build(load_config("micro").deeplab, n_classes=9).state_dict()
+    torch.save(state, tmp_path / "net.pth")
+    config = load_config("micro", {"deeplab.checkpoint": str(tmp_path / "net.pth")})
+    with pytest.raises(UserError, match="is no weight of a published deeplab"):
+        run(config, shapes, Store(tmp_path / "store"), until="deeplab")
+
+
+def test_a_folder_that_is_none_is_told(shapes):
+    config = load_config("micro", {"pseudo_masks.folder": "nowhere"})
+    with pytest.raises(UserError, match="cannot read nowhere: No such file"):
+        pipeline.stage_keys(config, pipeline.open_data(config, shapes), ["pseudo_masks"])
+
+
+# Faults
+
+
+@pytest.mark.parametrize("stage", ["affinity_labels", "walk", "pseudo_masks", "segmentation", "deeplab"])
+def test_a_damaged_input_is_made_again(chain, shapes, tmp_path, stage):
+    import shutil
+
+    store = Store(shutil.copytree(chain[0].root, tmp_path / "store"))
+    (name, *_) = chain[1][stage].artifact.files
+    damage(store, chain[1][stage], name)
+    after = ALL[ALL.index(stage) + 1 :]
+    for later in after:
+        shutil.rmtree(store.root / later, ignore_errors=True)
+    again = run(load_config("micro"), shapes, store, until=ALL)
+    assert not again[stage].found
+    assert again["evaluate_seg"].artifact.info["metrics"] == chain[1]["evaluate_seg"].artifact.info["metrics"]
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_an_image_of_which_no_mask_can_be_made_is_named(chain, shapes, split, tmp_path, monkeypatch, skip):
+    full = WalkedFiles.full
+
+    def broken(self, image_id, size, device):
+        classes, maps = full(self, image_id, size, device)
+        if image_id == split.ids[5]:
+            raise UserError("its maps are no finite numbers")
+        return classes, maps
+
+    monkeypatch.setattr(WalkedFiles, "full", broken)
+    config = load_config("micro", {"pseudo_masks.skip_failing": skip, "pseudo_masks.threshold": 0.31})
+    if not skip:
+        with pytest.raises(UserError, match=rf"no pseudo mask can be made of {split.ids[5]}: its maps are no finite"):
+            run(config, shapes, chain[0], until="pseudo_masks")
+        return
+    made = run(config, shapes, chain[0], until="pseudo_masks")["pseudo_masks"]
+    assert made.artifact.info["failed"] == [split.ids[5]]
+    masks = label_maps(made)
+    assert [image_id for image_id in split.ids if (masks[image_id] == IGNORE).all()] == [split.ids[5]]
+
+
+def test_thresholds_that_leave_no_object_are_told(chain, shapes):
+    options = {"affinity_labels.foreground_threshold": 1.0, "affinity_labels.crf.iterations": 0}
+    with pytest.raises(UserError, match=r"no pixel is confident object .*lower foreground_threshold"):
+        run(load_config("micro", options), shapes, chain[0], until="affinity_labels")
+
+
+@pytest.mark.parametrize("stage", ["affinity_labels", "walk", "pseudo_masks", "segmentation"])
+def test_a_killed_stage_goes_on_at_the_next_file(chain, shapes, tmp_path, monkeypatch, stage):
+    """Killed -9 in the third file of four images; what there is then is not made again."""
+    import shutil
+
+    store = shutil.copytree(chain[0].root, tmp_path / "store")
+    for later in ALL[ALL.index(stage) :]:
+        shutil.rmtree(store / later, ignore_errors=True)
+    code = f"""
+import os, signal, sys
+from semformer import pipeline
+from semformer.config import load_config
+from semformer.stages import shards
+from semformer.store import Store
+from tests.pipelines import run
+shards.SHARD = 2
+
+def kill(report):
+    if report.stage == {stage!r} and report.done > 4:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+run(load_config("micro"), {str(shapes)!r}, Store({str(store)!r}), kill, until={stage!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    left = {path.name for path in (store / "checkpoints" / stage / chain[1][stage].key).iterdir()}
+    assert len([name for name in left if name.startswith("0000")]) == 2
+    monkeypatch.setattr("semformer.stages.shards.SHARD", 2)
+    told = []
+    made = run(load_config("micro"), shapes, Store(store), told.append, until=stage)[stage]
+    assert min(report.done for report in told if report.stage == stage) > 4
+    assert len([name for name in made.artifact.files if name.startswith("0000")]) >= 3
+    if stage != "walk":
+        ours, theirs = label_maps(made), label_maps(chain[1][stage])
+        assert list(ours) == list(theirs)
+        assert all(np.array_equal(ours[name], theirs[name]) for name in theirs)
+    else:
+        whole, parts = weights(chain[1][stage]), weights(made)
+        assert all(torch.equal(parts[name], value) for name, value in whole.items())

@@ -13,6 +13,7 @@ from pathlib import Path
 import boto3
 import pytest
 import torch
+from botocore.exceptions import ClientError
 
 from semformer import cli, pipeline
 from semformer.config import load_config
@@ -257,6 +258,28 @@ def test_a_forbidden_bucket_is_refused(bucket, s3_server):
             open_store(bucket)
     finally:
         s3_server.require_permission(False)
+
+
+@pytest.mark.parametrize(
+    ("code", "status", "advice"),
+    [
+        ("AuthorizationHeaderMalformed", 400, "Check the credentials"),
+        ("Unauthorized", 401, "Check the credentials"),
+        ("AccessDenied", 403, "Check the credentials"),
+        ("NoSuchBucket", 404, "Make the bucket tests, or check its name"),
+        ("MethodNotAllowed", 405, r"Check the endpoint \(AWS_ENDPOINT_URL\) and the settings of AWS's tools"),
+    ],
+)
+def test_what_the_server_refuses_is_told_with_what_to_do(bucket, monkeypatch, code, status, advice):
+    storage = open_store(bucket).storage
+    answer = {"Error": {"Code": code, "Message": "no"}, "ResponseMetadata": {"HTTPStatusCode": status}}
+
+    def refuse(**_):
+        raise ClientError(answer, "GetObject")
+
+    monkeypatch.setattr(storage._client, "get_object", refuse)
+    with pytest.raises(StoreError, match=rf"cannot use the store {bucket}: .*\({code}\).*\. {advice}"):
+        storage.read("x")
 
 
 def test_a_server_that_ignores_conditions_is_refused(bucket, monkeypatch):

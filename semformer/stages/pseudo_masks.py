@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from semformer import memory
 from semformer.config import Config
 from semformer.data.label_maps import LabelMaps, is_whole, write_label_maps
 from semformer.data.pack import Packed
@@ -47,6 +48,8 @@ def run(config: Config, data: Packed, walk: Artifact | None, ctx: Context) -> di
                 return np.zeros(image.shape[:2], dtype=np.uint8)
             return refiner(image, classes, options.crf, ctx.device)(hard_labels(full, options.threshold))
         except (UserError, RuntimeError) as error:
+            if memory.is_exhausted(error):
+                raise
             if not options.skip_failing:
                 raise UserError(
                     f"no pseudo mask can be made of {data.ids[i]}: {error} (pseudo_masks.skip_failing=true goes on)"

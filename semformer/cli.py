@@ -181,7 +181,7 @@ def _run(options: argparse.Namespace) -> int:
     evaluated = [run.artifact for run in runs if "metrics" in run.artifact.info]
     metrics: dict[str, float] = {}
     for one in evaluated:
-        metrics = {**one.info["metrics"], **metrics}
+        metrics |= {name: value for name, value in one.info["metrics"].items() if name not in metrics}
     for name, value in metrics.items():
         console.print(f"{name:32} {value:8.2f}", highlight=False)
     for one in evaluated:

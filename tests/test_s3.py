@@ -1,5 +1,6 @@
 """What is particular to a store in a bucket: its cache, other nodes, outages, and buckets that cannot be used."""
 
+import hashlib
 import json
 import os
 import re
@@ -258,6 +259,19 @@ def test_a_forbidden_bucket_is_refused(bucket, s3_server):
             open_store(bucket)
     finally:
         s3_server.require_permission(False)
+
+
+def test_each_store_has_a_cache_of_its_own_and_is_asked_with_little_patience(bucket, monkeypatch, tmp_path):
+    monkeypatch.setenv("SEMFORMER_CACHE", str(tmp_path / "cache"))
+    location = "s3://tests/Some.where/deep_er"
+    store = open_store(location)
+    digest = hashlib.sha256(location.encode()).hexdigest()[:8]
+    assert store.root == tmp_path / "cache" / "stores" / f"tests-Some.where-deep-er-{digest}"
+    assert (store.storage.bucket, store.storage.prefix) == ("tests", "Some.where/deep_er/")
+    assert open_store("s3://tests").storage.prefix == ""
+    options = store.storage._client.meta.config
+    assert (options.connect_timeout, options.read_timeout, options.max_pool_connections) == (5, 30, 32)
+    assert options.retries["total_max_attempts"] == 1, "the store has its own way to try again"
 
 
 @pytest.mark.parametrize(

@@ -298,12 +298,12 @@ def _date(response: dict[str, Any]) -> datetime:
     return parsedate_to_datetime(response["ResponseMetadata"]["HTTPHeaders"]["date"])
 
 
-def _code(error: BaseException | None) -> str:
-    return error.response["Error"].get("Code", "") if isinstance(error, ClientError) else ""
+def _code(error: BaseException | None) -> str | None:
+    return error.response["Error"].get("Code") if isinstance(error, ClientError) else None
 
 
-def _status(error: BaseException | None) -> int:
-    return error.response["ResponseMetadata"].get("HTTPStatusCode", 0) if isinstance(error, ClientError) else 0
+def _status(error: BaseException | None) -> int | None:
+    return error.response["ResponseMetadata"].get("HTTPStatusCode") if isinstance(error, ClientError) else None
 
 
 def _is_away(error: BaseException | None) -> bool:

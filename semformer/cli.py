@@ -236,9 +236,10 @@ def _tell(text: str) -> None:
 
 def _keep(store: "Store", kind: str, keys: "Sequence[StageKey]", about: dict[str, Any]) -> None:
     """`gc` leaves these stages: who asks for them wants them, before they are made, and if it is interrupted."""
-    name = f"{kind}-{keys[-1].digest[:12]}"
-    if not store.roots.kept(name):
-        store.roots.keep(name, [key.digest for key in keys], about)
+    name, wanted = f"{kind}-{keys[-1].digest[:12]}", {key.digest for key in keys}
+    there = store.roots.kept(name)
+    if not there or not wanted <= there.digests:  # what comes before the last stage may be measured in another way
+        store.roots.keep(name, wanted | (there.digests if there else set()), about)
 
 
 def _pretrain(options: argparse.Namespace) -> int:

@@ -2,9 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,17 +16,22 @@ import torch
 from PIL import Image
 
 from semformer import pipeline
-from semformer.cli import main
+from semformer.cli import _keep, main
 from semformer.config import load_config
 from semformer.crf import DenseCrf
+from semformer.data.augment import segmentor_crops
 from semformer.data.label_maps import LabelMaps
+from semformer.data.loading import Loader
 from semformer.data.voc import IGNORE, voc_palette
 from semformer.errors import UserError
+from semformer.inference import Maps
 from semformer.metrics import confusion, label_map_metrics
-from semformer.stages import affinity, deeplab, segmentation
+from semformer.stages import affinity, deeplab, evaluate_masks, segmentation
 from semformer.stages.affinity_labels import confident
-from semformer.stages.cams import MapFiles
-from semformer.stages.walk import WalkedFiles, see
+from semformer.stages.cams import MapFiles, foreign_maps
+from semformer.stages.context import Context
+from semformer.stages.pack import packed
+from semformer.stages.walk import WalkedFiles, see, walk
 from semformer.store import Store
 from tests.pipelines import CPU, damage, run, weights
 
@@ -126,8 +134,6 @@ def test_where_the_thresholds_disagree_a_pixel_is_ignored(split):
     image = split.pixels(0)
     full = torch.zeros(2, *image.shape[:2])
     full[0, :10], full[1, 20:30], full[0, 40:] = 0.9, 0.7, 0.4
-    from semformer.inference import Maps
-
     found = confident(Maps(np.array([3, 5]), full, full), image, options, CPU)
     assert (found[:10] == 3).all()
     assert (found[10:20] == 0).all()
@@ -147,8 +153,6 @@ def test_a_walk_starts_from_the_maps_and_ends_with_one_maximum(chain, split):
         assert full.min() >= 0
     still = config.model_copy(update={"walk": config.walk.model_copy(update={"log2_steps": 0, "beta": 1e6})})
     model = affinity.load(config.affinity, chain[1]["affinity"].artifact, device=CPU)
-    from semformer.stages.walk import walk
-
     image, of_image = split.pixels(0), maps[split.ids[0]]
     (found,) = walk(model, [image], [of_image], still)
     torch.testing.assert_close(found, of_image.strided * (1 - see(model, [image], still)), atol=1e-6, rtol=1e-5)
@@ -165,8 +169,6 @@ def test_edges_are_the_mean_of_an_image_and_its_mirror(chain, split):
 
 
 def test_pseudo_masks_are_pngs_in_vocs_palette(chain, split, tmp_path):
-    import zipfile
-
     (name,) = chain[1]["pseudo_masks"].artifact.files
     with zipfile.ZipFile(chain[1]["pseudo_masks"].artifact.file(name)) as file:
         file.extractall(tmp_path)
@@ -193,6 +195,30 @@ def test_scores_are_those_of_the_label_maps(chain, split, shapes):
     for kind, ending in (("single", "_single"), ("single_crf", "_single_crf"), ("multi", ""), ("multi_crf", "_crf")):
         counts = sum(confusion(val.mask(i), found[f"{kind}/{val.ids[i]}"], K) for i in range(len(val)))
         assert told[f"seg/val/miou{ending}"] == pytest.approx(label_map_metrics(counts)["miou"])
+
+
+def test_an_image_without_an_object_is_drawn(chain, split, tmp_path):
+    store, made = chain
+    data = packed(split, ["images", "masks"], store)
+    empty = replace(data, labels=np.eye(1, len(data.classes)).repeat(len(data), axis=0).astype(np.float32))
+    ctx = Context(CPU, lambda told: None, tmp_path, tmp_path)
+    inputs = [made[name].artifact for name in ("train_cams", "walk", "pseudo_masks")]
+    assert evaluate_masks.run(load_config("micro"), empty, *inputs, ctx) == {
+        "metrics": made["evaluate_masks"].artifact.info["metrics"]
+    }
+    assert len(list((tmp_path / "pictures").iterdir())) == 2
+
+
+def test_runs_that_end_with_the_same_stage_keep_all_that_each_has_made(chain, shapes, tmp_path):
+    store = Store(tmp_path / "store")
+    data = pipeline.open_data(load_config("micro"), shapes)
+    wanted = set()
+    for split in ("val", "train"):
+        keys = list(pipeline.stage_keys(load_config("micro", {"data.eval_split": split}), data, ALL).values())
+        _keep(store, "run", keys, {})
+        wanted |= {key.digest for key in keys}
+    ((_, root),) = store.roots.all().items()
+    assert root.digests == wanted
 
 
 def test_confusion_counts_pixels():
@@ -238,10 +264,6 @@ def test_a_network_learns(shapes, tmp_path, stage):
 
 @pytest.mark.parametrize("stage", ["affinity", "deeplab"])
 def test_pieces_of_a_batch_have_its_gradients(chain, shapes, split, stage):
-    from semformer.data.augment import segmentor_crops
-    from semformer.data.loading import Loader
-    from semformer.stages.pack import packed
-
     config = load_config("micro")
     module, options = {"affinity": (affinity, config.affinity), "deeplab": (deeplab, config.deeplab)}[stage]
     model = module.load(options, chain[1][stage].artifact, device=CPU).requires_grad_(True).eval()
@@ -317,9 +339,6 @@ def test_maps_of_others_take_the_place_of_the_networks(chain, split, shapes, tmp
 
 @pytest.mark.parametrize("channels", ["present", "objects", "all"])
 def test_maps_of_others_may_have_all_classes(chain, split, tmp_path, channels):
-    from semformer.stages.cams import foreign_maps
-    from semformer.stages.pack import packed
-
     data = packed(split, ["images"], chain[0])
     maps = np.random.default_rng(0).random((9, 48, 48)).astype(np.float32)
     own = {"present": maps[split.objects(0)], "objects": maps[1:], "all": maps}[channels]
@@ -338,6 +357,7 @@ def test_maps_of_others_may_have_all_classes(chain, split, tmp_path, channels):
         (np.full((8, 48, 48), np.nan), r"train_000000\.npy has values that are not within 0\.\.1"),
         (np.array({"cam": 1}, dtype=object), r"train_000000\.npy holds no array of numbers"),
         (b"not an array", r"train_000000\.npy holds no array of numbers"),
+        (np.full((8, 48, 48), "cat"), r"train_000000\.npy holds <U3, no real numbers"),
     ],
 )
 def test_maps_of_others_that_do_not_fit_are_told(shapes, tmp_path, array, told):
@@ -397,8 +417,6 @@ def test_a_folder_that_is_none_is_told(shapes):
 
 @pytest.mark.parametrize("stage", ["affinity_labels", "walk", "pseudo_masks", "segmentation", "deeplab"])
 def test_a_damaged_input_is_made_again(chain, shapes, tmp_path, stage):
-    import shutil
-
     store = Store(shutil.copytree(chain[0].root, tmp_path / "store"))
     (name, *_) = chain[1][stage].artifact.files
     damage(store, chain[1][stage], name)
@@ -441,8 +459,6 @@ def test_thresholds_that_leave_no_object_are_told(chain, shapes):
 @pytest.mark.parametrize("stage", ["affinity_labels", "walk", "pseudo_masks", "segmentation"])
 def test_a_killed_stage_goes_on_at_the_next_file(chain, shapes, tmp_path, monkeypatch, stage):
     """Killed -9 in the third file of four images; what there is then is not made again."""
-    import shutil
-
     store = shutil.copytree(chain[0].root, tmp_path / "store")
     for later in ALL[ALL.index(stage) :]:
         shutil.rmtree(store / later, ignore_errors=True)

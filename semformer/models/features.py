@@ -3,19 +3,18 @@
 Legend: B images, H W pixels, C channels of a feature map.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Self, cast
+from typing import Any, Literal, Self
 
 import timm
 import torch
 from torch import Tensor, nn
 
-from semformer.errors import MachineError, UserError, first_line
-from semformer.memory import is_exhausted
+from semformer.errors import UserError, first_line
 from semformer.models.resnet38 import CHANNELS, ResNet38
-from semformer.models.vit import backbone_shape, build_backbone, is_plain_vit
+from semformer.models.vit import Backbone, backbone_shape, build_backbone, check_known, is_plain_vit, timm_model
 from semformer.weights import load_state, read_weights
 
 RESNET38 = "resnet38"
@@ -26,10 +25,23 @@ class Features(nn.Module):
     """A backbone of whose maps all are read, finest first. `channels`: C of each; `strides`: pixels to one of theirs;
     `multiple`: of what sizes of images must be multiples; `frozen`: what training leaves as it is."""
 
-    def __init__(self, backbone: nn.Module, channels: tuple[int, ...], strides: tuple[int, ...]):
+    def __init__(
+        self,
+        backbone: nn.Module,
+        read: Callable[[Any, Tensor], list[Tensor]],
+        channels: tuple[int, ...],
+        strides: tuple[int, ...],
+        multiple: int = 1,
+    ):
+        """read(backbone, images): the maps."""
         super().__init__()
-        self.backbone, self.channels, self.strides = backbone, channels, strides
+        self.backbone, self.channels, self.strides, self.multiple = backbone, channels, strides, multiple
         self.frozen: Frozen = "nothing"
+        self._read = read
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(B, 3, H, W) -> (B, C, H / stride, W / stride) for each C and stride."""
+        return self._read(self.backbone, images)
 
     def freeze(self, what: Frozen) -> Self:
         """Nothing, BatchNorms (their statistics and parameters), or all parameters."""
@@ -49,34 +61,14 @@ class Features(nn.Module):
         norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d)]
         return [] if self.frozen == "nothing" else norms
 
-    @property
-    def multiple(self) -> int:
-        return 1
 
-    def forward(self, images: Tensor) -> list[Tensor]:
-        """(B, 3, H, W) -> (B, C, H / stride, W / stride) for each C and stride."""
-        raise NotImplementedError
+def _of_vit(vit: Backbone, images: Tensor) -> list[Tensor]:
+    grid = tuple(side // vit.patch_size for side in images.shape[2:])
+    return [vit(images).transpose(1, 2).unflatten(2, grid)]
 
 
-class _ResNet38(Features):
-    def forward(self, images: Tensor) -> list[Tensor]:
-        return self.backbone(images)
-
-
-class _Vit(Features):
-    @property
-    def multiple(self) -> int:
-        return self.strides[0]
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        P = self.strides[0]
-        h, w = images.shape[2] // P, images.shape[3] // P
-        return [self.backbone(images).transpose(1, 2).unflatten(2, (h, w))]
-
-
-class _Timm(Features):
-    def forward(self, images: Tensor) -> list[Tensor]:
-        return cast(Any, self.backbone).forward_intermediates(images, intermediates_only=True)
+def _of_timm(model: Any, images: Tensor) -> list[Tensor]:
+    return model.forward_intermediates(images, intermediates_only=True)
 
 
 def build_features(
@@ -92,26 +84,17 @@ def build_features(
         resnet = ResNet38()
         if weights:
             _load(resnet, weights, weights)
-        return _ResNet38(resnet, channels, strides)
+        return Features(resnet, ResNet38.forward, channels, strides)
     if is_plain_vit(name):
         vit = build_backbone(name, pretrained=pretrained, weights=weights, image_size=image_size)
-        return _Vit(vit, channels, strides)
-    try:
-        model = timm.create_model(
-            name, pretrained=pretrained and not weights, num_classes=0, output_stride=output_stride
-        )
-    except Exception as error:  # hub libraries raise a dozen kinds when they are offline
-        if weights or not pretrained or is_exhausted(error):
-            raise
-        raise MachineError(
-            f"cannot download the pretrained weights of {name} ({type(error).__name__}: {first_line(error)}). Give a "
-            f"local file (timm's parameter names) in {field}.weights, or set {field}.pretrained=false."
-        ) from error
+        return Features(vit, _of_vit, channels, strides, multiple=vit.patch_size)
+    advice = f"in {field}.weights, or set {field}.pretrained=false"
+    model = timm_model(name, pretrained and not weights, advice, num_classes=0, output_stride=output_stride)
     if weights:
         _load(model, weights, f"{weights}, read as {name},")
     if not dilated:
         _undilate(model)
-    return _Timm(model, channels, strides)
+    return Features(model, _of_timm, channels, strides)
 
 
 @cache
@@ -146,17 +129,12 @@ def check_features(
 
 
 def _timm_features(name: str, output_stride: int, field: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('_')[0]}*", exclude_filters=["*.*"])[:3]
-        raise UserError(
-            f"{field}.backbone: timm {timm.__version__} has no model {name!r}; similar names: "
-            f"{', '.join(near) or 'none'}"
-        )
+    check_known(name)
     side = 4 * 32
     try:
         with torch.device("meta"):
             model = timm.create_model(name, num_classes=0, output_stride=output_stride).eval()
-            maps = cast(Any, model).forward_intermediates(torch.empty(1, 3, side, side), intermediates_only=True)
+            maps = _of_timm(model, torch.empty(1, 3, side, side))
     except Exception as error:  # each model in its own way
         raise UserError(
             f"{field}.backbone {name} is no CNN of timm that can have an output stride of {output_stride} "

@@ -154,20 +154,33 @@ def build_vit(name: str, *, pretrained: bool, weights: str, **options: Any) -> V
     file of another architecture.
     """
     backbone_shape(name)  # which takes plain ViTs alone
-    try:
-        vit = timm.create_model(name, pretrained=pretrained and not weights, **options)
-    except Exception as error:  # hub libraries raise a dozen kinds when they are offline
-        if weights or not pretrained or is_exhausted(error):
-            raise
-        raise MachineError(
-            f"cannot download the pretrained weights of {name} ({type(error).__name__}: {first_line(error)}). "
-            f"Give a local file (timm's parameter names): semformer run --weights FILE or --caae-weights FILE, "
-            f"semformer-sweep --weights {name}=FILE. Or set pretrained=false."
-        ) from error
+    advice = "by semformer run --weights FILE or --caae-weights FILE, semformer-sweep --weights "
+    advice += f"{name}=FILE. Or set pretrained=false"
+    vit = timm_model(name, pretrained and not weights, advice, **options)
     assert isinstance(vit, VisionTransformer)
     if weights:
         _load_weights(vit, name, Path(weights))
     return vit
+
+
+def timm_model(name: str, download: bool, advice: str, **options: Any) -> nn.Module:
+    """As timm makes it. Raises MachineError, that ends with how to give a file, for a download that is impossible."""
+    try:
+        return timm.create_model(name, pretrained=download, **options)
+    except Exception as error:  # hub libraries raise a dozen kinds when they are offline
+        if not download or is_exhausted(error):
+            raise
+        raise MachineError(
+            f"cannot download the pretrained weights of {name} ({type(error).__name__}: {first_line(error)}). "
+            f"Give a local file (timm's parameter names) {advice}."
+        ) from error
+
+
+def check_known(name: str) -> None:
+    """Raises UserError for a name that timm does not have."""
+    if not timm.is_model(name):
+        near = timm.list_models(f"*{name.split('_')[0]}*", exclude_filters=["*.*"])[:3]
+        raise UserError(f"timm {timm.__version__} has no model {name!r}; similar names: {', '.join(near) or 'none'}")
 
 
 def _attention(block: nn.Module) -> Attention:
@@ -200,9 +213,7 @@ def is_plain_vit(name: str) -> bool:
 @cache
 def backbone_shape(name: str) -> dict[str, int]:
     """depth, dim, num_heads and patch_size of a timm ViT, without allocating its weights."""
-    if not timm.is_model(name):
-        near = timm.list_models(f"*{name.split('_')[0]}*", exclude_filters=["*.*"])[:3]
-        raise UserError(f"timm {timm.__version__} has no model {name!r}; similar names: {', '.join(near) or 'none'}")
+    check_known(name)
     with torch.device("meta"):
         vit = timm.create_model(name, num_classes=0)
     if not _is_plain(vit):

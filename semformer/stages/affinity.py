@@ -12,7 +12,6 @@ from torch import Tensor
 from semformer import losses
 from semformer.config import AffinityConfig, Config
 from semformer.data.augment import segmentor_crops
-from semformer.data.label_maps import LabelMaps
 from semformer.data.loading import Batch, Loader
 from semformer.data.pack import Packed
 from semformer.data.voc import IGNORE
@@ -21,6 +20,7 @@ from semformer.models.affinity import FEATURE_STRIDES, STRIDES, AffinityNet, Edg
 from semformer.models.features import build_features, check_features
 from semformer.random_walk import edge_affinities, feature_affinities, seconds, shifted
 from semformer.stages.context import Context
+from semformer.stages.shards import label_maps_in
 from semformer.stages.training import compiled, train
 from semformer.store import Artifact
 from semformer.weights import load_state
@@ -34,7 +34,7 @@ def run(config: Config, data: Packed, affinity_labels: Artifact, ctx: Context) -
     torch.manual_seed(config.seed)
     model = build(options).to(ctx.device)
     ctx.have_read(options)
-    label_maps = LabelMaps([affinity_labels.file(name) for name in sorted(affinity_labels.files)])
+    label_maps = label_maps_in(affinity_labels)
     loader = Loader(
         data,
         segmentor_crops,

@@ -1,6 +1,5 @@
 """Stage cams: multi-scale activation maps of every image of a split, un-thresholded (sections 3.3.1 and 3.3.3)."""
 
-import json
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -11,7 +10,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -23,10 +21,9 @@ from semformer.inference import STRIDE, Maps, class_cosines, maps_of_every_kind,
 from semformer.models.segmentor import Segmentor
 from semformer.stages import segmentor as segmentor_stage
 from semformer.stages.context import Context, Progress
+from semformer.stages.shards import SHARD, Tensors, write_tensors
 from semformer.store import Artifact
 
-SHARD = 256
-"""Images per file."""
 TOGETHER = 8
 """Images of one size that go through the network together, at most."""
 COMPARED = 64
@@ -57,7 +54,7 @@ def run(config: Config, data: Packed, segmentor: Artifact | None, ctx: Context) 
                     pending.popleft().result()
                 done += len(together)
                 ctx.progress(Progress.of_images("cams", done, len(data), started))
-            pending.append(writer.submit(_write, shard, [data.ids[i] for i in rows], ctx.out, number))
+            pending.append(writer.submit(write_tensors, _path(ctx.out, number), shard, [data.ids[i] for i in rows]))
             ctx.check()
         for one in pending:
             one.result()
@@ -79,7 +76,7 @@ def _import(config: Config, data: Packed, ctx: Context) -> dict[str, Any]:
             if i < DRAWABLE:
                 pictures[f"{i}/{FOREIGN}"] = found.full.half()
             ctx.progress(Progress.of_images("cams", i + 1, len(data), started))
-        _write(shard, [data.ids[i] for i in rows], ctx.out, number)
+        write_tensors(_path(ctx.out, number), shard, [data.ids[i] for i in rows])
         ctx.check()
     ctx.have_read(config.cams)
     save_file(pictures, ctx.out / PICTURES)
@@ -106,6 +103,8 @@ def foreign_maps(folder: Path, data: Packed, i: int) -> Maps:
             f"{path} has the shape {maps.shape}; the maps of its image must be (C, {size[0]}, {size[1]}), with C = "
             f"{len(classes)} (its classes), {n_objects} (all objects) or {n_objects + 1} (and the background first)"
         )
+    if maps.dtype.kind not in "fiub":
+        raise UserError(f"{path} holds {maps.dtype}, no real numbers")
     full = torch.from_numpy(maps[channels[len(maps)]].astype(np.float32))
     if not (full.isfinite() & (full >= 0) & (full <= 1)).all():
         raise UserError(f"{path} has values that are not within 0..1")
@@ -156,31 +155,20 @@ def _keep(shard: dict[str, Tensor], ids: list[str], found: list[Maps]) -> None:
         shard[f"{image_id}/full"] = maps.full.half().cpu().contiguous()
 
 
-class MapFiles:
-    """The maps of a cams artifact by image id, one image in memory at a time; threads may read them at once."""
+class MapFiles(Tensors):
+    """The maps of a cams artifact by image id, one image in memory at a time."""
 
     def __init__(self, artifact: Artifact):
-        self.path = artifact.path
-        self._shard_of: dict[str, Any] = {}
-        for name in sorted(name for name in artifact.files if name.startswith("maps-")):
-            shard = safe_open(artifact.file(name), framework="pt")
-            self._shard_of |= dict.fromkeys(json.loads(shard.metadata()["ids"]), shard)
-
-    def __iter__(self) -> Iterator[str]:
-        """The ids, in the split's order."""
-        return iter(self._shard_of)
+        super().__init__(artifact, prefix="maps-")
 
     def __getitem__(self, image_id: str) -> Maps:
         """Raises UserError where there are none."""
-        if image_id not in self._shard_of:
-            raise UserError(f"{self.path} holds no maps of {image_id}")
-        shard = self._shard_of[image_id]
-        parts = {part: shard.get_tensor(f"{image_id}/{part}") for part in ("classes", "strided", "full")}
-        return Maps(parts["classes"].numpy(), parts["strided"].float(), parts["full"].float())
+        classes, strided, full = self.read(image_id, "classes", "strided", "full")
+        return Maps(classes.numpy(), strided.float(), full.float())
 
 
-def _write(shard: dict[str, Tensor], ids: list[str], folder: Path, number: int) -> None:
-    save_file(shard, folder / f"maps-{number:05d}.safetensors", {"ids": json.dumps(ids)})
+def _path(folder: Path, number: int) -> Path:
+    return folder / f"maps-{number:05d}.safetensors"
 
 
 def read_maps(artifact: Artifact) -> Iterator[tuple[str, Maps]]:

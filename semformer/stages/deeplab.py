@@ -12,7 +12,6 @@ from torch import Tensor
 
 from semformer.config import Config, DeeplabConfig
 from semformer.data.augment import segmentor_crops
-from semformer.data.label_maps import LabelMaps
 from semformer.data.loading import Batch, Loader
 from semformer.data.pack import Packed
 from semformer.data.voc import IGNORE
@@ -20,6 +19,7 @@ from semformer.models.deeplab import OUTPUT_STRIDE, DeepLab
 from semformer.models.features import build_features, check_features
 from semformer.models.vit import check_tiles, is_plain_vit
 from semformer.stages.context import Context
+from semformer.stages.shards import label_maps_in
 from semformer.stages.training import compiled, train
 from semformer.store import Artifact
 from semformer.weights import load_published, load_state
@@ -37,14 +37,7 @@ def run(config: Config, data: Packed, pseudo_masks: Artifact | None, ctx: Contex
     ctx.have_read(options)
     history: dict[str, list[float]] = {}
     if not options.checkpoint:
-        if pseudo_masks is None:
-            label_map = data.mask
-        else:
-            label_maps = LabelMaps([pseudo_masks.file(name) for name in sorted(pseudo_masks.files)])
-
-            def label_map(i: int):
-                return label_maps[data.ids[i]]
-
+        masks = label_maps_in(pseudo_masks) if pseudo_masks else None
         network = compiled(model, options)
         history = train(
             model,
@@ -56,7 +49,7 @@ def run(config: Config, data: Packed, pseudo_masks: Artifact | None, ctx: Contex
                 options,
                 seed=config.seed,
                 device=ctx.device,
-                label_map=label_map,
+                label_map=lambda i: masks[data.ids[i]] if masks else data.mask(i),
                 label_side=options.image_size,
             ),
             gradients=lambda batch, _, pieces: gradients(network, batch, pieces),
@@ -103,12 +96,7 @@ def build(options: DeeplabConfig, *, n_classes: int) -> DeepLab:
         field="deeplab",
     )
     features.freeze("statistics" if options.frozen_statistics else "nothing")
-    return DeepLab(
-        features,
-        n_classes=n_classes,
-        width=options.head_width,
-        dilation=options.head_dilation,
-    )
+    return DeepLab(features, n_classes=n_classes, width=options.head_width, dilation=options.head_dilation)
 
 
 def load(options: DeeplabConfig, artifact: Artifact, *, device: torch.device) -> DeepLab:

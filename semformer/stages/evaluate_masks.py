@@ -13,13 +13,13 @@ from torch import Tensor
 
 from semformer import draw
 from semformer.config import Config
-from semformer.data.label_maps import LabelMaps
 from semformer.data.pack import Packed
 from semformer.metrics import ThresholdCurve, confusion, label_map_metrics, reported, scores
 from semformer.stages.affinity_labels import hard_labels
 from semformer.stages.cams import MapFiles
 from semformer.stages.context import Context, Progress
 from semformer.stages.evaluate import CLASS_IOU, METRICS
+from semformer.stages.shards import label_maps_in
 from semformer.stages.walk import WalkedFiles
 from semformer.store import Artifact
 from semformer.threads import in_order
@@ -44,8 +44,8 @@ def run(
 
     def count(i: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         image_id, truth = data.ids[i], data.mask(i)
-        maps = links.of(image_id, truth.shape)
-        labels = links.labels(image_id, truth.shape)
+        maps = links.maps_of(image_id, truth.shape)
+        labels = links.labels_of(image_id, maps)
         return (
             {of: curves[of].count(full.numpy(), classes, truth, name=image_id) for of, (classes, full) in maps.items()},
             {name: confusion(truth, predicted, K) for name, predicted in labels.items()},
@@ -78,10 +78,10 @@ class _Links:
         self.threshold = config.pseudo_masks.threshold
         self._cams = MapFiles(cams) if cams else None
         self._walked = WalkedFiles(walk) if walk else None
-        self.masks = LabelMaps([pseudo_masks.file(name) for name in sorted(pseudo_masks.files)])
+        self.masks = label_maps_in(pseudo_masks)
         self.maps = [of for of, artifact in (("cam", cams), ("walk", walk)) if artifact]
 
-    def of(self, image_id: str, size: tuple[int, int]) -> dict[str, tuple[np.ndarray, Tensor]]:
+    def maps_of(self, image_id: str, size: tuple[int, int]) -> dict[str, tuple[np.ndarray, Tensor]]:
         """Classes and maps (C, H, W), by "cam" and "walk"."""
         found = {}
         if self._cams:
@@ -91,13 +91,13 @@ class _Links:
             found["walk"] = self._walked.full(image_id, size, CPU)
         return found
 
-    def labels(self, image_id: str, size: tuple[int, int]) -> dict[str, np.ndarray]:
-        """The pseudo mask (H, W), and what it was before the CRF."""
+    def labels_of(self, image_id: str, maps: dict[str, tuple[np.ndarray, Tensor]]) -> dict[str, np.ndarray]:
+        """The pseudo mask (H, W), and what it was "before" the CRF, by `maps_of` the image."""
         found = {"masks": self.masks[image_id]}
-        if self._walked:
-            classes, full = self._walked.full(image_id, size, CPU)
+        if "walk" in maps:
+            classes, full = maps["walk"]
             index = np.array([0, *classes], dtype=np.uint8)
-            found["before"] = index[hard_labels(full, self.threshold)] if len(classes) else np.zeros(size, np.uint8)
+            found["before"] = index[hard_labels(full, self.threshold)] if len(classes) else 0 * found["masks"]
         return found
 
 
@@ -108,7 +108,7 @@ def _draw(config: Config, data: Packed, links: _Links, ctx: Context) -> None:
     folder.mkdir()
     for i in range(min(config.evaluate.pictures, len(data))):
         image, image_id = data.pixels(i), data.ids[i]
-        maps = links.of(image_id, image.shape[:2])
+        maps = links.maps_of(image_id, image.shape[:2])
         labels = [draw.Labels("Pseudo mask", links.masks[image_id]), draw.Labels("Ground Truth", data.mask(i))]
         lines = [
             draw.Line(
@@ -119,4 +119,5 @@ def _draw(config: Config, data: Packed, links: _Links, ctx: Context) -> None:
             )
             for row, k in enumerate(data.objects(i))
         ]
-        draw.draw(lines).save(folder / f"{image_id}.png")
+        nothing = draw.Line("no object", image, [draw.Map(headings[of], None, 0) for of in maps], labels)
+        draw.draw(lines or [nothing]).save(folder / f"{image_id}.png")

@@ -12,11 +12,11 @@ import torch
 
 from semformer import draw
 from semformer.config import Config
-from semformer.data.label_maps import LabelMaps
 from semformer.data.pack import Packed
 from semformer.metrics import confusion, label_map_metrics, scores
 from semformer.stages.context import Context, Progress
 from semformer.stages.evaluate import CLASS_IOU, METRICS
+from semformer.stages.shards import label_maps_in
 from semformer.store import Artifact
 from semformer.threads import in_order
 
@@ -27,7 +27,7 @@ def run(config: Config, data: Packed, segmentation: Artifact, ctx: Context) -> d
     "seg/<split>/miou", "precision" and "recall" of label maps from several scales, "miou_single" from one; with the
     CRF these are "miou_crf" and so on.
     """
-    label_maps = LabelMaps([segmentation.file(name) for name in sorted(segmentation.files)])
+    label_maps = label_maps_in(segmentation)
     K, started, kinds = len(data.classes), time.monotonic(), list(segmentation.info["kinds"])
 
     def count(i: int) -> np.ndarray:

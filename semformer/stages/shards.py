@@ -1,5 +1,9 @@
-"""What a stage makes image by image, in files of some images each: a run that was killed goes on at the next."""
+"""What a stage makes image by image, in files of some images each: a run that was killed goes on at the next.
 
+Label maps are in zips (`data.label_maps`), tensors in safetensors files that list the ids of their images.
+"""
+
+import json
 import os
 import secrets
 import shutil
@@ -7,12 +11,18 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
 
+from semformer.data.label_maps import LabelMaps
 from semformer.data.pack import Packed
+from semformer.errors import UserError
 from semformer.stages.context import Context, Progress
+from semformer.store import Artifact
 from semformer.store.storage import PARTIAL
 from semformer.threads import in_order
 
@@ -21,7 +31,39 @@ SHARD = 256
 T = TypeVar("T")
 
 
+def write_tensors(path: Path, tensors: dict[str, Tensor], ids: list[str]) -> None:
+    """Tensors named "ID/part" of these images, for `Tensors` to read."""
+    save_file(tensors, path, {"ids": json.dumps(ids)})
+
+
+class Tensors:
+    """What `write_tensors` has written into an artifact, by image id; threads may read it at once."""
+
+    def __init__(self, artifact: Artifact, prefix: str = ""):
+        """prefix: how the names of the files begin."""
+        self.path = artifact.path
+        self._file_of: dict[str, Any] = {}
+        for name in sorted(name for name in artifact.files if name.startswith(prefix)):
+            file = safe_open(artifact.file(name), framework="pt")
+            self._file_of |= dict.fromkeys(json.loads(file.metadata()["ids"]), file)
+
+    def __iter__(self) -> Iterator[str]:
+        """The ids, as they were written."""
+        return iter(self._file_of)
+
+    def read(self, image_id: str, *parts: str) -> list[Tensor]:
+        """Raises UserError where there are none."""
+        if image_id not in self._file_of:
+            raise UserError(f"{self.path} holds no maps of {image_id}")
+        return [self._file_of[image_id].get_tensor(f"{image_id}/{part}") for part in parts]
+
+
+def label_maps_in(artifact: Artifact) -> LabelMaps:
+    return LabelMaps([artifact.file(name) for name in sorted(artifact.files)])
+
+
 def alone(rows: range) -> Iterator[list[int]]:
+    """Each image by itself."""
     return ([i] for i in rows)
 
 

@@ -3,7 +3,6 @@
 Legend: B images of one size, C present object classes, H W pixels; h w: H W / 4, rounded up (variant edge), or / 8.
 """
 
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from semformer.config import Config
@@ -26,7 +24,7 @@ from semformer.random_walk import along_edges, along_features
 from semformer.stages import affinity as affinity_stage
 from semformer.stages.cams import MapFiles, of_one_size
 from semformer.stages.context import Context
-from semformer.stages.shards import make_shards
+from semformer.stages.shards import Tensors, make_shards, write_tensors
 from semformer.store import Artifact
 
 
@@ -88,7 +86,7 @@ def _write(path: Path, walked: Iterator[tuple[str, np.ndarray, Tensor]]) -> None
     for image_id, classes, after in walked:
         ids.append(image_id)
         tensors |= {f"{image_id}/classes": torch.from_numpy(classes), f"{image_id}/walked": after}
-    save_file(tensors, path, {"ids": json.dumps(ids)})
+    write_tensors(path, tensors, ids)
 
 
 def _is_whole(path: Path) -> bool:
@@ -99,24 +97,19 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-class WalkedFiles:
-    """The maps of a walk artifact by image id; threads may read them at once."""
+class WalkedFiles(Tensors):
+    """The maps of a walk artifact by image id."""
 
     def __init__(self, artifact: Artifact):
-        self.path, self.stride = artifact.path, int(artifact.info["stride"])
-        self._shard_of: dict[str, Any] = {}
-        for name in sorted(artifact.files):
-            shard = safe_open(artifact.file(name), framework="pt")
-            self._shard_of |= dict.fromkeys(json.loads(shard.metadata()["ids"]), shard)
+        super().__init__(artifact)
+        self.stride = int(artifact.info["stride"])
 
     def full(self, image_id: str, size: tuple[int, int], device: torch.device) -> tuple[np.ndarray, Tensor]:
         """The classes, and their maps (C, H, W) at the image's size: divided by one maximum over all of them.
 
         Raises UserError where there are none, or NaN.
         """
-        if image_id not in self._shard_of:
-            raise UserError(f"{self.path} holds no maps of {image_id}")
-        classes, walked = (self._shard_of[image_id].get_tensor(f"{image_id}/{part}") for part in ("classes", "walked"))
+        classes, walked = self.read(image_id, "classes", "walked")
         if not walked.isfinite().all():
             raise UserError(f"{self.path} holds maps of {image_id} that are no finite numbers")
         if not len(classes):

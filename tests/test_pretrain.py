@@ -18,7 +18,7 @@ from torch import nn
 from semformer import cli
 from semformer import pretrain as pretrain_module
 from semformer.config import PretrainConfig, file_digest, load_config
-from semformer.config.schema import OWN_WEIGHTS
+from semformer.config.settings import OWN_WEIGHTS
 from semformer.data import other_shapes
 from semformer.data.loading import Batch
 from semformer.data.pixels import MEAN, STD

@@ -15,17 +15,13 @@ from semformer.config.schema import (
     EvaluateConfig,
     FinalMap,
     LossName,
-    NetworkConfig,
-    OptimizerConfig,
     PretrainConfig,
     PseudoMasksConfig,
     SegmentationConfig,
     SegmentorConfig,
-    Settings,
     ShapesConfig,
-    TrainingConfig,
-    file_digest,
 )
+from semformer.config.settings import NetworkConfig, OptimizerConfig, Settings, TrainingConfig, file_digest
 
 __all__ = [
     "DRAWABLE",

@@ -8,7 +8,8 @@ from typing import Any, get_args
 from pydantic import BaseModel, ValidationError
 
 from semformer.config.presets import PRESETS
-from semformer.config.schema import Config, Settings
+from semformer.config.schema import Config
+from semformer.config.settings import Settings
 from semformer.errors import UserError
 
 

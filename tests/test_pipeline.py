@@ -1,38 +1,27 @@
 """The pipeline in preset micro: found or made, resumed, deterministic, and clear about bad input."""
 
-import argparse
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
-import time
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
 from sklearn.metrics import average_precision_score
 
 from semformer import pipeline
-from semformer.cli import _Display, add_config_arguments, main, read_config
 from semformer.config import load_config
 from semformer.data.pixels import MEAN, STD
 from semformer.data.shapes import make_shapes
 from semformer.errors import UserError
-from semformer.keys import StageKey
-from semformer.models.vit import build_vit
 from semformer.stages import caae, segmentor
-from semformer.stages.context import Progress
 from semformer.stages.training import TrainingDiverged
 from semformer.store import Store
-from semformer.store.collection import collect
 from semformer.store.leases import LeaseLost
-from semformer.weights import read_weights
 from tests.pipelines import CPU, damage, run, weights
 from tests.test_predict import to_published
 
@@ -198,81 +187,6 @@ def test_corrupt_image_is_named_and_nothing_is_made_of_it(tmp_path):
     victim.unlink()
     assert list(pipeline.run(config, data, store, device=CPU, progress=lambda report: None))[-1].found
     assert set(runs) == set(NAMES)
-
-
-def test_nothing_is_kept_of_weights_that_changed_meanwhile(finished, shapes, tmp_path):
-    store, file = Store(tmp_path / "store"), tmp_path / "weights.safetensors"
-    vit = build_vit("vit_wiring_patch8_48", pretrained=False, weights="", num_classes=0)
-    save_file(vit.state_dict(), file)
-    config = load_config("micro", {"segmentor.weights": str(file)})
-
-    def replace(report):
-        if report.stage == "caae":
-            save_file({name: value + 1 for name, value in vit.state_dict().items()}, file)
-
-    with pytest.raises(UserError, match=r"weights.safetensors has changed since this run began: start it again"):
-        run(config, shapes, store, replace)
-    assert not (store.root / "segmentor").exists()
-    assert not list((store.root / "checkpoints").glob("segmentor/*/*")), "which a later run would go on from"
-    assert run(config, shapes, store)["segmentor"].artifact.info["history"]
-
-
-def test_a_file_that_changes_once_it_has_been_read_costs_no_training(shapes, tmp_path):
-    store, file = Store(tmp_path / "store"), tmp_path / "weights.safetensors"
-    vit = build_vit("vit_wiring_patch8_48", pretrained=False, weights="", num_classes=0)
-    save_file(vit.state_dict(), file)
-    trained = run(
-        load_config("micro", {"segmentor.weights": str(file)}),
-        shapes,
-        store,
-        lambda report: report.stage == "segmentor" and file.write_bytes(b"others'"),
-    )
-    assert not trained["segmentor"].found
-
-
-@pytest.mark.parametrize("gone", [False, True])
-@pytest.mark.parametrize("source", ["weights", "checkpoint"])
-@pytest.mark.parametrize("stage", ["caae", "segmentor"])
-def test_a_file_that_changes_while_it_is_read_is_not_trained_from(shapes, tmp_path, monkeypatch, stage, source, gone):
-    file, trained, read = tmp_path / "w.safetensors", [], read_weights
-    backbone = getattr(load_config("micro"), stage).backbone
-    save_file(build_vit(backbone, pretrained=False, weights="", num_classes=0).state_dict(), file)
-
-    def reading(path):
-        state = read(path)
-        path.unlink()  # the tensors are still those of the file that was there
-        if not gone:
-            path.write_bytes(b"others'")
-        return state
-
-    monkeypatch.setattr("semformer.models.vit.read_weights", reading)
-    monkeypatch.setattr(f"semformer.stages.{stage}.load_published", lambda model, kind, path: reading(Path(path)))
-    store = Store(tmp_path / "store")
-    with pytest.raises(UserError, match=r"w\.safetensors has changed since this run began: start it again"):
-        run(load_config("micro", {f"{stage}.{source}": str(file)}), shapes, store, trained.append, until=stage)
-    assert stage not in {report.stage for report in trained}
-    assert not (store.root / stage).exists()
-
-
-@pytest.mark.parametrize(
-    ("stage", "pretrained", "new"),
-    [
-        ("caae", "encoder.blocks.0.attn.qkv.weight", "primary.weight"),
-        ("segmentor", "backbone.blocks.0.attn.qkv.weight", "patch_head.weight"),
-    ],
-)
-def test_the_backbone_of_each_network_is_what_counts_as_pretrained(shapes, tmp_path, stage, pretrained, new):
-    options = load_config("micro")
-    backbone = getattr(options, stage).backbone
-    save_file(build_vit(backbone, pretrained=False, weights="", num_classes=0).state_dict(), file := tmp_path / "w")
-    file = file.rename(tmp_path / "w.safetensors")
-    ended = []
-    for lr in (1e-3, 3e-3):
-        rates = {"name": "sgd", "lr": lr, "momentum": 0, "weight_decay": 0, "new_multiplier": 1e-12}
-        changes = {f"{stage}.weights": str(file), f"{stage}.optimizer": rates, f"{stage}.epochs": 1}
-        ended.append(weights(run(load_config("micro", changes), shapes, Store(tmp_path / "store"), until=stage)[stage]))
-    assert torch.equal(ended[0][new], ended[1][new])
-    assert not torch.equal(ended[0][pretrained], ended[1][pretrained])
 
 
 def test_a_network_with_values_that_are_no_numbers_is_refused(finished, shapes, tmp_path):
@@ -479,131 +393,6 @@ def test_bfloat16_rounds_the_matrix_products_and_little_else(finished, shapes, t
         assert rough != exact
         assert rough == pytest.approx(exact, rel=0.02)
         assert {value.dtype for value in weights(runs[stage]).values()} == {torch.float32}
-
-
-@pytest.mark.parametrize("every", [0.0, 100.0])
-def test_where_there_is_no_terminal_a_long_stage_tells_now_and_then_how_far_it_is(
-    finished, shapes, tmp_path, capsys, monkeypatch, every
-):
-    monkeypatch.setattr("semformer.cli._Display.EVERY", every)
-    store = shutil.copytree(finished[0].root, tmp_path / "store")
-    for stage in ("cams", "evaluate"):
-        shutil.rmtree(store / stage)
-    assert main(["run", "--preset", "micro", "--data", str(shapes), "--store", str(store)]) == 0
-    told = re.findall(r"cams: (\d+)/(\d+) [\d.]+ img/s, \d+ s left", capsys.readouterr().err)
-    assert bool(told) == (every == 0)
-
-
-def test_what_a_run_has_made_is_kept_until_it_is_dropped(shapes, tmp_path):
-    store = Store(tmp_path / "store")
-    command = ["run", "--preset", "micro", "--data", str(shapes), "--store", str(store.root)]
-    assert main(command) == 0
-    collect(store, apply=True, grace=0)
-    assert {artifact.key.stage for artifact in store.artifacts()} >= set(NAMES)
-    (name,) = store.roots.all()
-    assert name.startswith("run-")
-    store.roots.drop(name)
-    store.roots.keep("another", [])
-    assert {one.stage for one in collect(store, grace=0)} >= set(NAMES)
-    assert main(command) == 0
-    assert sorted(store.roots.all()) == ["another", name], "who asks for what is there wants it, too"
-    assert not {one.stage for one in collect(store, grace=0)} & set(NAMES)
-
-
-def test_what_an_interrupted_run_has_made_is_kept(shapes, tmp_path, monkeypatch):
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    store = Store(tmp_path / "store")
-    monkeypatch.setattr(
-        pipeline, "STAGES", tuple(replace(s, run=interrupted) if s.name == "cams" else s for s in pipeline.STAGES)
-    )
-    assert main(["run", "--preset", "micro", "--data", str(shapes), "--store", str(store.root)]) == 130
-    assert len(store.roots.all()) == 1
-    collect(store, apply=True, grace=0)
-    assert {artifact.key.stage for artifact in store.artifacts()} >= {"caae", "segmentor"}
-
-
-def test_runs_of_several_settings_are_kept_apart(shapes, tmp_path):
-    store = Store(tmp_path / "store")
-    for seed in (0, 1):
-        command = ["run", "--preset", "micro", "--data", str(shapes), "--store", str(store.root)]
-        assert main([*command, "--set", f"seed={seed}"]) == 0
-    collect(store, apply=True, grace=0)
-    made = [artifact.key.stage for artifact in store.artifacts()]
-    assert [made.count(name) for name in NAMES] == [2] * len(NAMES)
-
-
-def test_names_of_files_are_no_markup(shapes, tmp_path, capsys):
-    folder = tmp_path / "[red]x[" / "b]"
-    assert main(["run", "--preset", "micro", "--data", str(shapes), "--store", str(folder)]) == 0
-    assert f"picture {folder}/evaluate/" in capsys.readouterr().err
-    assert main(["data", "make-shapes", str(folder / "[set]"), "--train", "3", "--val", "1", "--size", "32"]) == 0
-    assert f"use it with --data {folder / '[set]'}" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("every", [0.0, 100.0])
-def test_who_waits_without_a_terminal_is_told_at_once_and_now_and_then(capsys, monkeypatch, every):
-    monkeypatch.setattr(_Display, "EVERY", every)
-    with _Display() as display:
-        for _ in range(3):
-            display.waiting(StageKey("pack", {"stage": "pack", "inputs": {}}), "process 7 on host")
-        for done in range(4):
-            display.data(done, 3)
-    told = capsys.readouterr().err
-    assert told.count("waiting: process 7 on host makes it") == (3 if every == 0 else 1)
-    assert told.count("data: ") == (4 if every == 0 else 1)
-
-
-def test_each_network_starts_from_the_file_that_is_given_for_it():
-    parser = argparse.ArgumentParser()
-    add_config_arguments(parser)
-    files = ["--weights", "a.pth", "--caae-weights", "b.pth"]
-    config = read_config(parser.parse_args(files))
-    assert (config.segmentor.weights, config.caae.weights) == ("a.pth", "b.pth")
-    config = read_config(parser.parse_args([*files, "--set", "caae.weights=c.pth"]))
-    assert (config.segmentor.weights, config.caae.weights) == ("a.pth", "c.pth")
-
-
-def test_who_stops_a_run_is_told_that_it_can_go_on(shapes, tmp_path, monkeypatch, capsys):
-    def stop(*_, **__):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(caae, "train", stop)
-    assert main(["run", "--preset", "micro", "--data", str(shapes), "--store", str(tmp_path / "store")]) == 130
-    assert "the same command goes on from there" in " ".join(capsys.readouterr().err.split())
-
-
-def test_the_time_left_is_that_of_the_images_that_are_left():
-    told = Progress.of_images("cams", 3, 12, time.monotonic() - 6)
-    assert (told.images_per_second, told.seconds_left) == pytest.approx((0.5, 18), rel=0.01)
-
-
-def test_a_run_takes_as_many_threads_as_it_is_given(finished, shapes):
-    before = torch.get_num_threads()
-    command = ["run", "--preset", "micro", "--data", str(shapes), "--store", str(finished[0].root)]
-    try:
-        for n in (2, 1):
-            assert main([*command, "--threads", str(n)]) == 0
-            assert torch.get_num_threads() == n
-    finally:
-        torch.set_num_threads(before)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "told"),
-    [
-        (["run", "--preset", "micro", "--data", "no/such/folder"], "no/such/folder"),
-        (["run", "--preset", "micro", "--set", "segmentor.sigm=1"], "did you mean segmentor.sigma"),
-        (["run", "--preset", "micro", "--set", "caae.class_dim=0"], "greater than 0"),
-        (["run", "--preset", "micro", "--device", "cuda:99"], "cuda:99"),
-    ],
-)
-def test_command_line_errors_are_one_message_without_traceback(arguments, told, tmp_path, capsys):
-    assert main([*arguments, "--store", str(tmp_path / "store")]) == 2
-    error = " ".join(capsys.readouterr().err.split())
-    assert told in error
-    assert "Traceback" not in error
 
 
 def test_the_science_needs_neither_ray_nor_mlflow_nor_optuna():

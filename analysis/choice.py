@@ -7,30 +7,50 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from analysis.runs import FIELDS, Record, plain_text
-from semformer.config import Config, flatten
+from analysis.runs import FIELDS, MASKS, Record, plain_text
+from semformer.config import Config, Goal, flatten
 from semformer.errors import UserError
+from sweeps.plan.protocol import PROTOCOL, of_scores
+from sweeps.plan.scores import LINKS, furthest, goal_of_field, link_of
 from sweeps.plan.table import Metric, Table, resolve
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A trial that fills a row. `differs` has the config fields in which it is not what was asked for: its value, and
-    the wanted one. `varied` are the fields that the table is about."""
+    the wanted one. `varied` are the fields that the table is about, `links` what its scores are of (`scores.LINKS`)."""
 
     row: str
     record: Record
     differs: Mapping[str, tuple[str, str]]
     varied: frozenset[str]
+    links: frozenset[str]
 
     @cached_property
     def settings(self) -> dict[str, str]:
         """What must agree with others for a comparison: its protocol, and all fields that are not as asked for."""
-        protocol = {n: text for n, text in self.record.protocol.items() if FIELDS.get(n) not in self.varied}
+        matters = of_scores(self.links)
+        told = {n: text for n, text in self.record.protocol.items() if n not in PROTOCOL or n in matters}
+        protocol = {n: text for n, text in told.items() if FIELDS.get(n) not in self.varied}
+        protocol[MASKS] = self._masks_read_by()
         if any(map(_of_data, self.varied)):
             protocol.pop("data", None)
         covered = {FIELDS.get(name) for name in protocol}
         return protocol | {field: value for field, (value, _) in self.differs.items() if field not in covered}
+
+    def _masks_read_by(self) -> str:
+        """Of the stages that read pixel masks, those that the scores come from."""
+        others = {link.stage for link in LINKS.values()} - self._stages()
+        readers = [name for name in self.record.protocol.get(MASKS, "").split(", ") if name not in others]
+        return ", ".join(readers)
+
+    def _stages(self) -> set[str]:
+        return {LINKS[word].stage for word in self.links}
+
+    @property
+    def measured(self) -> frozenset[tuple[str, str]]:
+        """The stages that measured its scores, with their digests: those of a run that goes further are the same."""
+        return frozenset((name, digest) for name, digest in self.record.stages.items() if name in self._stages())
 
     def agrees_with(self, other: "Candidate") -> bool:
         """As far as is known: a trial that has not begun has told no more than its protocol."""
@@ -65,7 +85,8 @@ def choose(table: Table, records: Sequence[Record], preset: str, overrides: Mapp
     rows = [[candidate for candidate in comparable if candidate.row == row.id] for row in table.rows]
     shown = tuple(candidate for own in rows if own for candidate in _of_row(own, cells))
     ids = {(candidate.row, candidate.record.run_id) for candidate in shown}
-    left = [candidate for candidate in candidates if (candidate.row, candidate.record.run_id) not in ids]
+    told = {(c.row, c.measured) for c in shown if c.measured and c.record.finished}
+    left = [c for c in candidates if (c.row, c.record.run_id) not in ids and (c.row, c.measured) not in told]
     sentences = tuple(_sentences(table, left, {candidate.row: candidate for candidate in shown}))
     seeds: dict[str, set[int]] = {}
     for candidate in left:
@@ -80,10 +101,11 @@ def _candidates(
     """Rows that share a trial may differ in fields that do not count; the nearest row tells what was asked for."""
     wanted = {row.id: _texts(resolve(table, row, preset, overrides, 0)) for row in table.rows}
     varied = frozenset(field for field in next(iter(wanted.values())) if _overlaps(field, table.varied))
+    links = frozenset(link_of(metric.name) for metric in table.metrics)
     for record in records:
         rows = [row for row in record.rows_of(table.name) if row in wanted]
-        differs = min((_differences(record, wanted[row]) for row in rows), key=len, default={})
-        yield from (Candidate(row, record, differs, varied) for row in rows)
+        differs = min((_differences(record, wanted[row], table.goal) for row in rows), key=len, default={})
+        yield from (Candidate(row, record, differs, varied, links) for row in rows)
 
 
 def _texts(config: Config) -> dict[str, str]:
@@ -94,11 +116,12 @@ def _overlaps(field: str, names: Iterable[str]) -> bool:
     return any(field == name or field.startswith(f"{name}.") for name in names)
 
 
-def _differences(record: Record, wanted: Mapping[str, str]) -> dict[str, tuple[str, str]]:
+def _differences(record: Record, wanted: Mapping[str, str], goal: Goal) -> dict[str, tuple[str, str]]:
+    """In the fields that matter to a run that goes so far."""
     had = {
         field: _without_path(field, record.config[field], text)
         for field, text in wanted.items()
-        if field in record.config
+        if field in record.config and furthest([goal_of_field(field), goal]) == goal
     }
     return {field: (text, wanted[field]) for field, text in had.items() if text != wanted[field]}
 

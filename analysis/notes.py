@@ -9,6 +9,8 @@ from analysis.compiled import Line
 from analysis.runs import FIELDS, MASKS, plain_text
 from semformer.config import flatten
 from semformer.data.voc import VOC_COUNTS
+from sweeps.plan.protocol import PROTOCOL, of_scores
+from sweeps.plan.scores import LINKS
 from sweeps.plan.table import Table, resolve
 
 FINAL_MAPS = {
@@ -16,6 +18,8 @@ FINAL_MAPS = {
     "attention": "class-relative attention alone",
     "both": "activation map times class-relative attention",
 }
+SPLITS = {"eval_split": "maps", "mask_split": "pseudo masks", "test_split": "the segmentation"}
+"""What is measured on them."""
 AS_PUBLISHED = {
     "data.train_split": "training split",
     "data.eval_split": "split",
@@ -95,11 +99,10 @@ def notes_under(
     if not protocol.measured:
         yield "Ours", f"preset {preset}; nothing is measured yet."
         return
-    split = protocol.shown("eval_split")
     settings = "".join(f", {text}" for text in _settings(protocol, overrides))
     data = f" of {protocol.shown('data')}" if "data" in protocol.names else ""
     listed = ", ".join(map(str, seeds))
-    yield "Ours", f"preset {preset}{settings}; measured on split {split}{data}; seed{'s' * (len(seeds) > 1)} {listed}."
+    yield "Ours", f"preset {preset}{settings}; {_splits(protocol)}{data}; seed{'s' * (len(seeds) > 1)} {listed}."
     if table.paper_metrics:
         yield "Paper", _paper_note(table, protocol, preset)
     elif table.source:
@@ -112,14 +115,22 @@ def notes_under(
     if max(counts, default=0) > 1:
         text = "a ± s (n) is the mean and the sample standard deviation over n seeds."
         yield "Seeds", text + (" The cells do not all have the same seeds." if len(counts) > 1 else "")
-    yield "Threshold", _threshold_note(protocol, split)
+    if "rule" in protocol.names or FIELDS["rule"] in protocol.measured[0].varied:
+        yield "Threshold", _threshold_note(protocol, protocol.shown("eval_split"))
     final_map = protocol.parameter("cams.final_map")
     yield "Final map", f"{FINAL_MAPS.get(final_map, final_map) or 'differs from row to row'}."
-    others = [f"{name} {protocol.shown(name)}" for name in protocol.names if name not in ("eval_split", "data", "rule")]
+    others = [f"{name} {protocol.shown(name)}" for name in protocol.names if name not in (*SPLITS, "data", "rule")]
     if others:
         yield "Protocol", f"{'; '.join(others)}."
     yield "Supervision audit", _supervision_note(protocol)
     yield from (("Note", note) for note in table.notes)
+
+
+def _splits(protocol: Protocol) -> str:
+    splits = {what: protocol.shown(name) for name, what in SPLITS.items() if name in protocol.names}
+    if [*splits] == [SPLITS["eval_split"]]:
+        return f"measured on split {splits[SPLITS['eval_split']]}"
+    return f"measured are {', '.join(f'{what} on split {split}' for what, split in splits.items())}"
 
 
 def _settings(protocol: Protocol, overrides: Mapping[str, Any]) -> Iterable[str]:
@@ -144,10 +155,13 @@ def _paper_note(table: Table, protocol: Protocol, preset: str) -> str:
 def _as_published(table: Table, protocol: Protocol) -> str:
     """What of the protocol is not that of preset paper (and of the table file, which has the paper's values)."""
     paper = flatten(resolve(table, table.rows[0], "paper", {}, 0))
-    fields = [field for field in AS_PUBLISHED if field not in protocol.measured[0].varied]
+    links, varied = protocol.measured[0].links, protocol.measured[0].varied
+    names = AS_PUBLISHED | {s.field: name for name, s in PROTOCOL.items() if s.field not in AS_PUBLISHED}
+    beside = {setting.field for setting in PROTOCOL.values()} - {s.field for s in of_scores(links).values()}
+    fields = [field for field in names if field not in varied and field not in beside]
     had = {field: protocol.usual(field) or "not recorded" for field in fields}
     differs = [
-        f"{AS_PUBLISHED[field]} {value} (there {wanted})"
+        f"{names[field]} {value} (there {wanted})"
         for field, value in had.items()
         if value != (wanted := plain_text(paper[field]))
     ]
@@ -178,8 +192,10 @@ def _threshold_note(protocol: Protocol, split: str) -> str:
 
 
 def _supervision_note(protocol: Protocol) -> str:
-    readers = protocol.shown(MASKS)
-    if readers == "evaluate":
+    readers = protocol.shown(MASKS).split(", ")
+    if {*readers} <= {link.stage for link in LINKS.values()}:
         what = "the scores and the oracle threshold" if protocol.common("rule") == "oracle" else "the scores"
-        return f"training sees image-level labels only; pixel masks are read by stage evaluate alone, for {what}."
-    return f"pixel masks are read by {readers}."
+        stages = f"stage{'s' * (len(readers) > 1)} {' and '.join(readers)}"
+        return f"training sees image-level labels only; pixel masks are read by {stages} alone, for {what}."
+    supervised = "the segmentation learns from pixel masks; " * ("deeplab" in readers)
+    return f"{supervised}pixel masks are read by {', '.join(readers)}."

@@ -16,19 +16,15 @@ from mlflow.entities import Run
 from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from semformer.errors import UserError
+from sweeps.plan import scores
+from sweeps.plan.protocol import PROTOCOL
 from sweeps.tracking import rows
 from sweeps.tracking.connection import TAG, connecting
 
 SHORT = 8
 """Characters of a run id or trial key that are printed."""
 MASKS = "pixel masks read by"
-FIELDS = {
-    "eval_split": "data.eval_split",
-    "scales": "cams.scales",
-    "flip": "cams.flip",
-    "erosion": "evaluate.erosion",
-    "rule": "evaluate.rule",
-}
+FIELDS = {name: setting.field for name, setting in PROTOCOL.items()}
 """The config fields that a protocol tells of."""
 
 T = TypeVar("T")
@@ -54,6 +50,8 @@ class Record:
     begun: bool
     config: Mapping[str, str]
     protocol: Mapping[str, str]
+    stages: Mapping[str, str]
+    """Digests of its stages."""
     metrics: Mapping[str, float]
 
     @property
@@ -67,7 +65,8 @@ class Record:
 
     def score(self, name: str) -> float | None:
         """A measured value, such as "miou" in percent; None if there is none, or no finite one."""
-        value = self.metrics.get(f"cam/{self.protocol.get('eval_split')}/{name}", math.nan)
+        split = self.protocol.get(scores.LINKS[scores.link_of(name)].split, "")
+        value = self.metrics.get(scores.full_name(name, split), math.nan)
         return value if self.finished and math.isfinite(value) else None
 
     def rows_of(self, table: str) -> list[str]:
@@ -201,6 +200,7 @@ def _record(run: Run, experiment: str) -> Record:
         begun=bool(params),
         config=params | {field: protocol[name] for name, field in FIELDS.items() if name in protocol},
         protocol=protocol | {MASKS: ", ".join(masks) or "no stage"},
+        stages=_parsed(tags, "stage_keys", _object) if tags.get("stage_keys") else {},
         metrics=run.data.metrics,
     )
 

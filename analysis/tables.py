@@ -16,6 +16,7 @@ from analysis.notes import Protocol, notes_under
 from analysis.runs import Record, Trials, contents, plain_text, read_trials
 from semformer.config import flatten
 from semformer.errors import UserError
+from sweeps.plan.protocol import SCORED_BY_THRESHOLD
 from sweeps.plan.table import Metric, Row, Table, resolve
 
 LEFT_OUT = "left out, see Runs"
@@ -118,6 +119,7 @@ def _settings(
 def _trial(candidate: Candidate, table: Table, protocol: Protocol) -> Trial:
     record = candidate.record
     scores = {metric.name: record.score(metric.name) for metric in table.metrics}
+    of_maps = [word for word in SCORED_BY_THRESHOLD if word in candidate.links]
     reason = re.sub(r"\x1b\[[0-9;]*m", "", record.reason) or "no reason recorded"
     return Trial(
         seed=record.seed,
@@ -128,7 +130,7 @@ def _trial(candidate: Candidate, table: Table, protocol: Protocol) -> Trial:
         status=record.status,
         reason=textwrap.shorten(reason, 200, placeholder=" ..."),
         values={name: score for name, score in scores.items() if score is not None},
-        threshold=record.score("threshold"),
+        threshold=record.score(f"{of_maps[0]}/threshold") if of_maps else None,
         deviations=protocol.deviations(candidate) if _is_measured(record, table) else (),
     )
 

@@ -179,9 +179,7 @@ def _run(options: argparse.Namespace) -> int:
             runs.append(run)
             display.done(run)
     evaluated = [run.artifact for run in runs if "metrics" in run.artifact.info]
-    metrics: dict[str, float] = {}
-    for one in evaluated:
-        metrics |= {name: value for name, value in one.info["metrics"].items() if name not in metrics}
+    metrics = pipeline.scores(evaluated)
     for name, value in metrics.items():
         console.print(f"{name:32} {value:8.2f}", highlight=False)
     for one in evaluated:

@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import platform
 import time
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from semformer import memory
-from semformer.config import Config, Settings, file_digest
+from semformer.config import Config, Goal, Settings, file_digest
 from semformer.data.pack import Packed
 from semformer.data.shapes import CLASSES as SHAPES
 from semformer.data.shapes import cached_shapes
@@ -154,7 +154,6 @@ STAGES = (
         group="evaluate",
     ),
 )
-Goal = Literal["cams", "pseudo_masks", "deeplab"]
 MAPS = ("evaluate",)
 """What a run ends with that goes as far as the maps."""
 
@@ -168,6 +167,14 @@ def ends(config: Config, goal: Goal) -> tuple[str, ...]:
     if goal == "pseudo_masks":
         return scored
     return seg if config.deeplab.replaces_inputs else (*scored, *seg)
+
+
+def scores(artifacts: Iterable[Artifact]) -> dict[str, float]:
+    """What the stages among them have measured that score others, by full name; of two equal names the first's."""
+    told: dict[str, float] = {}
+    for artifact in artifacts:
+        told |= {name: value for name, value in artifact.info.get("metrics", {}).items() if name not in told}
+    return told
 
 
 class Data:

@@ -22,6 +22,7 @@ from rich.table import Table as Grid
 from semformer.config import DRAWABLE, PRESETS, parse_overrides
 from semformer.errors import UserError
 from semformer.secrets import without_password
+from sweeps.plan.scores import GOALS
 from sweeps.plan.table import load_all_tables, load_tables, table_names
 from sweeps.search.space import add_arguments
 from sweeps.tracking.folder import SWEEPS, SweepFolder, find_sweep, new_sweep
@@ -154,6 +155,11 @@ def _add_configs(parser: argparse.ArgumentParser, *, seeds: bool = True) -> None
     data = "a VOC devkit, in the same place on every node (default: the embedded shapes)"
     parser.add_argument("--data", type=Path, metavar="DIR", help=data)
     parser.add_argument("--store", default=STORE, metavar="DIR", help="of artifacts: a folder, or s3://BUCKET/PREFIX")
+    until = (
+        "how far trials go: cams, the activation maps; pseudo_masks; deeplab, the segmentation (default: as far as the "
+        "scores that are asked for)"
+    )
+    parser.add_argument("--until", default="cams", choices=GOALS, help=until)
     weights = (
         "pretrained weights instead of a download: a file for each backbone (timm's names), or a folder that holds "
         "NAME.safetensors, NAME.pth or NAME.bin; in the same place on every node"
@@ -259,6 +265,7 @@ def _make_plan(options: argparse.Namespace, console: Console) -> "tuple[Plan, St
             store,
             progress=lambda done, total: status.update(f"making the embedded data set: {done}/{total} images"),
             weights=weights,
+            until=options.until,
         )
     return plan, store
 
@@ -382,7 +389,9 @@ def _folder(options: argparse.Namespace, name: str) -> SweepFolder:
         return options.folder
     uri = without_password(options.tracking_uri, options.tracking_uri)
     what = [options.preset, sorted(options.set), str(options.data), options.store, uri]
-    digest = sha256(json.dumps([*what, options.experiment, *sorted(options.weights)]).encode()).hexdigest()
+    until = [] if options.until == GOALS[0] else [options.until]
+    what += [options.experiment, *sorted(options.weights), *until]
+    digest = sha256(json.dumps(what).encode()).hexdigest()
     name = f"{name.removesuffix(f'-{options.preset}')}-{options.preset}"  # studies have it in their names already
     return new_sweep(options.sweeps, f"{name}-{digest[:6]}")
 

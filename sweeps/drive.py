@@ -168,10 +168,15 @@ class Drive:
             self._unsaved = True
 
     def _read_scores(self) -> dict[str, Mapping[str, float]]:
-        """The final metrics of the trials whose last stage was in the store, by trial key; one that is damaged is made
-        again."""
-        keys = [trial.keys["evaluate"] for trial in self.sweep.trials if trial.key in self.sweep.cached]
-        return {key.digest: artifact.info["metrics"] for key, artifact in self.store.find_many(keys).items()}
+        """The scores of the trials whose ends were in the store, by trial key; what is damaged is made again."""
+        cached = self.sweep.cached
+        ended = [trial for trial in self.sweep.trials if all(key.digest in cached for key in trial.ends)]
+        found = self.store.find_many({key: None for trial in ended for key in trial.ends})
+        return {
+            trial.key: pipeline.scores(found[key] for key in trial.ends)
+            for trial in ended
+            if all(key in found for key in trial.ends)
+        }
 
     def _found(self, trial: Trial) -> Found:
         """Of a trial that has its scores."""
@@ -179,8 +184,8 @@ class Drive:
 
     def _metrics(self, trial: Trial) -> Mapping[str, float]:
         if trial.key not in self._scores:
-            artifact = self.store.find(trial.keys["evaluate"], verify=False)
-            return artifact.info["metrics"] if artifact else {}
+            ends = (self.store.find(key, verify=False) for key in trial.ends)
+            return pipeline.scores(filter(None, ends))
         return self._scores[trial.key]
 
     def _tell_search(self, search: "Search", trial: Trial, report: Report, metrics: Mapping[str, float]) -> None:
@@ -303,10 +308,11 @@ class Drive:
 
         folder = self.options.data
         found: dict[Path | ShapesConfig, dict[str, str]] = {}  # split -> digest
-        for config in (trial.config for trial in self.sweep.samples):
+        for trial in self.sweep.samples:
+            config = trial.config
             if where := folder or config.data.shapes:
                 of_splits = found.setdefault(where, {})
-                for name, _ in pipeline.packs(config):
+                for name, _ in pipeline.packs(config, tuple(trial.keys)):
                     if name not in of_splits:
                         of_splits[name] = pipeline.open_data(config, folder)[name].digest
         return [Images(folder or where, digests) for where, digests in found.items()]

@@ -24,6 +24,8 @@ def figure3(table: Table, trials: Sequence[Trial], store: Store, n_images: int) 
     splits, columns = {}, []
     for row in table.rows:
         trial = by_row[row.id]
+        if "cams" not in trial.keys:
+            raise UserError(f"{table.name}/{row.id} has no maps: its pseudo masks come from a folder")
         cams, scored = (store.find(trial.keys[stage]) for stage in ("cams", "evaluate"))
         if cams is None or scored is None:
             raise UserError(

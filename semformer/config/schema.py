@@ -28,6 +28,8 @@ from semformer.config.settings import (
 
 LossName = Literal["CF", "CB", "AS", "AC", "SS"]
 FinalMap = Literal["activation", "attention", "both"]
+Goal = Literal["cams", "pseudo_masks", "deeplab"]
+"""How far a run goes."""
 
 
 def _canonical_losses(value: Any) -> Any:

@@ -16,9 +16,7 @@ class ByPruner(FIFOScheduler):
         self.score, self.should_stop = metric, should_stop
 
     def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-        if self.score in result and self.should_stop(
-            trial.config["keys"]["evaluate"], result[self.score], result[EPOCH]
-        ):
+        if self.score in result and self.should_stop(trial.config["key"], result[self.score], result[EPOCH]):
             return TrialScheduler.STOP
         return TrialScheduler.CONTINUE
 

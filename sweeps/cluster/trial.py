@@ -67,6 +67,7 @@ def payload(
     every segmentation epoch.
     """
     return {
+        "key": trial.key,
         "config": trial.config.model_dump(mode="json"),
         "keys": {name: key.digest for name, key in trial.keys.items()},
         "data": str(trial.data or ""),
@@ -142,10 +143,14 @@ def run_trial(config: dict[str, Any]) -> None:
     """The function trainable: finds or makes every stage of `config` (see `payload`). Raises what a stage raises."""
     with reporting(config) as reporter:
         following = dict(itertools.pairwise(config["keys"]))
+        artifacts = []
         for run in _stage_runs(config, reporter):
+            artifacts.append(run.artifact)
             reporter.tell(StageDone(run.stage, run.key, run.found, run.seconds))
             reporter.stage = following.get(run.stage, run.stage)
-        reporter.tell(Finished(dict(run.artifact.info["metrics"])))
+        from semformer.pipeline import scores
+
+        reporter.tell(Finished(scores(artifacts)))
 
 
 def _stage_runs(config: dict[str, Any], reporter: Reporter) -> "Iterator[StageRun]":
@@ -162,7 +167,8 @@ def _stage_runs(config: dict[str, Any], reporter: Reporter) -> "Iterator[StageRu
     torch.set_num_threads(config["cpus"])
     options = Config.model_validate(config["config"])
     data = pipeline.open_data(options, config["data"])
-    keys = {name: key.digest for name, key in pipeline.stage_keys(options, data).items()}
+    stages = tuple(config["keys"])
+    keys = {name: key.digest for name, key in pipeline.stage_keys(options, data, stages).items()}
     if keys != config["keys"]:
         raise MachineError(
             f"on {socket.gethostname()}, the data ({config['data'] or 'the embedded data set'}), a weights file or the "
@@ -176,6 +182,7 @@ def _stage_runs(config: dict[str, Any], reporter: Reporter) -> "Iterator[StageRu
         data,
         store,
         device=torch.device("cuda" if config["gpus"] else "cpu"),
+        until=stages,
         progress=shown.progress,
         probe=map_probe(data[options.data.eval_split], options) if config["probe"] else None,
         waiting=lambda key, holder: reporter.tell(Waiting(key.stage, str(holder))),

@@ -17,9 +17,9 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError
 
-from semformer.config import PRESETS, Config, field_names, load_config, unknown_field
+from semformer.config import PRESETS, Config, Goal, field_names, load_config, unknown_field
 from semformer.errors import UserError
-from semformer.metrics import COSINES, REPORTED
+from sweeps.plan import scores
 
 TABLES = Path(__file__).parents[1] / "tables"
 SEVERAL = "tables"
@@ -35,9 +35,9 @@ class Spec(BaseModel):
 
 
 class Metric(Spec):
-    """`name` m stands for the measured value "cam/<evaluated split>/<m>", in percent."""
+    """`name`: one of `scores.NAMES`, in percent."""
 
-    name: Name
+    name: str
     header: str
     best: Literal["max", "min"] = "max"
 
@@ -107,6 +107,11 @@ class Table(Spec):
     @property
     def text(self) -> str:
         return self._text
+
+    @property
+    def goal(self) -> Goal:
+        """How far its runs go."""
+        return scores.goal_of(metric.name for metric in self.metrics)
 
     @cached_property
     def positions(self) -> dict[str, int]:
@@ -298,9 +303,9 @@ def _mistakes(table: Table) -> Iterator[str]:
         if twice := next((name for name in names if names.count(name) > 1), None):
             yield f"{table.where(section)}: {section}: {twice!r} is there twice"
     for i, name in enumerate(metrics):
-        if name not in REPORTED + COSINES:
+        if name not in scores.NAMES:
             place = table.where("metrics", i, "name")
-            yield f"{place}: metrics: {name!r} is none of {', '.join(REPORTED + COSINES)}"
+            yield f"{place}: metrics: {name!r} is none of {', '.join(scores.NAMES)}"
     for i, mark in enumerate(table.layout.marks):
         if mark.field and mark.field not in field_names():
             place = table.where("layout", "marks", i, "field")

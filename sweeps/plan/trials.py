@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from semformer import pipeline
-from semformer.config import Config, flatten
+from semformer.config import Config, Goal, flatten
 from semformer.errors import UserError
-from semformer.keys import StageKey, to_make
+from semformer.keys import StageKey, canonical_sha256, ends, to_make
 from semformer.store import Store
+from sweeps.plan import scores
 from sweeps.plan.table import SEVERAL, Row, Table, resolve
 from sweeps.plan.weights import Weights
 
@@ -30,19 +31,26 @@ class Cell(NamedTuple):
 
 @dataclass(frozen=True)
 class Trial:
-    """One distinct config. `key`, the digest of its last stage, is its identity in Tune, MLflow and the store."""
+    """One distinct config, as far as its stages go."""
 
     config: Config
     data: Path | None
     """The devkit's folder, the same on every node; None for the embedded data set."""
     data_name: str
-    """What its scores are measured on."""
+    """What the scores of its maps are measured on."""
     keys: Mapping[str, StageKey]
     cells: tuple[Cell, ...]
 
-    @property
+    @cached_property
+    def ends(self) -> tuple[StageKey, ...]:
+        """The stages that none of the others needs: they measure its scores."""
+        return tuple(self.keys[name] for name in ends(self.keys))
+
+    @cached_property
     def key(self) -> str:
-        return self.keys["evaluate"].digest
+        """Its identity in Tune, MLflow and the store: the digest of the stage that ends it, or one of several's."""
+        digests = [key.digest for key in self.ends]
+        return digests[0] if len(digests) == 1 else canonical_sha256(digests)
 
     @property
     def rows(self) -> tuple[str, ...]:
@@ -64,7 +72,8 @@ class Trial:
     @property
     def masks_read_by(self) -> tuple[str, ...]:
         """The stages that read pixel masks."""
-        return tuple(stage.name for stage in pipeline.needed_stages(self.config) if stage.reads_masks(self.config))
+        mine = (stage for stage in pipeline.STAGES if stage.name in self.keys)
+        return tuple(stage.name for stage in mine if stage.reads_masks(self.config))
 
 
 def distinct_stages(trials: Iterable[Trial]) -> list[StageKey]:
@@ -113,6 +122,10 @@ class Sweep(Protocol):
         """Digests of the stages that were in the store."""
 
     @property
+    def scores(self) -> tuple[str, ...]:
+        """What its trials are judged by, named as in `plan.scores`, the main one first."""
+
+    @property
     def stages(self) -> dict[str, Count]: ...
     @property
     def documents(self) -> dict[str, str]:
@@ -139,10 +152,19 @@ class Plan:
     trials: tuple[Trial, ...]
     cached: frozenset[str]
     """Digests of the stages that are in the store, by their names alone: what is damaged shows when it is read."""
+    until: Goal = "cams"
+    """How far trials go, also where their table needs less."""
 
     @property
     def samples(self) -> tuple[Trial, ...]:
         return self.trials
+
+    @property
+    def scores(self) -> tuple[str, ...]:
+        """Those of its tables, and what else its trials go for."""
+        names = dict.fromkeys(metric.name for table in self.tables for metric in table.metrics)
+        beyond = scores.GOALS[1 : scores.GOALS.index(self.until) + 1]
+        return (*names, *(scores.MAIN[goal] for goal in beyond if scores.MAIN[goal] not in names))
 
     @property
     def documents(self) -> dict[str, str]:
@@ -226,8 +248,9 @@ def make_plan(
     store: Store,
     progress: Callable[[int, int], None] | None = None,
     weights: Weights | None = None,
+    until: Goal = "cams",
 ) -> Plan:
-    """Every cell of the tables, as trials in the order of the rows.
+    """Every cell of the tables, as trials in the order of the rows, that go as far as the table's scores and `until`.
 
     `data` is a VOC devkit, or None for the embedded data set (made now, with `progress`, if it is not there yet).
     Raises UserError for a row that makes no sound config, for data that cannot be used, and for `weights` that no row
@@ -242,6 +265,7 @@ def make_plan(
     weights.check_used(configs.values())
     for seed in seeds:
         for table in tables:
+            goal = scores.furthest([table.goal, until])
             for row in table.rows:
                 config = configs[table.name, row.id].model_copy(update={"seed": seed})
                 if config.data.shapes not in opened:
@@ -249,7 +273,7 @@ def make_plan(
                 source = opened[config.data.shapes]
                 with _naming(table, row):
                     config = weights.of(config)
-                    keys = pipeline.stage_keys(config, source)
+                    keys = pipeline.stage_keys(config, source, pipeline.ends(config, goal))
                 name = source.describe(config.data.eval_split)
                 trial = Trial(config, data, name, keys, (Cell(table.name, row.id, seed),))
                 if known := trials.get(trial.key):
@@ -259,4 +283,5 @@ def make_plan(
     published = store.published({key.stage for key in stages})
     cached = frozenset(published & {key.digest for key in stages})
     name, title = (tables[0].name, tables[0].title) if len(tables) == 1 else (SEVERAL, f"{len(tables)} tables")
-    return Plan(name, title, tuple(tables), preset, dict(overrides), tuple(seeds), tuple(trials.values()), cached)
+    all_trials = tuple(trials.values())
+    return Plan(name, title, tuple(tables), preset, dict(overrides), tuple(seeds), all_trials, cached, until)

@@ -12,18 +12,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from optuna.trial import FrozenTrial, TrialState
 
+from sweeps.plan.scores import LOW
 from sweeps.search.space import own_value
 
 if TYPE_CHECKING:
     from sweeps.search.search import Search
 
 TABLE = "best.yaml"
-METRICS = {
-    "miou": ("mIoU (%)", "max"),
-    "fp": ("FP (%)", "min"),
-    "fn": ("FN (%)", "min"),
-    "miou_oracle": ("mIoU, oracle threshold (%)", "max"),
-    "miou_fixed": ("mIoU, fixed threshold (%)", "max"),
+HEADERS = {
+    "miou": "mIoU (%)",
+    "fp": "FP (%)",
+    "fn": "FN (%)",
+    "miou_oracle": "mIoU, oracle threshold (%)",
+    "miou_fixed": "mIoU, fixed threshold (%)",
 }
 GREY, BLUE, RED = "#9aa0a6", "#1f77b4", "#d62728"
 
@@ -56,7 +57,6 @@ def _write(search: "Search", folder: Path) -> list[Path]:
 
 def best_table(search: "Search") -> str:
     """A table file (see `sweeps.plan.table`): the config that the search started from, and its best."""
-    metrics = [name.rpartition("/")[2] for name in search.objectives if name.startswith("cam/")] or ["miou"]
 
     def row(name: str, label: str, params: dict[str, Any], fields: dict[str, Any]) -> dict[str, Any]:
         marks = {axis: float(f"{value:.3g}") if isinstance(value, float) else value for axis, value in params.items()}
@@ -73,7 +73,10 @@ def best_table(search: "Search") -> str:
         "title": f"Best of a {search.title}",
         "source": f"Optuna study {search.name}; the rows are meant for --preset {search.preset}",
         "baseline": dict(search.overrides),
-        "metrics": [dict(zip(("name", "header", "best"), (name, *METRICS[name]), strict=True)) for name in metrics],
+        "metrics": [
+            {"name": name, "header": HEADERS.get(name, f"{name} (%)"), "best": "min" if name in LOW else "max"}
+            for name in search.scores
+        ],
         "layout": {"marks": [{"name": name, "header": name} for name in search.axes]},
         "rows": rows,
     }

@@ -20,22 +20,24 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 
 from semformer import pipeline
-from semformer.config import Config, flatten, load_config
+from semformer.config import Config, Goal, flatten, load_config
 from semformer.errors import UserError
 from semformer.keys import to_make
 from semformer.store import Artifact, Store
+from sweeps.plan import scores
 from sweeps.plan.table import Table
 from sweeps.plan.trials import Cell, Count, Trial
 from sweeps.plan.weights import Weights
 from sweeps.reports import Found
 from sweeps.search.algorithms import Named, Pruning
-from sweeps.search.space import GPU_HOURS, PROBED, own_value, read_axes, read_objectives
+from sweeps.search.space import GPU_HOURS, PROBED, own_value, read_axes, read_objectives, scores_of
 from sweeps.search.study import SharedStudy, cause, closed_by_others, quiet
 
 log = logging.getLogger(__name__)
 NAME = r"[A-Za-z0-9][A-Za-z0-9._+-]*"
 """Of a study, which is a table's name in turn."""
-TRAINING = {stage.name for stage in pipeline.STAGES if stage.split == "train_split"}
+TRAINING = {"caae", "segmentor", "affinity", "deeplab"}
+"""The stages that train a network."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +83,7 @@ class Search:
         sampler: Named | None = None,
         sampler_seed: int = 0,
         pruning: Pruning | None = None,
+        until: Goal = "cams",
         folder: Path | None = None,
         weights: Weights | None = None,
         found: Callable[[Trial, Found], None] = lambda trial, report: None,
@@ -91,6 +94,9 @@ class Search:
             raise UserError(f"--trials {most}: a search needs at least one")
         self.own, self.axes = read_axes(axes, preset, overrides)
         self.objectives = read_objectives(objectives, self.own)
+        self.scores = scores_of(self.objectives, self.own) or (scores.MAIN[until],)
+        self.until = scores.furthest([scores.goal_of(self.scores), until])
+        self._check_matter()
         fixed = {name: value for axis in self.axes.values() for name, value in axis.fixed.items()}
         self.name, self.preset, self.overrides = study_name, preset, {**overrides, **fixed}
         self.title = f"search for {' and '.join(self.objectives)} over {', '.join(self.axes)}"
@@ -149,8 +155,8 @@ class Search:
         reason: str = "",
         pruned: bool = False,
     ) -> None:
-        """The final metrics of stage evaluate, or None and the reason why there are none. Never raises: what cannot be
-        told now is told by `flush`."""
+        """The scores of a trial, or None and the reason why there are none. Never raises: what cannot be told now is
+        told by `flush`."""
         state = TrialState.PRUNED if pruned else TrialState.FAIL if metrics is None else TrialState.COMPLETE
         self._untold.append(_Result(trial, metrics, reason, state))
         try:
@@ -292,8 +298,9 @@ class Search:
         artifacts = self._artifacts(trial)
         missing = to_make(trial.keys, lambda key: artifacts[key.stage] is not None)
         asked.set_user_attr("missing", [key.stage for key in missing])
-        if scored := artifacts["evaluate"]:
-            self._tell(asked, artifacts, scored.info["metrics"], "", TrialState.COMPLETE)
+        if not missing:
+            scored = pipeline.scores(filter(None, (artifacts[key.stage] for key in trial.ends)))
+            self._tell(asked, artifacts, scored, "", TrialState.COMPLETE)
             self.found(trial, Found(tuple(stage for stage, artifact in artifacts.items() if artifact)))
             return None
         same = self._live.setdefault(trial.key, [])
@@ -313,7 +320,7 @@ class Search:
     def trial_of(self, config: Config) -> Trial:
         """Of a config of this search, without cells. Raises UserError for one that is not sound."""
         config = self.weights.of(config)
-        keys = pipeline.stage_keys(config, self.data)
+        keys = pipeline.stage_keys(config, self.data, pipeline.ends(config, self.until))
         return Trial(config, self.folder, self.data.describe(config.data.eval_split), keys, ())
 
     def _at_ends(self) -> Iterator[Config]:
@@ -323,8 +330,21 @@ class Search:
             for end in axis.ends():
                 with suppress(UserError):
                     config = load_config(self.preset, {**self.overrides, **self.fields({name: end})})
-                    pipeline.check(config)
+                    stages = pipeline.needed_stages(config, pipeline.ends(config, self.until))
+                    pipeline.check(config, [stage.name for stage in stages])
                     yield config
+
+    def _check_matter(self) -> None:
+        """Raises UserError for an axis that changes nothing of what is searched for."""
+        goal = self.until if GPU_HOURS in self.objectives else scores.goal_of(self.scores)
+        for name, axis in self.axes.items():
+            needed = scores.goal_of_field(axis.field)
+            if scores.furthest([needed, goal]) != goal:
+                example = scores.recorded(scores.MAIN[needed], self.own)
+                raise UserError(
+                    f"--axes: {name} ({axis.field}) changes nothing of {', '.join(self.objectives)}: name an objective "
+                    f"that it changes, such as {example}, with --objectives"
+                )
 
     def _check_probed(self) -> None:
         """Raises UserError for objectives by which poor trials cannot be stopped."""
@@ -334,7 +354,7 @@ class Search:
                 "early on: name one, or search without --scheduler"
             )
         (name,) = self.objectives
-        if name.rpartition("/")[2] not in PROBED:
+        if not set(scores_of([name], self.own)) & set(PROBED):
             raise UserError(
                 f"--scheduler: {name} is not known before a trial has ended: search for one of "
                 f"{', '.join(PROBED)} of the maps, or without --scheduler"
@@ -364,12 +384,15 @@ class Search:
     def _spec(self) -> dict[str, Any]:
         """What makes two searches the same one."""
         options = self.own.data
+        splits = [options.train_split, options.eval_split]
+        splits += [options.mask_split] * (self.until != "cams") + [options.test_split] * (self.until == "deeplab")
         return {
             "preset": self.preset,
             "objectives": list(self.objectives),
             "axes": {name: str(axis) for name, axis in self.axes.items()},
-            "images": {split: self.data.describe(split) for split in (options.train_split, options.eval_split)},
+            "images": {split: self.data.describe(split) for split in splits},
             "config": flatten(self.own)
+            | ({"until": self.until} if self.until != "cams" else {})
             | {f"weights of {name}": digest for name, digest in self.weights.digests(self._at_ends()).items()},
         }
 
@@ -397,6 +420,7 @@ def make_search(options: argparse.Namespace, overrides: Mapping[str, Any], store
         sampler=sampler,
         sampler_seed=options.sampler_seed,
         pruning=pruning,
+        until=options.until,
         folder=options.data,
         weights=Weights(options.weights),
     )

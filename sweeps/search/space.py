@@ -10,7 +10,7 @@ same keys, and the second costs nothing.
 import argparse
 import difflib
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -19,10 +19,13 @@ from optuna.trial import create_trial
 
 from semformer.config import Config, FinalMap, LossName, field_names, flatten, load_config, unknown_field
 from semformer.errors import UserError
+from semformer.metrics import COSINES
+from sweeps.plan import scores
 
 STORAGE = "sqlite:///runs/studies.db"
 GPU_HOURS = "gpu_hours"
 """The objective beside the scores."""
+OBJECTIVES = tuple(name for name in scores.NAMES if name.rpartition("/")[2] not in (*COSINES, "threshold"))
 PROBED = ("miou", "miou_oracle", "miou_fixed", "fp", "fn")
 """Scores that can be measured after each epoch, by which poor trials may be stopped."""
 
@@ -131,6 +134,42 @@ def segmentor_lr(own: Config) -> FloatDistribution:
     return FloatDistribution(own.segmentor.optimizer.lr / 4, own.segmentor.optimizer.lr * 4, log=True)
 
 
+def beta(own: Config) -> FloatDistribution:
+    """A factor of 4 around the preset's."""
+    return FloatDistribution(own.walk.beta / 4, own.walk.beta * 4, log=True)
+
+
+def steps(own: Config) -> IntDistribution:
+    """From 1/16 of the preset's number of steps to 4 times."""
+    return IntDistribution(max(0, own.walk.log2_steps - 4), own.walk.log2_steps + 2)
+
+
+def radius(own: Config) -> IntDistribution:
+    """Up to twice the preset's."""
+    return IntDistribution(2, 2 * own.walk.radius)
+
+
+def mask_threshold(own: Config) -> FloatDistribution:
+    """What is background in pseudo masks: every second hundredth around the preset's, by up to 0.2."""
+    middle = own.pseudo_masks.threshold
+    return FloatDistribution(max(0.01, middle - 0.2), min(0.99, middle + 0.2), step=0.02)
+
+
+def mask_crf(own: Config) -> CategoricalDistribution:
+    """None, the preset's iterations, 1, 5 and 10."""
+    return _choices(own.pseudo_masks.crf.iterations, 0, 1, 5, 10)
+
+
+def seg_lr(own: Config) -> FloatDistribution:
+    """A factor of 4 around the preset's."""
+    return FloatDistribution(own.deeplab.optimizer.lr / 4, own.deeplab.optimizer.lr * 4, log=True)
+
+
+def seg_crf(own: Config) -> CategoricalDistribution:
+    """As `mask_crf`."""
+    return _choices(own.segmentation.crf.iterations, 1, 5, 10)
+
+
 AXES: dict[str, tuple[str, Callable[[Config], BaseDistribution]]] = {
     "losses": ("segmentor.losses", losses),
     "sigma": ("segmentor.sigma", sigma),
@@ -144,6 +183,13 @@ AXES: dict[str, tuple[str, Callable[[Config], BaseDistribution]]] = {
     "final_map": ("cams.final_map", final_map),
     "thresholds": ("evaluate.fixed_threshold", thresholds),
     "erosion": ("evaluate.erosion", erosion),
+    "beta": ("walk.beta", beta),
+    "steps": ("walk.log2_steps", steps),
+    "radius": ("walk.radius", radius),
+    "mask_threshold": ("pseudo_masks.threshold", mask_threshold),
+    "mask_crf": ("pseudo_masks.crf.iterations", mask_crf),
+    "seg_lr": ("deeplab.optimizer.lr", seg_lr),
+    "seg_crf": ("segmentation.crf.iterations", seg_crf),
 }
 DEFAULT_AXES = (
     *("losses", "sigma", "U", "decoder_depth", "decoder_width", "D", "merge"),
@@ -173,7 +219,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=names,
         default=(),
         metavar="NAME,NAME...",
-        help="cam/SPLIT/miou (default) or any other score, gpu_hours; several give a Pareto front",
+        help="cam/SPLIT/miou (default) or any other score, such as pseudo/SPLIT/miou or seg/SPLIT/miou_crf, gpu_hours; "
+        "several give a Pareto front",
     )
     parser.add_argument("--storage", default=STORAGE, metavar="URL", help="of the Optuna study (default: %(default)s)")
     parser.add_argument("--study", metavar="NAME", help="default: search-PRESET; an existing one goes on")
@@ -221,15 +268,28 @@ def read_objectives(names: Sequence[str], own: Config) -> dict[str, Literal["max
 
     gpu_hours are those of all stages of a config, as measured when each was made: found or not, a config has its price.
     """
-    prefix = f"cam/{own.data.eval_split}/"
-    maximised = [prefix + name for name in ("miou", "miou_oracle", "miou_fixed")]
-    minimised = [prefix + "fp", prefix + "fn", GPU_HOURS]
+    known = _objectives(own)
     for name in names:
-        if name not in (*maximised, *minimised):
-            raise UserError(f"--objectives: {name!r} is none of {', '.join((*maximised, *minimised))}")
+        if name not in (*known, GPU_HOURS):
+            raise UserError(f"--objectives: {name!r} is none of {', '.join((*known, GPU_HOURS))}")
         if names.count(name) > 1:
             raise UserError(f"--objectives: {name} twice")
-    return {name: "maximize" if name in maximised else "minimize" for name in names or maximised[:1]}
+    low = {GPU_HOURS, *(recorded for recorded, name in known.items() if name.rpartition("/")[2] in scores.LOW)}
+    return {name: "minimize" if name in low else "maximize" for name in names or [*known][:1]}
+
+
+def scores_of(objectives: Iterable[str], own: Config) -> tuple[str, ...]:
+    """The scores among them as tables name them: "seg/val/miou" -> "seg/miou"."""
+    known = _objectives(own)
+    return tuple(known[name] for name in objectives if name in known)
+
+
+def _objectives(own: Config) -> dict[str, str]:
+    """The scores that can be searched for: as runs record them -> as tables name them."""
+    known: dict[str, str] = {}
+    for name in OBJECTIVES:
+        known.setdefault(scores.recorded(name, own), name)
+    return known
 
 
 def own_value(config: Config, field: str) -> Any:

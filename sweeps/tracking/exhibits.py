@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from mlflow.entities import Dataset, DatasetInput, InputTag
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
+from semformer import pipeline
 from semformer.stages.evaluate import CLASS_IOU, CURVE
 from semformer.store import Artifact
 from sweeps.plan.trials import Trial
@@ -50,15 +51,20 @@ def curve_figure(evaluate: Artifact) -> Figure:
     return figure
 
 
+USES = {
+    "segmentor": "training",
+    "deeplab": "training",
+    "evaluate": "evaluation",
+    "evaluate_masks": "evaluation",
+    "evaluate_seg": "evaluation",
+}
+"""What stages use images for."""
+
+
 def datasets(trial: Trial) -> list[DatasetInput]:
     """The images that a trial trains on and those that it is measured on, each with the digest of their bytes."""
-    wanted = {"training": "segmentor", "evaluation": "evaluate"}
     inputs = []
-    for context, stage in wanted.items():
-        images = trial.keys[stage].spec["data"].get("images")
-        if images is None:  # an imported network: what it was trained on is not known
-            continue
-        split = trial.config.data.train_split if context == "training" else trial.config.data.eval_split
+    for (context, split), images in _images(trial).items():
         made = {"semformer.data.shapes": trial.config.data.model_dump(mode="json")["shapes"]}
         dataset = Dataset(
             name=f"{trial.data_name.partition(' (')[0]} {split}",
@@ -69,3 +75,13 @@ def datasets(trial: Trial) -> list[DatasetInput]:
         )
         inputs.append(DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, context)]))
     return inputs
+
+
+def _images(trial: Trial) -> dict[tuple[str, str], str]:
+    """(use, split) -> digest. Of an imported network it is not known what it was trained on."""
+    found = {}
+    for stage in pipeline.STAGES:
+        if stage.name in USES and (key := trial.keys.get(stage.name)) and "images" in key.spec["data"]:
+            split = getattr(trial.config.data, stage.split)
+            found[USES[stage.name], split] = key.spec["data"]["images"]
+    return found

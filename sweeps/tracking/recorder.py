@@ -1,8 +1,8 @@
 """Writes the events of a sweep to MLflow; writing an event twice changes nothing.
 
-Tags begin with "semformer."; metrics are "<stage>/loss/<term>", "<stage>/lr" ... by epoch (1, 2, ...), the final ones
-of stage evaluate ("cam/val/miou"), "<stage>/seconds", "evaluate/threshold_curve/<score>" by threshold in percent,
-"probe/<metric>" by segmentation epoch, and "system/<name>" by seconds since the trial was planned.
+Tags begin with "semformer."; metrics are "<stage>/loss/<term>", "<stage>/lr" ... by epoch (1, 2, ...), the scores of
+the stages that end a trial ("cam/val/miou", "seg/val/miou"), "<stage>/seconds", "evaluate/threshold_curve/<score>" by
+threshold in percent, "probe/<metric>" by segmentation epoch, "system/<name>" by seconds since the trial was planned.
 """
 
 import json
@@ -15,6 +15,7 @@ from typing import Any, get_args
 from mlflow.entities import Metric
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_LOGGED_ARTIFACTS, MLFLOW_PARENT_RUN_ID
 
+from semformer import pipeline
 from semformer.config import Config, LossName, flatten
 from semformer.keys import StageKey
 from semformer.store import Artifact, Store
@@ -29,6 +30,8 @@ STATUS = {"running": "RUNNING", "finished": "FINISHED", "failed": "FAILED", "pru
 """Of MLflow, by ours. A trial that is queued again stays as it was."""
 STOPPED = "the sweep was stopped"
 """Why trials are queued that a sweep left unfinished."""
+MAPS = "evaluate"
+"""The stage whose files lie at the top of a run's; those of others that end a trial have a folder."""
 TRIALS = 1000
 """Whose descriptions are held in memory."""
 
@@ -167,19 +170,24 @@ class Recorder:
 
     def _finished(self, event: Event, time: int) -> None:
         trial, run = self._describe(event["key"]), self._run_of(event)
-        artifact = self._artifact(trial, "evaluate")
+        ends = {key.stage: self._artifact(trial, key.stage) for key in trial.ends}
         stages = {name: self.store.find(key, verify=False) for name, key in trial.keys.items()}
         seconds = {f"{name}/seconds": stage.info["seconds"] for name, stage in stages.items() if stage}
-        final = artifact.info["metrics"] | seconds
-        points = [*((name, 0, value) for name, value in final.items()), *exhibits.curve_points(artifact)]
+        points = [(name, 0, value) for name, value in (pipeline.scores(ends.values()) | seconds).items()]
+        if maps := ends.get(MAPS):
+            points += exhibits.curve_points(maps)
         self._complete(run, points, time)
         self.runs.flush()  # the scores count, also where there is no room for files
-        for name in artifact.files:
-            self.runs.upload(run, artifact.file(name), name)
-        self.runs.client.log_figure(run.id, exhibits.curve_figure(artifact), exhibits.CURVE_PICTURE)
-        self.runs.client.log_dict(run.id, exhibits.class_table(artifact), exhibits.CLASS_TABLE)
-        shown = json.dumps([{"path": exhibits.CLASS_TABLE, "type": "table"}])
-        self.runs.pending(run).tags[MLFLOW_LOGGED_ARTIFACTS] = shown
+        if maps:
+            self.runs.client.log_figure(run.id, exhibits.curve_figure(maps), exhibits.CURVE_PICTURE)
+        shown = []
+        for stage, artifact in ends.items():
+            folder = "" if stage == MAPS else f"{stage}/"
+            for name in artifact.files:
+                self.runs.upload(run, artifact.file(name), folder + name)
+            self.runs.client.log_dict(run.id, exhibits.class_table(artifact), folder + exhibits.CLASS_TABLE)
+            shown.append({"path": folder + exhibits.CLASS_TABLE, "type": "table"})
+        self.runs.pending(run).tags[MLFLOW_LOGGED_ARTIFACTS] = json.dumps(shown)
         run.series = None  # complete; to be read again, should anything come still
 
     def _register(self, event: Event, time: int) -> None:
@@ -187,7 +195,9 @@ class Recorder:
 
         self.runs.flush()
         trial, run = self._describe(event["key"]), self.runs.client.get_run(self._run_of(event).id)
-        trained, evaluate = (self._artifact(trial, stage) for stage in ("segmentor", "evaluate"))
+        if "segmentor" not in trial.keys:  # its maps or masks are of another method
+            return
+        trained, evaluate = (self._artifact(trial, stage) for stage in ("segmentor", MAPS))
         registry.register(self.runs.uri, event["name"], run, trial, trained, evaluate)
 
     def _failed(self, event: Event, time: int) -> None:

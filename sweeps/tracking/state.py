@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Self
 
 from semformer.keys import StageKey, to_make
+from sweeps.plan import scores
 from sweeps.reports import (
     EpochEnded,
     Failed,
@@ -238,8 +239,7 @@ class SweepState:
         return self.plan.name_of(trial) + (f" (seed {trial.config.seed})" if len(self.plan.seeds) > 1 else "")
 
     def _result(self, trial: "Trial", metrics: Mapping[str, float]) -> str:
-        names = dict.fromkeys(metric.name for table in self.plan.tables for metric in table.metrics) or ("miou",)
-        values = {name: metrics.get(f"cam/{trial.config.data.eval_split}/{name}") for name in names}
+        values = {name: metrics.get(scores.recorded(name, trial.config)) for name in self.plan.scores}
         return ", ".join(f"{name} {value:.2f}" for name, value in values.items() if value is not None)
 
 

@@ -22,8 +22,9 @@ from typing import Any
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_RUN_NOTE
 
 from semformer import pipeline
-from semformer.config import load_config
+from semformer.config import flatten, load_config
 from semformer.store import Store
+from sweeps.plan import protocol, scores
 from sweeps.plan.trials import Sweep, Trial
 from sweeps.reports import EpochEnded, Failed, Finished, Found, Pruned, Report, Retried, Sampled, StageDone, Started
 from sweeps.tracking import rows, views
@@ -64,7 +65,8 @@ class Tracker:
         self._recorder = Recorder(uri, store, folder / "files", self._described)
         self._past = self._recorder.runs.open(self.experiment)
         self._commit = commit()
-        self._metric = f"cam/{load_config(sweep.preset, sweep.overrides).data.eval_split}/miou"
+        config = load_config(sweep.preset, sweep.overrides)
+        self._metrics = [scores.recorded(name, config) for name in sweep.scores]
         self._journal: Journal | None = None
         self._added: set[str] = set()  # keys of the trials that the journal knows
         self._progressed = float("-inf")
@@ -127,7 +129,7 @@ class Tracker:
             f"{TAG}plan": json.dumps(sweep.summary()),
             f"{TAG}commit": self._commit,
             MLFLOW_GIT_COMMIT: self._commit,
-            MLFLOW_RUN_NOTE: views.note(sweep, self._metric),
+            MLFLOW_RUN_NOTE: views.note(sweep, self._metrics),
         }
         self._append(
             "sweep",
@@ -136,7 +138,7 @@ class Tracker:
             name=f"{sweep.name} {sweep.preset}",
             experiment=self.experiment,
             tags=tags,
-            experiment_tags=views.experiment_tags(self._metric, views.varied_fields(sweep)),
+            experiment_tags=views.experiment_tags(self._metrics, views.varied_fields(sweep)),
         )
         for name, text in {"plan.json": json.dumps(sweep.as_json(), indent=1), **sweep.documents}.items():
             self.log_file(text, name)
@@ -284,19 +286,12 @@ class Tracker:
         return _digest(json.dumps(self.sweep.documents))
 
     def _first_tags(self, trial: Trial) -> dict[str, str]:
-        config = trial.config
-        protocol = {
-            "data": trial.data_name,
-            "eval_split": config.data.eval_split,
-            "scales": config.cams.scales,
-            "flip": config.cams.flip,
-            "erosion": config.evaluate.erosion,
-            "rule": config.evaluate.rule,
-        }
+        values = flatten(trial.config)
+        told = {name: values[setting.field] for name, setting in protocol.of_stages(trial.keys.keys()).items()}
         return {
-            f"{TAG}seed": str(config.seed),
+            f"{TAG}seed": str(trial.config.seed),
             f"{TAG}stage_keys": json.dumps({name: key.digest for name, key in trial.keys.items()}),
-            f"{TAG}protocol": json.dumps(protocol),
+            f"{TAG}protocol": json.dumps({"data": trial.data_name, **told}),
             f"{TAG}commit": self._commit,
             MLFLOW_GIT_COMMIT: self._commit,
             **({} if self.sweep.tables else {f"{TAG}search": self.sweep.name}),

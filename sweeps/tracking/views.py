@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 
 from semformer.secrets import without_password
+from sweeps.plan.scores import LOW
 from sweeps.plan.trials import Sweep
 from sweeps.tracking.connection import TAG
 
@@ -18,23 +19,23 @@ def varied_fields(sweep: Sweep) -> list[str]:
     return [field for field in fields if len({json.dumps(delta.get(field), default=str) for delta in deltas}) > 1]
 
 
-def columns(metric: str, fields: Sequence[str]) -> list[str]:
+def columns(metrics: Sequence[str], fields: Sequence[str]) -> list[str]:
     """The columns that tell a sweep's story, as MLflow names them in its views."""
     tags = [f"{TAG}{name}" for name in ("status", "rows", "seed", "stages_found", "host")]
     return [
-        f"metrics.`{metric}`",
+        *(f"metrics.`{metric}`" for metric in metrics),
         *(f"tags.`{tag}`" for tag in tags),
         *(f"params.`{field}`" for field in fields),
     ]
 
 
-def experiment_tags(metric: str, fields: Sequence[str]) -> dict[str, str]:
+def experiment_tags(metrics: Sequence[str], fields: Sequence[str]) -> dict[str, str]:
     """Tags that MLflow's pages read: the kind of the experiment, its main metric, and a shared view of its runs."""
-    view = {"selectedColumns": columns(metric, fields), "orderByKey": "attributes.start_time", "orderByAsc": True}
+    view = {"selectedColumns": columns(metrics, fields), "orderByKey": "attributes.start_time", "orderByAsc": True}
     return {
         "mlflow.experimentKind": "custom_model_development",
-        "mlflow.experiment.primaryMetric.name": metric,
-        "mlflow.experiment.primaryMetric.greaterIsBetter": "true",
+        "mlflow.experiment.primaryMetric.name": metrics[0],
+        "mlflow.experiment.primaryMetric.greaterIsBetter": json.dumps(metrics[0].rpartition("/")[2] not in LOW),
         f"mlflow.sharedViewState.{SHARE_KEY}": json.dumps(view),
     }
 
@@ -47,7 +48,7 @@ def url(uri: str, experiment_id: str) -> str | None:
     return f"{page}?workflowType=machine_learning&viewStateShareKey={SHARE_KEY}"
 
 
-def note(sweep: Sweep, metric: str) -> str:
+def note(sweep: Sweep, metrics: Sequence[str]) -> str:
     """Markdown for the sweep's own page: what it is, and where to look."""
     head = [f"**{table.title}** {table.source}".strip() + "  " for table in sweep.tables] or [f"**{sweep.title}**"]
     counts = ", ".join(f"{count.distinct} {name}" for name, count in sweep.stages.items())
@@ -55,6 +56,7 @@ def note(sweep: Sweep, metric: str) -> str:
         f"{len(sweep.trials)} trials; distinct stages: {counts}." if sweep.trials else "Its trials come as it goes on."
     )
     fields = ", ".join(f"`{field}`" for field in varied_fields(sweep))
+    scores = ", ".join(f"`{metric}`" for metric in metrics)
     return "\n".join(
         [
             *head,
@@ -64,7 +66,7 @@ def note(sweep: Sweep, metric: str) -> str:
             "- Each run below this one is a trial (`semformer.kind` is `trial`) or a stage that was trained for several"
             " of them (`stage`).",
             "- Columns to pick (the address that the sweep prints has them picked):"
-            f" `{metric}`, `semformer.rows`, `semformer.status`, `semformer.stages_found`"
+            f" {scores}, `semformer.rows`, `semformer.status`, `semformer.stages_found`"
             + (f", {fields}." if fields else "."),
             "- Of a trial, look at the charts `segmentor/loss/...` and `evaluate/threshold_curve/...` (step: threshold"
             " in percent), and at the artifacts `pictures/` and `class_iou.json`.",

@@ -1,0 +1,49 @@
+"""What makes scores comparable, beside what a row is about: recorded with every trial, told under every table."""
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from sweeps.plan.scores import LINKS, OF_MAPS, OF_MASKS, OF_SEGMENTATION, OF_TRAIN_MAPS, OF_WALK
+
+SCORED_BY_THRESHOLD = (OF_MAPS, OF_TRAIN_MAPS, OF_WALK)
+FROM_WALK = (OF_WALK, OF_MASKS, OF_SEGMENTATION)
+MASKS = (OF_MASKS, OF_SEGMENTATION)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A config field, and the scores (words of `scores.LINKS`) that it matters to."""
+
+    field: str
+    of: tuple[str, ...]
+
+
+PROTOCOL = {
+    "eval_split": Setting("data.eval_split", (OF_MAPS,)),
+    "mask_split": Setting("data.mask_split", (OF_TRAIN_MAPS, OF_WALK, OF_MASKS)),
+    "test_split": Setting("data.test_split", (OF_SEGMENTATION,)),
+    "scales": Setting("cams.scales", tuple(LINKS)),
+    "flip": Setting("cams.flip", tuple(LINKS)),
+    "erosion": Setting("evaluate.erosion", SCORED_BY_THRESHOLD),
+    "rule": Setting("evaluate.rule", SCORED_BY_THRESHOLD),
+    "radius of the walk": Setting("walk.radius", FROM_WALK),
+    "beta": Setting("walk.beta", FROM_WALK),
+    "log2 of the steps": Setting("walk.log2_steps", FROM_WALK),
+    "threshold of the masks": Setting("pseudo_masks.threshold", MASKS),
+    "CRF iterations of the masks": Setting("pseudo_masks.crf.iterations", MASKS),
+    "scales of the segmentation": Setting("segmentation.scales", (OF_SEGMENTATION,)),
+    "flip of the segmentation": Setting("segmentation.flip", (OF_SEGMENTATION,)),
+    "CRF iterations of the segmentation": Setting("segmentation.crf.iterations", (OF_SEGMENTATION,)),
+    "supervised": Setting("deeplab.supervised", (OF_SEGMENTATION,)),
+}
+"""By the names that runs record. A CRF of 0 iterations is none."""
+
+
+def of_stages(stages: Collection[str]) -> dict[str, Setting]:
+    """What matters to the scores that these stages measure."""
+    return of_scores([word for word, link in LINKS.items() if link.stage in stages])
+
+
+def of_scores(links: Collection[str]) -> dict[str, Setting]:
+    """What matters to scores, by words of `scores.LINKS`."""
+    return {name: setting for name, setting in PROTOCOL.items() if set(setting.of) & set(links)}

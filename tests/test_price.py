@@ -11,19 +11,22 @@ from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from semformer import flops
+from semformer import flops, pipeline
 from semformer.config import load_config
+from semformer.crf import Lattice
 from semformer.data.loading import Batch
 from semformer.data.voc import open_devkit
 from semformer.errors import UserError
-from semformer.inference import final_map, maps_of_every_kind, multi_scale_maps
+from semformer.inference import Maps, final_map, maps_of_every_kind, multi_scale_maps
 from semformer.keys import StageKey
+from semformer.models.affinity import STRIDES
 from semformer.pipeline import open_data
-from semformer.stages import caae, segmentor
+from semformer.random_walk import neighbours, transition
+from semformer.stages import affinity, affinity_labels, caae, deeplab, segmentation, segmentor, walk
 from semformer.store import Store
 from sweeps.plan.price import SAMPLE, SECONDS_A_PASS, Cost, Price, check_budget, estimate, price
 from sweeps.plan.table import load_table
-from sweeps.plan.trials import Cell, make_plan
+from sweeps.plan.trials import Cell, Trial, make_plan
 from tests.artifacts import publish
 
 K, B, PAIRS = 21, 4, 10
@@ -113,7 +116,107 @@ def test_work_is_that_of_the_maps_of_all_images_and_of_those_that_are_drawn(kind
             maps_of_every_kind(model, image, [1, 2], config.cams, precision="float32")
 
     told = flops.Images(count=6, width=64, height=40, classes_per_image=3, n_classes=K)
-    assert flops.stage_work("cams", config, told) == pytest.approx(counted(make_maps), rel=0.01)
+    assert flops.stage_work("cams", config, told).flops == pytest.approx(counted(make_maps), rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"frozen": True, "image_size": 64},
+        {"backbone": "resnet50", "frozen": True},
+        {"variant": "feature", "backbone": "resnet38", "radius": 3},
+    ],
+)
+def test_work_is_that_of_real_training_steps_of_affinitynet(changes):
+    options = load_config("micro", {f"affinity.{name}": value for name, value in changes.items()}).affinity
+    with META:
+        model = affinity.build(options)
+    side = options.image_size // STRIDES[options.variant]
+    labelled = replace(batch(options), label_maps=torch.empty(B, side, side, dtype=torch.uint8, device=META))
+    step = counted(lambda: affinity.gradients(model, labelled, options))
+    assert flops.affinity_training(options) == pytest.approx(step / B)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"backbone": "resnet38", "head_width": 8, "image_size": 65}, {"backbone": "resnet50", "head_dilation": 2}],
+)
+def test_work_is_that_of_real_training_steps_of_deeplab(changes):
+    options = load_config("micro", {f"deeplab.{name}": value for name, value in changes.items()}).deeplab
+    with META:
+        model = deeplab.build(options, n_classes=K)
+    side = options.image_size
+    labelled = replace(batch(options), label_maps=torch.empty(B, side, side, dtype=torch.uint8, device=META))
+    step = counted(lambda: deeplab.gradients(model, labelled))
+    assert flops.deeplab_training(options, K) == pytest.approx(step / B)
+
+
+@pytest.mark.parametrize(("H", "W"), [(40, 60), (90, 120)])
+def test_work_is_that_of_a_real_walk(H, W):
+    """Of AffinityNet, and of so many steps, whose matrix has a few places less at the border."""
+    images = flops.Images(count=6, width=W, height=H, classes_per_image=3, n_classes=K)
+    few, many = (load_config("micro", {"walk.radius": 3, "walk.log2_steps": n}) for n in (0, 4))
+    work = {config.walk.log2_steps: flops.stage_work("walk", config, images).flops for config in (few, many)}
+    model = affinity.build(few.affinity).eval()
+    network = 6 * counted(lambda: walk.see(model, [np.zeros((H, W, 3), np.uint8)], few))
+    size = H // 4, W // 4
+    steps = transition(torch.ones(1, len(neighbours(3)), *size), radius=3, beta=1.0)
+    step = 6 * 2 * 2 * steps._nnz()
+    assert work[4] - work[0] == pytest.approx(15 * step, rel=0.25)
+    assert work[0] - (work[4] - work[0]) / 15 == pytest.approx(network)
+
+
+@pytest.mark.parametrize("flip", [True, False])
+@pytest.mark.parametrize("backbone", ["resnet18", "vit_wiring_patch8_48"])
+def test_work_is_that_of_a_real_segmentation(flip, backbone):
+    changes = {"deeplab.backbone": backbone, "segmentation.scales": "0.5,1.3", "segmentation.flip": flip}
+    config = load_config("micro", changes | {"segmentation.crf.iterations": 0})
+    model = deeplab.build(config.deeplab, n_classes=K).eval()
+    image = np.zeros((40, 61, 3), np.uint8)
+    segmented = counted(lambda: segmentation.segment(model, image, config.segmentation, "float32"))
+    work = flops.stage_work("segmentation", config, flops.Images(6, 61, 40, 3, K))
+    assert work.flops == pytest.approx(6 * segmented)
+    assert work.passes == 6 * 3 * (1 + flip)
+    assert work.labels == 0
+
+
+def test_work_of_crfs_is_what_their_lattices_filter(monkeypatch):
+    filtered, real = [], Lattice.filter
+    monkeypatch.setattr(Lattice, "filter", lambda lattice, Q: filtered.append(Q.numel()) or real(lattice, Q))
+    config = load_config("micro", {"affinity_labels.crf.iterations": 3, "pseudo_masks.crf.iterations": 2})
+    image, classes = np.zeros((20, 30, 3), np.uint8), np.array([1, 2])
+    maps = Maps(classes, torch.rand(2, 5, 8), torch.rand(2, 20, 30))
+    network = deeplab.build(config.deeplab, n_classes=K).eval()
+    labels = torch.zeros(20, 30, dtype=torch.int64)
+    real_work = {
+        "affinity_labels": lambda: affinity_labels.confident(maps, image, config.affinity_labels, labels.device),
+        "pseudo_masks": lambda: affinity_labels.refiner(image, classes, config.pseudo_masks.crf, labels.device)(labels),
+        "segmentation": lambda: segmentation.segment(network, image, config.segmentation, "float32"),
+    }
+    for stage, compute in real_work.items():
+        filtered.clear()
+        compute()
+        work = flops.stage_work(stage, config, flops.Images(6, 30, 20, 3, K))
+        assert work.labels == 6 * (sum(filtered) / 2 + flops.LATTICE * 20 * 30), stage
+
+
+def test_a_network_is_counted_once_whatever_it_is_trained_with():
+    images = flops.Images(16, 48, 48, 2, 9)
+    rates = (1e-3, 2e-3, 3e-3)
+    for stage in ("affinity", "deeplab"):
+        configs = [load_config("micro", {f"{stage}.optimizer.lr": lr, f"{stage}.epochs": 3}) for lr in rates]
+        first = flops.stage_work(stage, configs[0], images)
+        counts = flops._counted.cache_info().misses
+        assert {flops.stage_work(stage, config, images) for config in configs} == {first}
+        assert flops._counted.cache_info().misses == counts
+
+
+def test_maps_and_masks_from_a_folder_are_read_alone(tmp_path):
+    images = flops.Images(16, 48, 48, 2, 9)
+    for stage in ("cams", "pseudo_masks"):
+        config = load_config("micro", {f"{stage}.folder": str(tmp_path)})
+        assert flops.stage_work(stage, config, images) == flops.Work(pixels=16 * 48 * 48)
 
 
 def test_work_is_counted_with_the_mean_size_and_the_mean_number_of_classes(tmp_path):
@@ -136,16 +239,16 @@ def test_work_of_the_paper_s_stages():
     images = flops.Images(count=10_582, width=500, height=375, classes_per_image=2.5, n_classes=21)
     config = load_config("paper", {"caae.reconstruction": False, "caae.class_dim": 1})
     epochs = 200 * 10_560  # whole batches of 64
-    assert flops.stage_work("caae", config, images) == pytest.approx(3 * 2 * 17.5e9 * epochs, rel=0.02)
-    assert flops.stage_work("evaluate", config, images) == 10_582 * 500 * 375
-    one, two = (flops.stage_work("cams", load_config("paper", {"cams.scales": s}), images) for s in ("1", "1,1"))
+    assert flops.stage_work("caae", config, images).flops == pytest.approx(3 * 2 * 17.5e9 * epochs, rel=0.02)
+    assert flops.stage_work("evaluate", config, images).pixels == 10_582 * 500 * 375
+    one, two = (flops.stage_work("cams", load_config("paper", {"cams.scales": s}), images).flops for s in ("1", "1,1"))
     assert two == pytest.approx(2 * one)
 
 
 def test_imported_networks_are_no_work(tmp_path):
     (tmp_path / "weights.pth").write_bytes(b"")
     config = load_config("micro", {"caae.checkpoint": str(tmp_path / "weights.pth")})
-    assert flops.stage_work("caae", config, flops.Images(16, 48, 48, 2, 9)) == 0
+    assert flops.stage_work("caae", config, flops.Images(16, 48, 48, 2, 9)) == flops.Work()
 
 
 # Plans
@@ -170,6 +273,39 @@ def test_estimates_are_measured_then_similar_then_counted(plan, store):
     assert estimates[caae_key.digest].seconds == 100.0
     assert [estimates[key.digest].basis for key in segmentors[:3]] == ["measured", "measured", "similar"]
     assert {estimates[key.digest].basis for key in keys(plan, "cams")} == {"counted"}
+
+
+def until_deeplab(seed: int = 0) -> Trial:
+    """A trial of the whole pipeline."""
+    config = load_config("micro", {"seed": seed})
+    keys = pipeline.stage_keys(config, open_data(config, None), pipeline.ends(config, "deeplab"))
+    return Trial(config, None, "shapes", keys, (Cell("mine", "whole", seed),))
+
+
+def test_every_stage_of_the_pipeline_has_a_price(store):
+    trial = until_deeplab()
+    assert trial.keys.keys() == {stage.name for stage in pipeline.STAGES}
+    counted = estimate([trial], (), store)
+    for stage, key in trial.keys.items():
+        assert counted[key.digest].basis == "counted"
+        assert counted[key.digest].seconds > 0, stage
+        publish(store, key, seconds=7.0)
+    other = until_deeplab(seed=1)
+    similar = estimate([other], store.published(), store)
+    for stage, key in other.keys.items():
+        assert similar[key.digest].basis == "similar", stage
+        assert similar[key.digest].seconds == pytest.approx(7.0)
+
+
+@pytest.mark.parametrize("field", ["pseudo_masks.crf.iterations", "deeplab.epochs"])
+def test_twice_the_iterations_or_epochs_take_about_twice_as_long(field, store):
+    stage, times = field.partition(".")[0], []
+    for n in (200, 400):
+        config = load_config("micro", {field: n})
+        keys = pipeline.stage_keys(config, open_data(config, None), stage)
+        trial = Trial(config, None, "shapes", keys, (Cell("mine", field, 0),))
+        times.append(estimate([trial], (), store)[keys[stage].digest].seconds)
+    assert times[1] / times[0] == pytest.approx(2, rel=0.2)
 
 
 def test_similar_stages_take_time_in_proportion_to_their_work(plan, store):
@@ -254,7 +390,7 @@ def test_counted_seconds_follow_the_throughput(plan, store):
     slow, fast, least = (estimate(plan.trials, store.published(), store, tflops=tflops) for tflops in (1e-4, 4e-4, 1e9))
     (key,) = keys(plan, "caae")
     images = flops.Images.of(open_data(plan.trials[0].config, None).devkit, "train")
-    work = flops.stage_work("caae", plan.trials[0].config, images)
+    work = flops.stage_work("caae", plan.trials[0].config, images).flops
     assert slow[key.digest].seconds == pytest.approx(work / 1e8)
     assert fast[key.digest].seconds == pytest.approx(work / 4e8)
     config = plan.trials[0].config.caae

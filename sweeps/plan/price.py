@@ -19,7 +19,7 @@ from pydantic import ValidationError
 from semformer import pipeline
 from semformer.config import Config
 from semformer.errors import UserError
-from semformer.flops import Images, stage_passes, stage_work
+from semformer.flops import Images, Work, stage_work
 from semformer.keys import StageKey
 from semformer.store import Artifact, Store
 from sweeps.plan.trials import Trial, distinct_stages, missing_stages
@@ -33,8 +33,13 @@ SECONDS_A_PASS = 0.02
 they are."""
 PIXELS_PER_SECOND = 1e7
 """Of `evaluate`, on one CPU core: 19 ms for a VOC image with its files, of which scoring with erosion is 7."""
+LABELS_PER_SECOND = 1e9
+"""Of CRFs (`Work.labels`) on one GPU. Not measured: each takes some 300 bytes of sparse matrices and values to and from
+memory, and an A100 moves six times as many. A CPU core does 1e7."""
 SAMPLE = 100
 """Published artifacts of a stage that are read at most."""
+GROUPS = {stage.name: stage.group or stage.name for stage in pipeline.STAGES}
+"""The group of options that each stage has."""
 
 T = TypeVar("T")
 Basis = Literal["measured", "similar", "counted"]
@@ -104,12 +109,12 @@ def estimate(
     for stage, wanted in stages.items():
         sample = _sample(stage, [key.digest for key in wanted if key.digest in cached], store, work)
         taken = {artifact.key.digest: artifact.info["seconds"] for artifact in sample}
-        rate = work.seconds_per_operation(sample)
+        slowness = work.slowness(sample, tflops)
         for key in wanted:
             if key.digest in taken:
                 estimates[key.digest] = Estimate(taken[key.digest], "measured")
-            elif rate is not None:
-                estimates[key.digest] = Estimate(rate * work.operations(key), "similar")
+            elif slowness is not None:
+                estimates[key.digest] = Estimate(slowness * _at_full_speed(work.of(key), tflops), "similar")
             else:
                 estimates[key.digest] = Estimate(work.counted_seconds(key, tflops), "counted")
     return estimates
@@ -202,27 +207,24 @@ class _Work:
         self.specs = {key.digest: key.spec for key in distinct_stages(trials)}
         self._images = _images(trials)
 
-    def operations(self, key: StageKey) -> float:
+    def of(self, key: StageKey) -> Work:
         """Raises KeyError where an input, or the images, are unknown."""
-        return 0.0 if _is_import(key) else stage_work(key.stage, *self._config_and_images(key))
+        return Work() if _is_import(key) else stage_work(key.stage, *self._config_and_images(key))
 
     def counted_seconds(self, key: StageKey, tflops: float) -> float:
-        """From the work alone; raises KeyError as `operations` does."""
-        if _is_import(key):
-            return 0.0
-        if key.stage == "evaluate":
-            return self.operations(key) / PIXELS_PER_SECOND
-        passes = stage_passes(key.stage, *self._config_and_images(key))
-        return max(self.operations(key) / (tflops * 1e12), passes * SECONDS_A_PASS)
+        """From the work alone; raises KeyError as `of` does."""
+        work = self.of(key)
+        return max(_at_full_speed(work, tflops), _at_full_speed(work, math.inf) + work.passes * SECONDS_A_PASS)
 
-    def seconds_per_operation(self, artifacts: Iterable[Artifact]) -> float | None:
-        """The median over artifacts of a stage; None without one on the trials' images."""
-        rates = []
+    def slowness(self, artifacts: Iterable[Artifact], tflops: float) -> float | None:
+        """By how much artifacts of a stage took longer than at full speed, in the median; None without one on the
+        trials' images."""
+        taken = []
         for artifact in artifacts:
-            with suppress(KeyError, ValidationError):  # on other images, or by a version that had other fields
-                if work := self.operations(artifact.key):
-                    rates.append(artifact.info["seconds"] / work)
-        return statistics.median(rates) if rates else None
+            with suppress(KeyError, ValidationError, UserError):  # on other images, or by a version that knew others
+                if seconds := _at_full_speed(self.of(artifact.key), tflops):
+                    taken.append(artifact.info["seconds"] / seconds)
+        return statistics.median(taken) if taken else None
 
     def _config_and_images(self, key: StageKey) -> tuple[Config, Images]:
         images, params = self._images[key.spec["data"]["images"]], dict[str, Any]()
@@ -230,8 +232,8 @@ class _Work:
         return Config.model_validate(params), images
 
     def _collect(self, spec: Mapping[str, Any], params: dict[str, Any]) -> None:
-        """The parameters of a stage and of all that leads to it, by stage."""
-        params[spec["stage"]] = spec["params"]
+        """The parameters of a stage and of all that leads to it, by their groups."""
+        params[GROUPS[spec["stage"]]] = spec["params"]
         for digest in spec.get("inputs", {}).values():
             self._collect(self.specs[digest], params)
 
@@ -243,6 +245,11 @@ def _sample(stage: str, own: Sequence[str], store: Store, work: _Work) -> list[A
     found = [one for one in read.values() if isinstance(one, Artifact)]
     work.specs |= {artifact.key.digest: artifact.key.spec for artifact in found}
     return [artifact for artifact in found if artifact.key.stage == stage]
+
+
+def _at_full_speed(work: Work, tflops: float) -> float:
+    """Seconds of work that no pass holds up."""
+    return work.flops / (tflops * 1e12) + work.labels / LABELS_PER_SECOND + work.pixels / PIXELS_PER_SECOND
 
 
 def _longest_first(seconds: Iterable[float], gpus: int) -> float:

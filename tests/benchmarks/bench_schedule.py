@@ -45,8 +45,8 @@ VOC = {
 def paper_hours(key: StageKey, trial: Trial) -> float:
     """Of a stage on VOC, as a price counts it."""
     split = next(stage.split for stage in STAGES if stage.name == key.stage)
-    operations = stage_work(key.stage, trial.config, VOC[split])
-    return operations / (PIXELS_PER_SECOND if key.stage == "evaluate" else TFLOPS * 1e12) / 3600
+    work = stage_work(key.stage, trial.config, VOC[split])
+    return (work.flops / (TFLOPS * 1e12) + work.pixels / PIXELS_PER_SECOND) / 3600
 
 
 def measure(way: str, trials: Sequence[Trial], seconds: Mapping[str, float], folder: Path) -> dict[str, float]:

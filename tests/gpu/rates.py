@@ -141,7 +141,7 @@ def _cams_rate(config: Config, data: Packed, device: torch.device, seconds: floa
                 multi_scale_maps(model, images, classes, config.cams, precision=config.precision)
                 yield TOGETHER
 
-    return _rate(steps(), flops.stage_work("cams", config, images) / EVALUATED, device, seconds)
+    return _rate(steps(), flops.stage_work("cams", config, images).flops / EVALUATED, device, seconds)
 
 
 def _rate(steps: Iterator[int], work: float, device: torch.device, seconds: float, warm: int = 3) -> Rate:
@@ -207,7 +207,7 @@ def price(measured: dict[str, Rate], folder: Path) -> str:
     hours: dict[str, float] = defaultdict(float)
     for key in distinct_stages(plan.trials):
         if key.stage in measured:
-            work = flops.stage_work(key.stage, configs[key.digest], splits.get(key.stage, train))
+            work = flops.stage_work(key.stage, configs[key.digest], splits.get(key.stage, train)).flops
             hours[key.stage] += work / (measured[key.stage].tflops * 1e12) / 3600
     told = ", ".join(f"{stage} {value:.2f}" for stage, value in hours.items())
     total = sum(hours.values())

@@ -116,7 +116,8 @@ def notes_under(
         text = "a ± s (n) is the mean and the sample standard deviation over n seeds."
         yield "Seeds", text + (" The cells do not all have the same seeds." if len(counts) > 1 else "")
     if "rule" in protocol.names or FIELDS["rule"] in protocol.measured[0].varied:
-        yield "Threshold", _threshold_note(protocol, protocol.shown("eval_split"))
+        splits = [protocol.shown(name) for name in ("eval_split", "mask_split") if name in protocol.names]
+        yield "Threshold", _threshold_note(protocol, " and ".join(dict.fromkeys(splits)))
     final_map = protocol.parameter("cams.final_map")
     yield "Final map", f"{FINAL_MAPS.get(final_map, final_map) or 'differs from row to row'}."
     others = [f"{name} {protocol.shown(name)}" for name in protocol.names if name not in (*SPLITS, "data", "rule")]
@@ -195,7 +196,8 @@ def _supervision_note(protocol: Protocol) -> str:
     readers = protocol.shown(MASKS).split(", ")
     if {*readers} <= {link.stage for link in LINKS.values()}:
         what = "the scores and the oracle threshold" if protocol.common("rule") == "oracle" else "the scores"
-        stages = f"stage{'s' * (len(readers) > 1)} {' and '.join(readers)}"
+        *others, last = readers
+        stages = f"stages {', '.join(others)} and {last}" if others else f"stage {last}"
         return f"training sees image-level labels only; pixel masks are read by {stages} alone, for {what}."
     supervised = "the segmentation learns from pixel masks; " * ("deeplab" in readers)
     return f"{supervised}pixel masks are read by {', '.join(readers)}."

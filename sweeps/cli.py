@@ -284,13 +284,8 @@ def _plan(options: argparse.Namespace, console: Console) -> int:
     for table in plan.tables:
         source = table.source or table.path
         console.print(f"[bold]{table.name}[/], preset {plan.preset}: {escape(f'{table.title} ({source})')}")
-    missing, trials = plan.missing(), Grid()
-    for name in ("row", "seed", *plan.stages):
-        trials.add_column(name, no_wrap=name != "row")
-    for trial in plan.trials[:SHOWN]:
-        states = [_state(trial.keys.get(name), plan.cached, missing) for name in plan.stages]
-        trials.add_row(escape(", ".join(plan.rows_of(trial))), str(trial.config.seed), *states)
-    console.print(trials)
+    missing = plan.missing()
+    console.print(_trials(plan, missing, console.width))
     if len(plan.trials) > SHOWN:
         console.print(f"... and {len(plan.trials) - SHOWN} more trials (--json tells all)", highlight=False)
     stages = Grid()
@@ -340,6 +335,22 @@ def _draw(options: argparse.Namespace, console: Console) -> int:
     if options.json:
         print(json.dumps({"pictures": paths}))
     return 0
+
+
+def _trials(plan: "Plan", missing: Collection["StageKey"], width: int) -> Grid:
+    """A column for each stage, or where they do not fit, one with the stages that each trial makes."""
+    fits = width >= (SHORT + 5) * (len(plan.stages) + 2)
+    grid = Grid()
+    for name in ("row", "seed", *(plan.stages if fits else ["to make"])):
+        grid.add_column(name, no_wrap=fits and name != "row")
+    for trial in plan.trials[:SHOWN]:
+        if fits:
+            states = [_state(trial.keys.get(name), plan.cached, missing) for name in plan.stages]
+        else:
+            made = [f"{name} [dim]{key.short[:SHORT]}[/]" for name, key in trial.keys.items() if key in missing]
+            states = [", ".join(made) or "[green]nothing[/]"]
+        grid.add_row(escape(", ".join(plan.rows_of(trial))), str(trial.config.seed), *states)
+    return grid
 
 
 def _state(key: "StageKey | None", cached: Collection[str], missing: Collection["StageKey"]) -> str:

@@ -1,0 +1,282 @@
+"""How far trials go: sweeps and searches for pseudo masks and segmentations, and what is told of them."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from analysis.cli import main as tables
+from semformer import pipeline
+from semformer.config import field_names, load_config
+from semformer.errors import UserError
+from semformer.store import Store
+from sweeps.plan import protocol, scores
+from sweeps.plan.table import load_table
+from sweeps.plan.trials import make_plan
+from sweeps.search.space import read_objectives
+from tests.searches import open_search
+from tests.workplace import Workplace
+
+STAGES = [stage.name for stage in pipeline.STAGES]
+UNTIL_MAPS, UNTIL_MASKS = STAGES[:4], STAGES[: STAGES.index("evaluate_masks") + 1]
+CHAIN = """\
+name: chain
+title: From maps to a segmentation
+metrics:
+  - {name: miou, header: maps}
+  - {name: train_cam/miou, header: maps of train}
+  - {name: walk/miou, header: walk}
+  - {name: pseudo/miou, header: masks}
+  - {name: seg/miou_crf, header: segmentation}
+layout: {marks: [{name: beta, header: beta, field: walk.beta}]}
+rows:
+  - {id: own, label: own, marks: {beta: 10}}
+  - {id: near, label: near, marks: {beta: 4}, set: {walk.beta: 4.0}}
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Workplace:
+    return Workplace(tmp_path_factory.mktemp("goals"))
+
+
+@pytest.fixture(scope="module")
+def table(place) -> Path:
+    path = place.folder / "chain.yaml"
+    path.write_text(CHAIN)
+    return path
+
+
+@pytest.fixture(scope="module")
+def swept(place, table) -> dict[str, dict[str, float]]:
+    """The metrics of each row's run, after a sweep of the table."""
+    status, out = place.sweep(table)
+    assert status == 0, out
+    return {run.data.tags["semformer.rows"]: run.data.metrics for run in place.runs("chain micro", "trial")}
+
+
+def plan(place, *names, until="cams", **overrides):
+    return make_plan([load_table(name) for name in names], "micro", overrides, (0,), None, place.store, until=until)
+
+
+# Sweeps
+
+
+def test_rows_that_differ_in_the_walk_share_all_that_comes_before(place, swept):
+    made = Counter(artifact.key.stage for artifact in place.artifacts())
+    shared = STAGES[: STAGES.index("walk")]
+    assert made == {name: 1 if name in shared else 2 for name in STAGES}
+
+
+def test_a_run_has_the_scores_of_every_link(place, table, swept):
+    for trial in plan(place, table).trials:
+        measured = [place.store.find(trial.keys[name]) for name in ("evaluate", "evaluate_masks", "evaluate_seg")]
+        assert [artifact.key for artifact in measured] == [*trial.ends]
+        for artifact in measured:
+            for name, value in artifact.info["metrics"].items():
+                assert swept[trial.rows[0]][name] == value
+    assert swept["chain/own"]["walk/train/miou"] != swept["chain/near"]["walk/train/miou"]
+
+
+def test_a_run_shows_the_classes_and_pictures_of_every_link(place, swept):
+    (run,) = (run for run in place.runs("chain micro", "trial") if run.data.tags["semformer.rows"] == "chain/own")
+    files = {path.relative_to(place.folder).as_posix() for path in place.folder.rglob("*.json")}
+    shown = json.loads(run.data.tags["mlflow.loggedArtifacts"])
+    names = ["class_iou.json", "evaluate_masks/class_iou.json", "evaluate_seg/class_iou.json"]
+    assert [item["path"] for item in shown] == names
+    for name in names:
+        assert any(file.endswith(f"{run.info.run_id}/artifacts/{name}") for file in files)
+    uses = {(item.tags[0].value, item.dataset.name.rpartition(" ")[2]) for item in run.inputs.dataset_inputs}
+    assert uses == {("training", "train"), ("evaluation", "train"), ("evaluation", "val")}
+    assert run.data.params["walk.beta"] == "16.0"
+    assert json.loads(run.data.tags["semformer.masks_read_by"]) == ["evaluate", "evaluate_masks", "evaluate_seg"]
+
+
+def test_a_table_has_a_column_for_every_link_and_tells_how_each_was_made(place, table, swept, capsys, tmp_path):
+    out = str(tmp_path)
+    assert tables([str(table), "--preset", "micro", "--tracking-uri", place.uri, "--out", out]) == 0
+    told = capsys.readouterr().out
+    cells = pd.read_parquet(tmp_path / "chain.parquet")
+    recorded = {"miou": "cam/val/miou", "train_cam/miou": "cam/train/miou", "walk/miou": "walk/train/miou"}
+    recorded |= {"pseudo/miou": "pseudo/train/miou", "seg/miou_crf": "seg/val/miou_crf"}
+    assert set(cells["metric"]) == set(recorded)
+    for cell in cells.itertuples():
+        assert cell.value == swept[f"chain/{cell.row}"][recorded[cell.metric]]
+    assert "maps on split val, pseudo masks on split train, the segmentation on split val" in told
+    assert "radius of the walk 4; log2 of the steps 4" in told
+    assert "CRF iterations of the masks 5" in told
+    assert "beta 16" not in told  # the rows are about it
+    assert "read by stages evaluate, evaluate_masks and evaluate_seg alone" in told
+
+
+def test_a_sweep_that_was_run_to_its_end_is_not_run_again(place, table, swept):
+    status, out = place.sweep(table)
+    assert status == 0
+    assert "nothing to do" in out
+
+
+def test_a_table_of_maps_goes_on_where_asked_and_finds_its_maps(place, swept):
+    """Rows of the first sweep and of this one share all stages: none is made."""
+    near = plan(place, "table04", until="deeplab")
+    shared = {trial.rows[0]: trial for trial in near.trials}["table04/with"]
+    assert all(key.digest in near.cached for key in shared.keys.values())
+    assert [*plan(place, "table04", until="pseudo_masks").trials[0].keys] == UNTIL_MASKS
+    assert [*plan(place, "table04").trials[0].keys] == UNTIL_MAPS
+
+
+def test_a_run_that_went_further_shows_the_same_maps(place, swept, capsys):
+    """Of two runs of a row, one of which goes on: they are of one result, and nothing is said of another."""
+    mine = place.table("mine", maps="")
+    for until in ("cams", "pseudo_masks"):
+        status, out = place.sweep(mine, "--until", until)
+        assert status == 0, out
+    assert len(place.runs("mine micro", "trial")) == 2
+    assert tables([str(mine), "--preset", "micro", "--tracking-uri", place.uri]) == 0
+    told = capsys.readouterr().out
+    assert "left out" not in told
+    assert "evaluate_masks" not in told
+    assert "†" not in told
+
+
+def test_a_setting_of_later_stages_makes_no_other_map(place, swept, capsys):
+    mine = place.table("later", maps="")
+    for more in ((), ("--until", "pseudo_masks", "--set", "walk.beta=4")):
+        assert place.sweep(mine, *more)[0] == 0
+    assert tables([str(mine), "--preset", "micro", "--tracking-uri", place.uri]) == 0
+    told = capsys.readouterr().out
+    assert "left out" not in told
+    assert "walk.beta" not in told
+
+
+def test_what_ends_a_trial_is_its_identity(place, table):
+    maps, masks, seg = (plan(place, "table04", until=goal).trials[0] for goal in scores.GOALS)
+    assert maps.key == maps.keys["evaluate"].digest
+    assert len({maps.key, masks.key, seg.key}) == 3
+    (other,) = plan(place, "table04", until="pseudo_masks", **{"data.eval_split": "train"}).trials[:1]
+    assert other.keys["evaluate_masks"] == masks.keys["evaluate_masks"]
+    assert other.key != masks.key
+    assert plan(place, table).trials[0].key != plan(place, table, **{"data.eval_split": "train"}).trials[0].key
+
+
+def test_masks_of_another_method_are_scored_without_maps(place, tmp_path):
+    mine = tmp_path / "masks.yaml"
+    mine.write_text(CHAIN.replace("walk.beta: 4.0", f"pseudo_masks.folder: {tmp_path}"))
+    data = pipeline.open_data(load_config("micro"), None)
+    split = data["train"]
+    for i, image_id in enumerate(split.ids):
+        (tmp_path / f"{image_id}.png").write_bytes(split.mask_path(i).read_bytes())
+    theirs = plan(place, mine).trials[1]
+    assert [*theirs.keys] == ["pseudo_masks", "evaluate_masks", "deeplab", "segmentation", "evaluate_seg"]
+    assert theirs.masks_read_by == ("evaluate_masks", "evaluate_seg")
+
+
+# Names
+
+
+def test_a_table_goes_as_far_as_its_scores():
+    assert scores.goal_of(["miou", "fp"]) == "cams"
+    assert scores.goal_of(["miou", "walk/miou"]) == "pseudo_masks"
+    assert scores.goal_of(["seg/miou", "miou"]) == "deeplab"
+
+
+def test_scores_are_recorded_by_their_split():
+    config = load_config("micro", {"data.mask_split": "val", "data.test_split": "train"})
+    names = ("miou", "train_cam/fp", "walk/miou", "pseudo/recall", "seg/miou_single_crf")
+    assert [scores.recorded(name, config) for name in names] == [
+        "cam/val/miou",
+        "cam/val/fp",
+        "walk/val/miou",
+        "pseudo/val/recall",
+        "seg/train/miou_single_crf",
+    ]
+
+
+def test_every_score_that_can_be_asked_for_is_measured(place, swept):
+    config = load_config("micro")
+    assert {scores.recorded(name, config) for name in scores.NAMES} <= swept["chain/own"].keys()
+
+
+def test_protocols_are_of_fields_and_of_what_a_score_comes_from():
+    assert {setting.field for setting in protocol.PROTOCOL.values()} <= set(field_names())
+    assert [*protocol.of_stages(["evaluate"])] == ["eval_split", "scales", "flip", "erosion", "rule"]
+    assert "rule" not in protocol.of_scores(["seg"])
+    assert "supervised" not in protocol.of_scores(["pseudo"])
+
+
+def test_an_unknown_score_is_refused(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text(CHAIN.replace("walk/miou", "walk/recall"))
+    with pytest.raises(UserError, match=r"mine\.yaml:6: metrics: 'walk/recall' is none of miou, .*pseudo/miou"):
+        load_table(path)
+
+
+# Searches
+
+
+def test_a_search_goes_as_far_as_its_objectives(tmp_path, shapes):
+    store = Store(tmp_path / "store")
+    near = open_search(shapes, store, tmp_path / "a.db", "beta", name="a", objectives=["pseudo/train/miou"])
+    assert [*near.ask().keys] == UNTIL_MASKS
+    further = ["seg/val/miou_crf"]
+    far = open_search(shapes, store, tmp_path / "b.db", "seg_lr", "steps", name="b", objectives=further)
+    assert [*far.ask().keys] == STAGES
+    asked = open_search(shapes, store, tmp_path / "c.db", "sigma", name="c", until="deeplab")
+    assert [*asked.ask().keys] == STAGES
+
+
+def test_what_is_there_of_a_suggestion_is_told_without_a_run(tmp_path, shapes):
+    store, told = Store(tmp_path / "store"), []
+    search = open_search(
+        shapes,
+        store,
+        tmp_path / "study.db",
+        "mask_crf=0|1",
+        trials=4,
+        objectives=["pseudo/train/miou"],
+        overrides={"pseudo_masks.crf.iterations": 0},
+        sampler_seed=1,
+        found=lambda trial, report: told.append(trial.key),
+    )
+    ran = []
+    while trial := search.ask():
+        ran.append(trial.config.pseudo_masks.crf.iterations)
+        miou = 50.0 + trial.config.pseudo_masks.crf.iterations
+        for key in trial.keys.values():
+            if store.find(key) is None:
+                metrics = {"metrics": {"pseudo/train/miou": miou}} if key.stage == "evaluate_masks" else {}
+                store.publish(key, store.workspace(key), {"seconds": 1.0, **metrics})
+        search.tell(trial, {"pseudo/train/miou": miou})
+    assert sorted(ran) == [0, 1]
+    assert len(told) == 2
+    assert search.study.best_value == 51.0
+
+
+def test_an_axis_that_changes_nothing_is_refused(tmp_path, shapes):
+    with pytest.raises(UserError, match=r"beta \(walk\.beta\) changes nothing of cam/val/miou.*pseudo/train/miou"):
+        open_search(shapes, Store(tmp_path / "store"), tmp_path / "study.db", "sigma", "beta")
+    with pytest.raises(UserError, match=r"seg_crf .* changes nothing of pseudo/train/miou"):
+        open_search(
+            shapes, Store(tmp_path / "store"), tmp_path / "study.db", "seg_crf", objectives=["pseudo/train/miou"]
+        )
+
+
+def test_no_scheduler_stops_trials_by_a_score_that_comes_at_their_end(tmp_path, shapes):
+    from sweeps.search.algorithms import Named, Pruning
+
+    with pytest.raises(UserError, match="seg/val/miou is not known before a trial has ended"):
+        open_search(
+            shapes,
+            Store(tmp_path / "store"),
+            tmp_path / "study.db",
+            "sigma",
+            objectives=["seg/val/miou"],
+            pruning=Pruning(Named.read("--scheduler", "asha")),
+        )
+
+
+def test_objectives_have_a_direction():
+    own = load_config("micro")
+    names = ["seg/val/miou", "walk/train/fp", "gpu_hours", "pseudo/train/recall"]
+    assert [*read_objectives(names, own).values()] == ["maximize", "minimize", "minimize", "maximize"]

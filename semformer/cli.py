@@ -1,4 +1,4 @@
-"""`semformer`: make or check data, run the pipeline, draw maps, import weights."""
+"""`semformer`: make or check data, run the pipeline, draw maps, export label maps, import weights."""
 
 import argparse
 import errno
@@ -22,6 +22,7 @@ from semformer.errors import UserError, first_line
 
 if TYPE_CHECKING:  # torch takes seconds to import
     from semformer.keys import StageKey
+    from semformer.pipeline import StageRun
     from semformer.store import Store
 
 STORE = Path("runs/store")
@@ -50,15 +51,7 @@ def _parser() -> argparse.ArgumentParser:
     add_config_arguments(run)
     until = "the last stage; its scores follow it (default: cams, the activation maps)"
     run.add_argument("--until", default="cams", choices=("cams", "pseudo_masks", "deeplab"), help=until)
-    run.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
-    run.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
-    run.add_argument(
-        "--threads",
-        type=_count(1, 1024),
-        default=1,
-        metavar="N",
-        help="on a CPU; another number rounds differently (default: 1)",
-    )
+    _add_run_arguments(run)
     run.set_defaults(command=_run)
 
     predict = commands.add_parser("predict", help="draw the maps for your own images", allow_abbrev=False)
@@ -72,6 +65,22 @@ def _parser() -> argparse.ArgumentParser:
     )
     predict.add_argument("--device", default="auto", help="as for run")
     predict.set_defaults(command=_predict)
+
+    export = commands.add_parser(
+        "export-test",
+        help="write the label maps of test images as PASCAL VOC's server takes them",
+        description="Segments a split, by the network of `semformer run --until deeplab` with the same options, and "
+        "writes its label maps as PNGs and as the archive that PASCAL VOC's test server takes, once it has checked "
+        "them. The split needs a list and images, but neither masks nor annotations.",
+        allow_abbrev=False,
+    )
+    add_config_arguments(export)
+    export.add_argument("--split", default="test", metavar="NAME", help="whose images (default: %(default)s)")
+    kind = "single or multi (scales), single_crf or multi_crf (default: multi_crf; multi where there is no CRF)"
+    export.add_argument("--kind", metavar="KIND", help=kind)
+    export.add_argument("--out", type=Path, required=True, metavar="DIR", help="a new folder")
+    _add_run_arguments(export)
+    export.set_defaults(command=_export_test)
 
     importer = commands.add_parser(
         "import-checkpoint",
@@ -126,6 +135,19 @@ def _count(least: int, most: int = 2**31):
     return count
 
 
+def _add_run_arguments(parser: argparse.ArgumentParser) -> None:
+    """--json, --device and --threads, of what makes stages and tells which."""
+    parser.add_argument("--json", action="store_true", help="end with one JSON object on standard output")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    parser.add_argument(
+        "--threads",
+        type=_count(1, 1024),
+        default=1,
+        metavar="N",
+        help="on a CPU; another number rounds differently (default: 1)",
+    )
+
+
 def add_config_arguments(parser: argparse.ArgumentParser) -> None:
     """--preset, --set, --weights, --data and --store, as every command has them."""
     preset = "micro: toy networks, in seconds; tiny (default): small ones that learn; paper: the paper's, on --data"
@@ -144,10 +166,10 @@ def add_store_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def read_config(options: argparse.Namespace) -> Config:
-    """The config that `add_config_arguments` describes."""
+def read_config(options: argparse.Namespace, **fields: str) -> Config:
+    """The config that `add_config_arguments` describes; `fields` as options of their own set them, like --weights."""
     files = {"segmentor.weights": options.weights, "caae.weights": options.caae_weights}
-    overrides = {name: path for name, path in files.items() if path}
+    overrides = {name: path for name, path in files.items() if path} | fields
     return load_config(options.preset, overrides | parse_overrides(options.set))
 
 
@@ -188,9 +210,13 @@ def _run(options: argparse.Namespace) -> int:
     if chain := _chain(metrics, config.data.mask_split, config.data.test_split):
         _tell(f"mIoU: {chain}")
     if options.json:
-        stages = [{"stage": r.stage, "key": r.key, "found": r.found, "seconds": round(r.seconds, 3)} for r in runs]
-        print(json.dumps({"metrics": metrics, "stages": stages}))
+        print(json.dumps({"metrics": metrics, "stages": _stages(runs)}))
     return 0
+
+
+def _stages(runs: "Sequence[StageRun]") -> list[dict[str, Any]]:
+    """What --json tells of them."""
+    return [{"stage": r.stage, "key": r.key, "found": r.found, "seconds": round(r.seconds, 3)} for r in runs]
 
 
 LINKS = (
@@ -224,6 +250,46 @@ def _predict(options: argparse.Namespace) -> int:
         told = f"{one.image}: {', '.join(one.classes) or 'no object class'} -> {one.picture}"
         told += f" ({one.note})" if one.note else ""
         _tell(told)
+    return 0
+
+
+def _export_test(options: argparse.Namespace) -> int:
+    config = read_config(options, **{"data.test_split": options.split})
+    import torch
+
+    from semformer import pipeline, submission
+    from semformer.stages.shards import label_maps_in
+    from semformer.store import open_store
+
+    kind, name = submission.kind_of(config, options.kind), config.data.test_split
+    device = _device(options.device)
+    torch.set_num_threads(options.threads)
+    with _Display() as display:
+        data = pipeline.open_data(config, options.data, progress=display.data, unlabelled=[name])
+        store = open_store(options.store)
+        keys = pipeline.stage_keys(config, data, "segmentation")
+        submission.check_trained(config, keys, store)
+        submission.make_room(options.out)
+        _keep(store, "export", list(keys.values()), {"preset": options.preset})
+        runs = []
+        for run in pipeline.run(
+            config,
+            data,
+            store,
+            device=device,
+            progress=display.stage,
+            waiting=display.waiting,
+            until="segmentation",
+        ):
+            runs.append(run)
+            display.done(run)
+        label_maps = label_maps_in(runs[-1].artifact)
+        folder, archive = submission.write(label_maps, kind, data[name], options.out, display.stage)
+    _tell(f"{len(data[name])} label maps ({kind}) of {name}, one for each image, checked: {folder}")
+    _tell(f"for the server: {archive}")
+    if options.json:
+        told = {"split": name, "kind": kind, "images": len(data[name]), "folder": str(folder), "archive": str(archive)}
+        print(json.dumps({**told, "stages": _stages(runs)}))
     return 0
 
 

@@ -178,15 +178,15 @@ def scores(artifacts: Iterable[Artifact]) -> dict[str, float]:
 
 
 class Data:
-    """The splits of a devkit, read once."""
+    """The splits of a devkit, read once; those that are `unlabelled` are for stages that read no labels."""
 
-    def __init__(self, devkit: Devkit):
-        self.devkit = devkit
+    def __init__(self, devkit: Devkit, unlabelled: Collection[str] = ()):
+        self.devkit, self.unlabelled = devkit, unlabelled
         self._splits: dict[str, Split] = {}
 
     def __getitem__(self, name: str) -> Split:
         if name not in self._splits:
-            self._splits[name] = self.devkit.split(name)
+            self._splits[name] = self.devkit.split(name, labelled=name not in self.unlabelled)
         return self._splits[name]
 
     def unread(self) -> Packed:
@@ -211,13 +211,19 @@ class StageRun:
     artifact: Artifact
 
 
-def open_data(config: Config, folder: str | Path | None, progress: Callable[[int, int], None] | None = None) -> Data:
+def open_data(
+    config: Config,
+    folder: str | Path | None,
+    progress: Callable[[int, int], None] | None = None,
+    *,
+    unlabelled: Collection[str] = (),
+) -> Data:
     """The devkit in `folder`, or the embedded shapes data set (made in the cache when it is not there yet)."""
     if folder:
-        return Data(open_devkit(folder))
+        return Data(open_devkit(folder), unlabelled)
     if not config.data.shapes:
         raise UserError("this preset needs real images: give the VOC devkit's folder with --data DIR")
-    return Data(open_devkit(cached_shapes(config.data.shapes, progress=progress)))
+    return Data(open_devkit(cached_shapes(config.data.shapes, progress=progress)), unlabelled)
 
 
 def open_classes(config: Config, folder: str | Path | None) -> Data:

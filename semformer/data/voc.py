@@ -90,11 +90,12 @@ class Devkit:
         """The names of the split files there are, sorted."""
         return tuple(sorted(p.stem for p in (self.folder / "ImageSets" / "Segmentation").glob("*.txt")))
 
-    def split(self, name: str) -> "Split":
+    def split(self, name: str, *, labelled: bool = True) -> "Split":
         """Read a split's ids and labels.
 
         Raises UserError for an unknown or empty split, and for a missing image or a missing or unusable
-        annotation. Masks are looked at only when they are asked for.
+        annotation. Masks are looked at only when they are asked for. A split that need not be `labelled`, as VOC's
+        test images are not, has no object in any image where an annotation is missing or unusable.
         """
         ids = self.ids(name)
         images = {p.name for p in (self.folder / "JPEGImages").iterdir()}
@@ -103,7 +104,13 @@ class Devkit:
             raise UserError(
                 f"The image {self.folder / 'JPEGImages' / absent}.jpg, listed in split {name!r}, is missing."
             )
-        return Split(name=name, folder=self.folder, classes=self.classes, ids=ids, labels=self._labels(ids))
+        try:
+            labels = self._labels(ids)
+        except UserError:
+            if labelled:
+                raise
+            labels = np.eye(1, len(self.classes), dtype=np.float32).repeat(len(ids), axis=0)
+        return Split(name=name, folder=self.folder, classes=self.classes, ids=ids, labels=labels)
 
     def _labels(self, ids: Sequence[str]) -> np.ndarray:
         """Those of `Split`. The annotations are read once per machine, and again when one has changed."""
@@ -273,7 +280,7 @@ def read_image(path: str | Path, content: bytes | None = None) -> Image.Image:
 
     `content`: the file's bytes, where they have been read already.
     """
-    with _opened("image", path, content) as image:
+    with open_image("image", path, content) as image:
         upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I;16"):  # which Pillow would clip
             upright = Image.fromarray((np.array(upright) / 257).round().astype(np.uint8))
@@ -286,7 +293,7 @@ def read_image(path: str | Path, content: bytes | None = None) -> Image.Image:
 
 def image_size(path: Path) -> tuple[int, int]:
     """Width and height of an image, upright, from its header. Raises UserError as `read_image` does."""
-    with _opened("image", path) as image:
+    with open_image("image", path) as image:
         width, height = image.size
         turned = image.getexif().get(ExifTags.Base.Orientation) in range(5, 9)
         return (height, width) if turned else (width, height)
@@ -294,7 +301,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 def read_mask(path: Path, image_path: Path, num_classes: int) -> np.ndarray:
     """A mask PNG (palette or grey): (H, W) uint8. Raises UserError as `Split.mask` does."""
-    with _opened("mask", path) as image:
+    with open_image("mask", path) as image:
         if image.mode not in ("P", "L"):
             raise UserError(
                 f"The mask {path} has colour mode {image.mode}; it must hold class indices (palette or 8-bit grey PNG)."
@@ -317,7 +324,7 @@ def read_mask(path: Path, image_path: Path, num_classes: int) -> np.ndarray:
 
 
 @contextmanager
-def _opened(what: str, path: str | Path, content: bytes | None = None) -> Iterator[Image.Image]:
+def open_image(what: str, path: str | Path, content: bytes | None = None) -> Iterator[Image.Image]:
     """A file as Pillow opens it. Raises UserError if it is missing, or shows to be damaged by what is done with it."""
     try:
         with Image.open(path if content is None else BytesIO(content)) as image:

@@ -127,10 +127,12 @@ class Faults:
         now, places = self.clock(), self.places()
         if self._outage and self._outage.lasted > self.patience:
             return self._outage.failure
-        if not self.unfit or places.names.keys() - self.unfit.keys():
+        all_gone = not places.names and not self.unfit
+        if places.names.keys() - self.unfit.keys() or (all_gone and places.may_grow):
             self._no_place_since = now
-        elif not places.may_grow or now - self._no_place_since > self.patience:
-            return Failure(Scope.NODE, "", "NoFitNode", f"no node can run this sweep: {_listed(self.unfit)}")
+        elif now - self._no_place_since > self.patience or not (all_gone or places.may_grow):
+            why = "Ray has lost all its nodes: its logs tell why" if all_gone else _listed(self.unfit)
+            return Failure(Scope.NODE, "", "NoFitNode", f"no node can run this sweep: {why}")
         return None
 
     # Helpers

@@ -17,18 +17,19 @@ SMALLER = {
     "caae": "a smaller caae.image_size, caae.backbone or caae.decoder_depth",
     "segmentor": "a smaller segmentor.image_size or segmentor.backbone",
     "cams": "smaller cams.scales",
-    "evaluate": "smaller images",
+    "evaluate": "smaller images or fewer threads",
     "train_cams": "smaller cams.scales",
-    "affinity_labels": "smaller images",
-    "affinity": "a smaller affinity.image_size or affinity.backbone",
-    "walk": "a smaller affinity.backbone or walk.radius",
-    "pseudo_masks": "smaller images",
-    "evaluate_masks": "smaller images",
-    "deeplab": "a smaller deeplab.image_size or deeplab.backbone",
-    "segmentation": "smaller segmentation.scales",
-    "evaluate_seg": "smaller images",
+    "affinity_labels": "smaller images or fewer threads",
+    "affinity": "a smaller affinity.image_size, affinity.radius or affinity.backbone",
+    "walk": "a smaller walk.radius or affinity.backbone, or fewer threads",
+    "pseudo_masks": "smaller images or fewer threads",
+    "evaluate_masks": "smaller images or fewer threads",
+    "deeplab": "a smaller deeplab.image_size, deeplab.head_width or deeplab.backbone",
+    "segmentation": "smaller segmentation.scales, a smaller deeplab.backbone or fewer threads",
+    "evaluate_seg": "smaller images or fewer threads",
     "pretrain": "a smaller --image-size or backbone",
 }
+"""Where threads take an image each (`stages.shards`), fewer of them take less at once."""
 STATUS = Path("/proc/self/status")
 EXHAUSTED = ("allocate memory", "out of memory", "ALLOC_FAILED", "could not create a primitive", "std::bad_alloc")
 """How RuntimeErrors tell it: of torch, of CUDA where others fill the GPU, of cuBLAS, cuDNN and oneDNN, of C++."""

@@ -31,6 +31,18 @@ def measure(store):
     return measure
 
 
+@pytest.fixture(scope="module")
+def all_keys_of():
+    """As `keys_of`, of the whole pipeline."""
+    data = pipeline.open_data(load_config("micro"), None)
+
+    def all_keys_of(**changes):
+        config = load_config("micro", changes)
+        return pipeline.stage_keys(config, data, pipeline.ends(config, "deeplab"))
+
+    return all_keys_of
+
+
 def checked(keys, store, share=0.25) -> str:
     return check_packing(keys.values(), store, gpus_per_trial=share, gpu_bytes=40 * GIB)
 
@@ -91,6 +103,43 @@ def test_what_was_measured_of_no_stage_alike_is_told(keys_of, store, measure, ch
     measure(keys_of(), caae=1, segmentor=1, cams=1)
     assert checked(keys_of(**changes), store).endswith(f"takes up to 1.5 GiB; unknown of {unknown}")
     assert "unknown: nothing" in checked(keys_of(precision="bfloat16"), store)
+
+
+SCORING = {"evaluate", "evaluate_masks", "evaluate_seg"}
+
+
+def test_all_stages_of_the_whole_pipeline_are_measured(all_keys_of, store, measure):
+    networks = [stage.name for stage in pipeline.STAGES if stage.name not in SCORING]
+    assert "unknown: nothing" in checked(all_keys_of(), store)
+    for number, stage in enumerate(networks):
+        measure({stage: all_keys_of()[stage]}, **{stage: number})
+        told = f"{stage} takes up to {number + 0.5:.1f} GiB"
+        unknown = f"; unknown of {', '.join(networks[number + 1 :])}" if stage != networks[-1] else ""
+        assert check_packing(all_keys_of().values(), store, gpus_per_trial=0.5, gpu_bytes=40 * GIB).endswith(
+            told + unknown
+        )
+
+
+@pytest.mark.parametrize(
+    ("changes", "unknown"),
+    [
+        ({"affinity.epochs": 7, "deeplab.optimizer.lr": 0.1, "walk.beta": 3, "seed": 3, "segmentation.flip": True}, ""),
+        ({"cams.scales": "0.5,2.0"}, "cams, train_cams"),
+        ({"affinity_labels.crf.bilateral_sxy": 3}, "affinity_labels"),
+        ({"affinity.radius": 3}, "affinity"),
+        ({"affinity.image_size": 64}, "affinity, walk"),
+        ({"affinity.frozen": True}, "affinity"),
+        ({"walk.radius": 3}, "walk"),
+        ({"pseudo_masks.crf.iterations": 0}, "pseudo_masks"),
+        ({"deeplab.head_width": 8}, "deeplab, segmentation"),
+        ({"deeplab.batch_size": 4}, "deeplab"),
+        ({"segmentation.scales": "2.0"}, "segmentation"),
+    ],
+)
+def test_what_takes_other_memory_in_the_whole_pipeline_is_unknown(all_keys_of, store, measure, changes, unknown):
+    measure(all_keys_of(), **dict.fromkeys(all_keys_of().keys() - SCORING, 1))
+    told = checked(all_keys_of(**changes), store)
+    assert told.partition("; unknown of ")[2] == unknown
 
 
 def test_the_largest_of_several_that_are_alike_counts(keys_of, store, measure):

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch._inductor.exc import InvalidCxxCompiler
 
 from semformer import memory, pipeline
-from semformer.config import load_config
+from semformer.config import flatten, load_config
 from semformer.data.shapes import make_shapes
 from semformer.errors import MachineError, UserError
 from semformer.models.vit import Backbone
@@ -164,6 +164,8 @@ def test_every_stage_says_how_much_was_in_use_and_what_to_make_smaller(stage):
         raise MemoryError
     told = float(re.search(r"with ([\d.]+) GiB in use", str(caught.value))[1])
     assert told == pytest.approx(memory.peak(CPU)["peak_bytes"] / 2**30, abs=0.02)
+    for field in re.findall(r"\w+\.\w+(?=,| or|$)", memory.SMALLER[stage]):
+        assert field in flatten(load_config("paper")), "what is to be smaller is a field"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs RLIMIT_AS")

@@ -16,9 +16,16 @@ DECISIVE: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "caae": {"caae": ("backbone", "image_size", "batch_size", "class_dim", "decoder_depth", "decoder_width")},
     "segmentor": {"segmentor": ("backbone", "image_size", "batch_size"), "caae": ("backbone", "image_size")},
     "cams": {"cams": ("scales",), "segmentor": ("backbone",)},
+    "train_cams": {"train_cams": ("scales",), "segmentor": ("backbone",)},
+    "affinity_labels": {"affinity_labels": ("crf",)},
+    "affinity": {"affinity": ("variant", "backbone", "frozen", "image_size", "batch_size", "radius")},
+    "walk": {"walk": ("radius",), "affinity": ("variant", "backbone", "image_size")},
+    "pseudo_masks": {"pseudo_masks": ("crf",)},
+    "deeplab": {"deeplab": ("backbone", "image_size", "batch_size", "head_width", "frozen_statistics")},
+    "segmentation": {"segmentation": ("scales", "crf"), "deeplab": ("backbone", "head_width")},
 }
 """By what parameters, of a stage and of its inputs, stages are alike in the memory that they take of a GPU, if their
-precision is the same. `evaluate` takes none."""
+precision is the same. What is left out takes none: it scores."""
 
 
 def check_packing(keys: Iterable[StageKey], store: Store, *, gpus_per_trial: float, gpu_bytes: int) -> str:

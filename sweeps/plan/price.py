@@ -35,7 +35,7 @@ PIXELS_PER_SECOND = 1e7
 """Of `evaluate`, on one CPU core: 19 ms for a VOC image with its files, of which scoring with erosion is 7."""
 LABELS_PER_SECOND = 1e9
 """Of CRFs (`Work.labels`) on one GPU. Not measured: each takes some 300 bytes of sparse matrices and values to and from
-memory, and an A100 moves six times as many. A CPU core does 1e7."""
+memory, and an A100 moves six times as many. A CPU core does 1e7 to 5e7."""
 SAMPLE = 100
 """Published artifacts of a stage that are read at most."""
 GROUPS = {stage.name: stage.group or stage.name for stage in pipeline.STAGES}

@@ -5,7 +5,15 @@
 
 import torch
 
-from tests.benchmarks import bench_loading, bench_simulation, bench_thresholds, bench_tracking, bench_training
+from tests.benchmarks import (
+    bench_crf,
+    bench_loading,
+    bench_simulation,
+    bench_thresholds,
+    bench_tracking,
+    bench_training,
+    bench_walk,
+)
 
 
 def main() -> None:
@@ -20,6 +28,8 @@ def main() -> None:
         )
     bench_loading.main([])
     bench_thresholds.main()
+    bench_walk.main()
+    bench_crf.main()
     bench_tracking.main()
     print("\nA day on 1,000 spot GPUs, simulated:", flush=True)
     bench_simulation.main()

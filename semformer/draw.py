@@ -11,6 +11,8 @@ from PIL import Image
 
 from semformer.data.voc import IGNORE, voc_palette
 
+FINEST = 1000
+"""Pixels along a side of an image that are drawn at least, of those that it has: a panel shows a quarter of them."""
 TITLES = {"activation": "Act. Map", "attention": "CRA", "both": "Act. Map ⊗ CRA", "foreign": "Map"}
 
 
@@ -68,9 +70,13 @@ def figure4(
 
 
 def draw(lines: Sequence[Line]) -> Image.Image:
-    """Images, their maps over them, and label maps. All lines have the columns of the first."""
+    """Images, their maps over them, and label maps. All lines have the columns of the first.
+
+    Of large images, every so many pixels; a panel is at most four times as high as wide, or as wide as high.
+    """
+    lines = [_thinned(line, max(1, max(line.image.shape[:2]) // FINEST)) for line in lines]
     headings = ["Image", *(one.heading for one in lines[0].maps), *(one.heading for one in lines[0].labels)]
-    aspects = [line.image.shape[0] / line.image.shape[1] for line in lines]
+    aspects = [min(max(line.image.shape[0] / line.image.shape[1], 1 / 4), 4) for line in lines]
     figure = Figure(figsize=(2.2 * len(headings), 2.2 * sum(aspects) + 0.35), layout="constrained")
     axes = figure.subplots(len(lines), len(headings), squeeze=False, height_ratios=aspects)
     for line, panels in zip(lines, axes, strict=True):
@@ -94,6 +100,20 @@ def draw(lines: Sequence[Line]) -> Image.Image:
     figure.savefig(buffer, format="png", dpi=110)
     buffer.seek(0)
     return Image.open(buffer).convert("RGB")
+
+
+def _thinned(line: Line, step: int) -> Line:
+    """Every so many pixels of each row and column."""
+
+    def thin(values: np.ndarray) -> np.ndarray:
+        return values[::step, ::step]
+
+    return Line(
+        line.name,
+        thin(line.image),
+        [one._replace(values=None if one.values is None else thin(one.values)) for one in line.maps],
+        [one._replace(values=thin(one.values)) for one in line.labels],
+    )
 
 
 def colored_mask(mask: np.ndarray) -> Image.Image:

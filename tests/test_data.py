@@ -312,7 +312,7 @@ def test_missing_annotation(voc):
     ("text", "complaint"),
     [
         ("<annotation><object>", "not readable as XML"),
-        ("<annotation></annotation>", "names no object"),
+        ("<svg></svg>", "XML of another kind: its root is <svg>, not <annotation>"),
         ("<annotation><object><name>triangel</name></object></annotation>", "'triangel'"),
         (
             "<annotation><object><name>triangel</name></object></annotation>",
@@ -394,6 +394,15 @@ def test_check_counts_the_images_of_each_class(made):
     assert check_devkit(made).lines[-1] == f"images of each class: {told}"
 
 
+def test_check_counts_the_images_without_an_object(voc):
+    assert not any("without an object" in line for line in check_devkit(voc).lines)
+    for image_id in ("train_000001", "val_000002"):
+        (voc / "Annotations" / f"{image_id}.xml").write_text("<annotation/>")
+    found = check_devkit(voc)
+    assert found.lines[-1] == "images without an object: 2"
+    assert found.problems == []
+
+
 def test_the_check_command_fails_where_there_is_a_problem(voc, capsys):
     assert main(["data", "check", str(voc)]) == 0
     assert "problem" not in capsys.readouterr().err
@@ -408,7 +417,7 @@ def test_check_counts_every_problem_and_names_the_first_of_each_kind(voc):
     for image_id in ("train_000002", "train_000003", "val_000000"):
         (voc / "SegmentationClass" / f"{image_id}.png").unlink()
     (voc / "Annotations" / "train_000004.xml").unlink()
-    (voc / "Annotations" / "train_000005.xml").write_text("<annotation/>")
+    (voc / "Annotations" / "train_000005.xml").write_text("<svg/>")
     (voc / "JPEGImages" / "val_000003.jpg").write_bytes(b"no image")
     Image.fromarray(np.full((48, 48), 77, np.uint8)).save(voc / "SegmentationClass" / "val_000001.png")
     expected = [

@@ -53,7 +53,7 @@ def check_devkit(root: str | Path, progress: Callable[[int, int], None] | None =
         problems.append(f"{devkit.folder} has none of the splits {', '.join(VOC_COUNTS)}")
 
     failures: dict[str, list[str]] = {}
-    images_of_class = np.zeros(len(devkit.classes), dtype=np.int64)
+    images_of_class, without = np.zeros(len(devkit.classes), dtype=np.int64), 0
 
     def look(what: str, path: Path, read: Callable[..., Any], *args: Any) -> Any:
         try:
@@ -69,6 +69,7 @@ def check_devkit(root: str | Path, progress: Callable[[int, int], None] | None =
         labels = look("annotation", devkit.folder / "Annotations" / f"{image_id}.xml", read_labels, devkit.classes)
         if labels is not None:
             images_of_class += labels.astype(np.int64)
+            without += not labels[1:].any()
         for path in sorted(paths):
             if image is not None or not path.is_file():
                 look("mask", path, read_mask, image_path, len(devkit.classes))
@@ -76,5 +77,7 @@ def check_devkit(root: str | Path, progress: Callable[[int, int], None] | None =
             progress(done, len(mask_paths))
     per_class = zip(devkit.classes[1:], images_of_class[1:], strict=True)
     lines.append("images of each class: " + ", ".join(f"{name} {count:,}" for name, count in per_class))
+    if without:
+        lines.append(f"images without an object: {without:,}")
     problems += [f"{kind}: {len(texts):,}; the first: {texts[0]}" for kind, texts in sorted(failures.items())]
     return Findings(lines, problems)

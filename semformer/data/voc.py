@@ -93,9 +93,9 @@ class Devkit:
     def split(self, name: str, *, labelled: bool = True) -> "Split":
         """Read a split's ids and labels.
 
-        Raises UserError for an unknown or empty split, and for a missing image or a missing or unusable
-        annotation. Masks are looked at only when they are asked for. A split that need not be `labelled`, as VOC's
-        test images are not, has no object in any image where an annotation is missing or unusable.
+        Raises UserError for an unknown or empty split, for a missing image or a missing or unusable annotation, and
+        where no image has an object. Masks are looked at only when they are asked for. A split that need not be
+        `labelled`, as VOC's test images are not, has no object in any image where an annotation is missing or unusable.
         """
         ids = self.ids(name)
         images = {p.name for p in (self.folder / "JPEGImages").iterdir()}
@@ -110,6 +110,8 @@ class Devkit:
             if labelled:
                 raise
             labels = np.eye(1, len(self.classes), dtype=np.float32).repeat(len(ids), axis=0)
+        if labelled and not labels[:, 1:].any():
+            raise UserError(f"No annotation of split {name!r} in {self.folder / 'Annotations'} names an object.")
         return Split(name=name, folder=self.folder, classes=self.classes, ids=ids, labels=labels)
 
     def _labels(self, ids: Sequence[str]) -> np.ndarray:
@@ -251,7 +253,7 @@ def read_bytes(path: Path) -> bytes:
 def read_labels(path: Path, classes: tuple[str, ...]) -> np.ndarray:
     """Image-level labels of an annotation: (K,) float32, background 1, "difficult" objects included.
 
-    Raises UserError for a missing file, malformed XML, no object, or a name that is not in `classes`.
+    Raises UserError for a missing file, malformed XML, what is no annotation, or a name that is not in `classes`.
     """
     try:
         root = ET.parse(path).getroot()
@@ -259,9 +261,9 @@ def read_labels(path: Path, classes: tuple[str, ...]) -> np.ndarray:
         raise UserError(f"The annotation {path} is missing.") from None
     except (ET.ParseError, ValueError, LookupError, OSError) as error:
         raise UserError(f"The annotation {path} is not readable as XML: {error}.") from error
+    if root.tag != "annotation":
+        raise UserError(f"The annotation {path} is XML of another kind: its root is <{root.tag}>, not <annotation>.")
     names = {(element.findtext("name") or "").strip() for element in root.iterfind("object")}
-    if not names:
-        raise UserError(f"The annotation {path} names no object; an image needs at least one.")
     labels = np.zeros(len(classes), dtype=np.float32)
     labels[0] = 1
     for name in sorted(names):

@@ -16,7 +16,7 @@ from torch import Tensor
 from semformer import memory
 from semformer.config import DRAWABLE, Config
 from semformer.data.pack import Packed
-from semformer.errors import UserError
+from semformer.errors import UserError, first_line
 from semformer.inference import STRIDE, Maps, class_cosines, maps_of_every_kind, multi_scale_maps
 from semformer.models.segmentor import Segmentor
 from semformer.stages import segmentor as segmentor_stage
@@ -26,6 +26,8 @@ from semformer.store import Artifact
 
 TOGETHER = 8
 """Images of one size that go through the network together, at most."""
+PIXELS_TOGETHER = TOGETHER * 640**2
+"""What they have together, at most, where it is not a single image."""
 COMPARED = 64
 """Images with several classes whose maps are compared, spread over the split."""
 PICTURES = "pictures.safetensors"
@@ -94,8 +96,12 @@ def foreign_maps(folder: Path, data: Packed, i: int) -> Maps:
         maps = np.load(path, allow_pickle=False)
     except FileNotFoundError:
         raise UserError(f"{folder} has no {path.name}, the maps of an image of split {data.name!r}") from None
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} holds no array of numbers ({error}): write it with numpy.save, no pickle") from error
+    except Exception as error:  # each damage in its own way
+        raise UserError(
+            f"{path} holds no array of numbers ({first_line(error)}): write it with numpy.save, no pickle"
+        ) from error
+    if not isinstance(maps, np.ndarray):
+        raise UserError(f"{path} holds several arrays: write one with numpy.save, not numpy.savez")
     n_objects = len(data.classes) - 1
     channels = {n_objects + 1: classes, n_objects: classes - 1, len(classes): np.arange(len(classes))}
     if maps.ndim != 3 or maps.shape[1:] != size or len(maps) not in channels:
@@ -107,9 +113,9 @@ def foreign_maps(folder: Path, data: Packed, i: int) -> Maps:
         raise UserError(f"{path} holds {maps.dtype}, no real numbers")
     full = torch.from_numpy(maps[channels[len(maps)]].astype(np.float32))
     if not (full.isfinite() & (full >= 0) & (full <= 1)).all():
-        raise UserError(f"{path} has values that are not within 0..1")
-    strided = F.interpolate(full[None], [-(-side // STRIDE) for side in size], mode="bilinear", antialias=True)[0]
-    return Maps(classes, strided, full)
+        raise UserError(f"{path} has values that are not within 0..1: divide its maps by their maximum, without NaN")
+    strided = F.interpolate(full[:, None], [-(-side // STRIDE) for side in size], mode="bilinear", antialias=True)
+    return Maps(classes, strided[:, 0], full)
 
 
 def _mean_cosines(model: Segmentor, data: Packed, config: Config) -> dict[str, float]:
@@ -126,12 +132,12 @@ def _mean_cosines(model: Segmentor, data: Packed, config: Config) -> dict[str, f
 
 
 def of_one_size(data: Packed, rows: Sequence[int]) -> Iterator[list[int]]:
-    """The rows of a split in groups of images of one size, of at most `TOGETHER`."""
+    """The rows of a split in groups of images of one size, of at most `TOGETHER` and `PIXELS_TOGETHER`."""
     by_size: dict[tuple[int, ...], list[int]] = {}
     for i in rows:
         group = by_size.setdefault(tuple(data.sizes[i]), [])
         group.append(i)
-        if len(group) == TOGETHER:
+        if len(group) == TOGETHER or (len(group) + 1) * data.sizes[i].prod() > PIXELS_TOGETHER:
             yield by_size.pop(tuple(data.sizes[i]))
     yield from by_size.values()
 

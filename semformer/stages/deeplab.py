@@ -5,6 +5,7 @@ Legend: B images, K classes (0 is background), S side of a crop.
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
@@ -15,6 +16,7 @@ from semformer.data.augment import segmentor_crops
 from semformer.data.loading import Batch, Loader
 from semformer.data.pack import Packed
 from semformer.data.voc import IGNORE
+from semformer.errors import UserError
 from semformer.models.deeplab import OUTPUT_STRIDE, DeepLab
 from semformer.models.features import build_features, check_features
 from semformer.models.vit import check_tiles, is_plain_vit
@@ -28,7 +30,10 @@ WEIGHTS = "deeplab.safetensors"
 
 
 def run(config: Config, data: Packed, pseudo_masks: Artifact | None, ctx: Context) -> dict[str, Any]:
-    """Makes `deeplab.safetensors`. Returns the loss per epoch, and the names of the classes."""
+    """Makes `deeplab.safetensors`. Returns the loss per epoch, and the names of the classes.
+
+    Raises UserError where no pixel of the masks has a label.
+    """
     options = config.deeplab
     torch.manual_seed(config.seed)
     model = build(options, n_classes=len(data.classes)).to(ctx.device)
@@ -38,6 +43,15 @@ def run(config: Config, data: Packed, pseudo_masks: Artifact | None, ctx: Contex
     history: dict[str, list[float]] = {}
     if not options.checkpoint:
         masks = label_maps_in(pseudo_masks) if pseudo_masks else None
+
+        def label_map(i: int) -> np.ndarray:
+            return masks[data.ids[i]] if masks else data.mask(i)
+
+        if not any((label_map(i) != IGNORE).any() for i in range(len(data))):
+            raise UserError(
+                f"deeplab: every pixel of the masks of split {data.name!r} is ignored ({IGNORE}): give it masks that "
+                "have labels"
+            )
         network = compiled(model, options)
         history = train(
             model,
@@ -49,7 +63,7 @@ def run(config: Config, data: Packed, pseudo_masks: Artifact | None, ctx: Contex
                 options,
                 seed=config.seed,
                 device=ctx.device,
-                label_map=lambda i: masks[data.ids[i]] if masks else data.mask(i),
+                label_map=label_map,
                 label_side=options.image_size,
             ),
             gradients=lambda batch, _, pieces: gradients(network, batch, pieces),

@@ -3,6 +3,8 @@
 Legend: C present object classes, H W pixels.
 """
 
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from semformer.data.pack import Packed
 from semformer.data.voc import IGNORE, read_mask
 from semformer.errors import UserError
 from semformer.stages.affinity_labels import hard_labels, refiner
-from semformer.stages.context import Context
+from semformer.stages.context import Context, Progress
 from semformer.stages.shards import make_shards
 from semformer.stages.walk import WalkedFiles
 from semformer.store import Artifact
@@ -24,16 +26,12 @@ from semformer.store import Artifact
 def run(config: Config, data: Packed, walk: Artifact | None, ctx: Context) -> dict[str, Any]:
     """Makes zips of PNGs. Returns which images failed, whose masks are 255 everywhere.
 
-    Raises UserError that names the image of which no mask can be made, unless the config says to skip it. Without maps,
-    the masks are those of `config.pseudo_masks.folder`.
+    Raises UserError that names the image of which no mask can be made, unless the config says to skip it, and where
+    all fail. With `config.pseudo_masks.folder`, the masks are those in it.
     """
     options = config.pseudo_masks
     if options.folder:
-        folder = Path(options.folder)
-        foreign = ((image_id, foreign_mask(folder, data, i)) for i, image_id in enumerate(data.ids))
-        write_label_maps(ctx.out / "00000.zip", foreign)
-        ctx.have_read(options)
-        return {"images": len(data), "failed": []}
+        return _import(config, data, ctx)
     assert walk is not None
     maps = WalkedFiles(walk)
 
@@ -59,11 +57,37 @@ def run(config: Config, data: Packed, walk: Artifact | None, ctx: Context) -> di
     make_shards("pseudo_masks", data, ctx, ".zip", make, write_label_maps, is_whole)
     made = LabelMaps(sorted(ctx.out.glob("*.zip")))
     failed = [image_id for image_id in made if (made[image_id] == IGNORE).all()] if options.skip_failing else []
+    if len(failed) == len(data):
+        raise UserError(
+            f"pseudo_masks: no mask can be made of any image of split {data.name!r}: "
+            "pseudo_masks.skip_failing=false tells the reason of the first"
+        )
     return {"images": len(data), "failed": failed}
 
 
+def _import(config: Config, data: Packed, ctx: Context) -> dict[str, Any]:
+    folder, started, note = Path(config.pseudo_masks.folder), time.monotonic(), ""
+
+    def masks() -> Iterator[tuple[str, np.ndarray]]:
+        nonlocal note
+        for i, image_id in enumerate(data.ids):
+            mask = foreign_mask(folder, data, i)
+            if not note and (unnamed := np.setdiff1d(mask, [0, IGNORE, *data.objects(i)])).size:
+                note = f"masks have classes that labels lack, such as {data.classes[unnamed[0]]} in {image_id}"
+            ctx.progress(Progress.of_images("pseudo_masks", i + 1, len(data), started, note=note))
+            yield image_id, mask
+            ctx.check()
+
+    write_label_maps(ctx.out / "00000.zip", masks())
+    ctx.have_read(config.pseudo_masks)
+    return {"images": len(data), "failed": []}
+
+
 def foreign_mask(folder: Path, data: Packed, i: int) -> np.ndarray:
-    """The label map (H, W) of image i from ID.png, as pixel masks are. Raises UserError that names the file."""
+    """The label map (H, W) of image i from ID.png, as pixel masks are. Classes that the image's labels lack stay.
+
+    Raises UserError that names the file.
+    """
     path = folder / f"{data.ids[i]}.png"
     if not path.exists():
         raise UserError(f"{folder} has no {path.name}, the mask of an image of split {data.name!r}")

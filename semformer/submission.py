@@ -94,17 +94,19 @@ def write(
 
 
 def check(archive: Path, split: Split) -> None:
-    """That an archive has one PNG of each image of a split and nothing else: of the image's size, in VOC's palette, and
-    with class indices alone. Raises UserError for the first that is otherwise."""
+    """That an archive has one PNG of each image of a split, and nothing else.
+
+    Each has the image's size, VOC's palette, and class indices alone. Raises UserError for the first that is otherwise.
+    """
     missing = {f"{RESULTS}/{image_id}.png": i for i, image_id in enumerate(split.ids)}
     try:
-        with gzip.open(archive) as tar, tarfile.open(fileobj=tar, mode="r:") as file:
+        whole = BytesIO(gzip.decompress(archive.read_bytes()))  # with its checksum, which tarfile leaves unread
+        with tarfile.open(fileobj=whole) as file:
             for member in file:
                 i, content = missing.pop(member.name, None), file.extractfile(member)
                 if i is None or content is None:
                     raise UserError(f"{archive.name} has {member.name}: of no image of {split.name}, or twice")
                 _check_png(member.name, content.read(), image_size(split.image_path(i)), len(split.classes))
-            tar.read()  # to the end, where the checksum is
     except (tarfile.TarError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"{archive.name} is damaged: {error}") from error
     if missing:

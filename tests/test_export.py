@@ -1,7 +1,9 @@
 """`semformer export-test`: what it writes for the test server, of which network, and what it refuses."""
 
+import gzip
 import io
 import json
+import os
 import re
 import shutil
 import tarfile
@@ -23,7 +25,7 @@ from semformer.store.collection import collect
 from semformer.submission import ARCHIVE, RESULTS
 from tests.pipelines import CPU, damage, run
 
-SIZES = [(60, 37), (33, 64), (48, 48)]
+SIZES = [(33, 64), (48, 48), (60, 37)]
 CONFIG = load_config("micro")
 
 
@@ -102,12 +104,12 @@ def test_without_a_crf_the_label_maps_are_of_several_scales(export, trained, spl
             np.testing.assert_array_equal(np.array(image), maps["multi"])
 
 
-def test_what_a_run_has_segmented_is_found(export, trained, capsys):
-    assert export("--split", "val", "--json") == 0
-    stages = {stage["stage"]: stage for stage in json.loads(capsys.readouterr().out)["stages"]}
-    for name in ("deeplab", "segmentation"):
-        assert stages[name]["found"]
-        assert stages[name]["key"] == trained[1][name].key
+def test_what_a_run_has_segmented_is_found_and_needs_no_network(export, trained, tmp_path, capsys):
+    store = Store(shutil.copytree(trained[0].root, tmp_path / "store"))
+    shutil.rmtree(store.root / "deeplab")
+    assert export("--split", "val", "--store", str(store.root), "--json") == 0
+    segmented = json.loads(capsys.readouterr().out)["stages"][-1]
+    assert segmented == {"stage": "segmentation", "key": trained[1]["segmentation"].key, "found": True, "seconds": 0.0}
 
 
 def test_it_tells_how_far_it_is_and_its_label_maps_are_kept(export, voc, trained, tmp_path, capsys, monkeypatch):
@@ -138,10 +140,13 @@ def test_an_empty_folder_is_filled_and_another_is_left_as_it_is(export, tmp_path
 def test_what_the_check_refuses_is_not_written(split, tmp_path):
     write_label_maps(tmp_path / "maps.zip", ((f"multi/{name}", np.zeros((48, 48), np.uint8)) for name in split.ids))
     (out := tmp_path / "out").mkdir()
-    with pytest.raises(UserError, match=r"test_0\.png is 48x48 pixels, its image 60x37"):
+    with pytest.raises(UserError, match=r"test_2\.png is 48x48 pixels, its image 60x37"):
         submission.write(LabelMaps([tmp_path / "maps.zip"]), "multi", split, out, lambda told: None)
     assert sorted(tmp_path.iterdir()) == [tmp_path / "maps.zip", out]
     assert not list(out.iterdir())
+    (tmp_path / f".out.{os.getpid()}").touch()
+    with pytest.raises(UserError, match=rf"--out {out} cannot be written: "):
+        submission.write(LabelMaps([tmp_path / "maps.zip"]), "multi", split, out, lambda told: None)
 
 
 # Which network, and which images
@@ -198,10 +203,10 @@ def test_only_test_images_may_lack_annotations(voc, split):
 # The check
 
 
-def label_map(size: tuple[int, int], value: int = 0, palette: list[int] | None = None) -> bytes:
+def label_map(size: tuple[int, int], value: int = 0, palette: list[int] | None = None, format: str = "png") -> bytes:
     image, buffer = Image.new("P", size, value), io.BytesIO()
     image.putpalette(palette or voc_palette())
-    image.save(buffer, format="png")
+    image.save(buffer, format)
     return buffer.getvalue()
 
 
@@ -218,8 +223,6 @@ NAMES = [f"{RESULTS}/test_{n}.png" for n in range(3)]
 WHOLE = [(name, label_map(size, value=8)) for name, size in zip(NAMES, SIZES, strict=True)]
 GREY = io.BytesIO()
 Image.new("L", SIZES[2]).save(GREY, format="png")
-GIF = io.BytesIO()
-Image.new("P", SIZES[2]).save(GIF, format="gif")
 
 
 @pytest.mark.parametrize(
@@ -232,12 +235,12 @@ Image.new("P", SIZES[2]).save(GIF, format="gif")
         ([("test_2.png", WHOLE[2][1])], r"has test_2\.png: of no image"),
         ([(NAMES[2], WHOLE[2][1][:-40])], r"The label map .*test_2\.png is damaged"),
         ([(NAMES[2], b"no image")], r"The label map .*test_2\.png is damaged"),
-        ([(NAMES[2], label_map((48, 47)))], r"test_2\.png is 48x47 pixels, its image 48x48"),
+        ([(NAMES[2], label_map((37, 60)))], r"test_2\.png is 37x60 pixels, its image 60x37"),
         ([(NAMES[2], GREY.getvalue())], r"test_2\.png is no PNG in VOC's palette, but PNG of mode L"),
-        ([(NAMES[2], GIF.getvalue())], r"test_2\.png is no PNG in VOC's palette, but GIF"),
-        ([(NAMES[2], label_map((48, 48), palette=voc_palette()[::-1]))], r"test_2\.png is no PNG in VOC's palette"),
-        ([(NAMES[2], label_map((48, 48), 9))], r"test_2\.png has the value 9; allowed are the class indices 0 to 8"),
-        ([(NAMES[2], png(np.full((48, 48), IGNORE, np.uint8)))], r"test_2\.png has the value 255"),
+        ([(NAMES[2], label_map(SIZES[2], format="tiff"))], r"test_2\.png is no PNG in VOC's palette, but TIFF"),
+        ([(NAMES[2], label_map(SIZES[2], palette=voc_palette()[::-1]))], r"test_2\.png is no PNG in VOC's palette"),
+        ([(NAMES[2], label_map(SIZES[2], 9))], r"test_2\.png has the value 9; allowed are the class indices 0 to 8"),
+        ([(NAMES[2], png(np.full((37, 60), IGNORE, np.uint8)))], r"test_2\.png has the value 255"),
     ],
 )
 def test_the_check_names_what_the_server_would_not_take(split, tmp_path, last, told):
@@ -246,7 +249,17 @@ def test_the_check_names_what_the_server_would_not_take(split, tmp_path, last, t
         submission.check(write_archive(tmp_path / ARCHIVE, WHOLE[:2] + last), split)
 
 
-@pytest.mark.parametrize("damaged", [lambda b: b[:-200], lambda b: b"x" + b[1:], lambda b: b[:-8] + b"01234567"])
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        lambda content: content[:-200],
+        lambda content: b"x" + content[1:],
+        lambda content: content[:-8] + b"checksum",
+        lambda content: content[:100] + bytes(100) + content[200:],
+        lambda content: gzip.compress(b"no tar" * 1000),
+    ],
+    ids=["cut", "no gzip", "checksum", "middle", "no tar"],
+)
 def test_an_archive_that_is_cut_short_or_altered_is_damaged(split, tmp_path, damaged):
     content = write_archive(tmp_path / ARCHIVE, WHOLE).read_bytes()
     (tmp_path / ARCHIVE).write_bytes(damaged(content))

@@ -86,6 +86,6 @@ def test_objectives_have_the_direction_of_their_nature():
     names = ["cam/val/miou", "cam/val/fp", "gpu_hours"]
     assert list(read_objectives(names, config).values()) == ["maximize", "minimize", "minimize"]
     assert list(read_objectives([], config)) == ["cam/val/miou"]
-    for wrong in (["miou"], ["cam/train/miou"], ["gpu_hours", "gpu_hours"]):
+    for wrong in (["miou"], ["cam/test/miou"], ["gpu_hours", "gpu_hours"]):
         with pytest.raises(UserError, match="objectives"):
             read_objectives(wrong, config)

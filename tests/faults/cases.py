@@ -20,7 +20,7 @@ from typing import NamedTuple
 import optuna
 import psutil
 
-from tests.faults.scene import ROOT, STAGES, TABLE, Scene, Search, Site
+from tests.faults.scene import ROOT, STAGES, TABLE, Scene, Search, Site, Whole
 from tests.servers import MlflowServer, postgres
 
 
@@ -48,6 +48,17 @@ def worker_killed_twice(stage: str) -> Callable[[Path, Site], Outcome]:
         return outcome(scene)
 
     return case
+
+
+def worker_killed_in_each_stage(folder: Path, site: Site) -> Outcome:
+    """Whoever makes a stage after the maps for the first time, one stage after the other."""
+    scene = Whole(folder, site)
+    driver = scene.start()
+    for stage in scene.AFTER_MAPS:
+        os.kill(scene.maker(stage).pid, signal.SIGKILL)
+        scene.after(f"tried again after {stage}: WorkerDied", 60)
+    assert scene.finish(driver) == 0, scene.output()
+    return outcome(scene)
 
 
 def node_killed(folder: Path, site: Site) -> Outcome:
@@ -197,7 +208,7 @@ def driver_stalls(folder: Path, site: Site) -> Outcome:
 def foreign_lease(folder: Path, site: Site) -> Outcome:
     """Another host was making the first stage, and never comes back: only its lease's age tells."""
     scene = Scene(folder, site)
-    store, key = scene.store(), scene.plan().trials[0].keys["caae"]
+    store, key = scene.store(), scene.plan.trials[0].keys["caae"]
     note = {"host": "elsewhere", "pid": 1, "machine": "another", "since": time.time(), "inputs": []}
     store.storage.create(f"leases/{key.digest}/1", json.dumps(note).encode())
     driver = scene.start()
@@ -276,6 +287,7 @@ def outcome(scene: Scene, remark: str = "", failed: tuple[str, ...] = ()) -> Out
 
 CASES: dict[str, Callable[[Path, Site], Outcome]] = {
     **{f"worker killed twice in {stage}": worker_killed_twice(stage) for stage in STAGES},
+    "worker killed in each stage after the maps": worker_killed_in_each_stage,
     "a node joins with other code": bad_late_node,
     "node killed": node_killed,
     "driver killed, then resume": driver_killed,

@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -154,6 +155,7 @@ class Scene:
 
     # What is going on
 
+    @cached_property
     def plan(self) -> Plan:
         return make_plan(load_tables([str(self.table)]), "micro", {}, [0], None, self.store())
 
@@ -162,7 +164,7 @@ class Scene:
 
     def maker(self, stage: str, key: StageKey | None = None, *, but: int = 0, seconds: float = 120) -> Maker:
         """Waits until some process makes a stage of that kind, or of that key, other than the process `but`."""
-        keys = {key} if key else {trial.keys[stage] for trial in self.plan().trials}
+        keys = {key} if key else {trial.keys[stage] for trial in self.plan.trials}
         store = self.store()
 
         def look() -> Maker | None:
@@ -184,7 +186,7 @@ class Scene:
 
     def epochs_trained(self) -> Counter[tuple[str, int]]:
         """How often each epoch of each stage, by its digest, was trained."""
-        plan = self.plan()
+        plan = self.plan
         digests = {
             (row, stage): key.digest
             for trial in plan.trials
@@ -221,6 +223,26 @@ class Scene:
                 if sorted(steps) != list(range(1, EPOCHS + 1)):
                     wrong.append(f"{row}: {name} has steps {steps}")
         return wrong
+
+
+class Whole(Scene):
+    """A sweep of two rows to their segmentations, which share all that comes before the walk."""
+
+    AFTER_MAPS = (
+        *("train_cams", "affinity_labels", "affinity", "walk", "pseudo_masks"),
+        *("evaluate_masks", "deeplab", "segmentation", "evaluate_seg"),
+    )
+    TABLE = (
+        TABLE[: TABLE.index("rows:")].replace("metrics: [", "metrics: [{name: seg/miou, header: seg}, ")
+        + "rows:\n  - {id: own, label: own}\n  - {id: near, label: near, set: {walk.beta: 4.0}}\n"
+    )
+    stages = {  # noqa: RUF012
+        **dict.fromkeys((*STAGES, *AFTER_MAPS[:3]), 1),
+        **dict.fromkeys(AFTER_MAPS[3:], 2),
+    }
+
+    def __init__(self, folder: Path, site: Site):
+        super().__init__(folder, site, text=self.TABLE)
 
 
 class Search(Scene):

@@ -89,7 +89,7 @@ def test_a_run_shows_the_classes_and_pictures_of_every_link(place, swept):
     for name in names:
         assert any(file.endswith(f"{run.info.run_id}/artifacts/{name}") for file in files)
     uses = {(item.tags[0].value, item.dataset.name.rpartition(" ")[2]) for item in run.inputs.dataset_inputs}
-    assert uses == {("training", "train"), ("evaluation", "train"), ("evaluation", "val")}
+    assert uses == {("training", "train"), ("evaluation", "val")}
     assert run.data.params["walk.beta"] == "16.0"
     assert json.loads(run.data.tags["semformer.masks_read_by"]) == ["evaluate", "evaluate_masks", "evaluate_seg"]
 

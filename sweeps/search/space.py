@@ -152,7 +152,8 @@ def radius(own: Config) -> IntDistribution:
 def mask_threshold(own: Config) -> FloatDistribution:
     """What is background in pseudo masks: every second hundredth around the preset's, by up to 0.2."""
     middle = own.pseudo_masks.threshold
-    return FloatDistribution(max(0.01, middle - 0.2), min(0.99, middle + 0.2), step=0.02)
+    reach = min(10, int(50 * middle), int(50 * (1 - middle)))
+    return FloatDistribution(round(middle - reach / 50, 6), round(middle + reach / 50, 6), step=0.02)
 
 
 def mask_crf(own: Config) -> CategoricalDistribution:

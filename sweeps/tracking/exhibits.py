@@ -62,9 +62,9 @@ USES = {
 
 
 def datasets(trial: Trial) -> list[DatasetInput]:
-    """The images that a trial trains on and those that it is measured on, each with the digest of their bytes."""
+    """The images that a trial trains on, and others that it is measured on, each with the digest of their bytes."""
     inputs = []
-    for (context, split), images in _images(trial).items():
+    for split, (context, images) in _images(trial).items():
         made = {"semformer.data.shapes": trial.config.data.model_dump(mode="json")["shapes"]}
         dataset = Dataset(
             name=f"{trial.data_name.partition(' (')[0]} {split}",
@@ -77,11 +77,11 @@ def datasets(trial: Trial) -> list[DatasetInput]:
     return inputs
 
 
-def _images(trial: Trial) -> dict[tuple[str, str], str]:
-    """(use, split) -> digest. Of an imported network it is not known what it was trained on."""
-    found = {}
+def _images(trial: Trial) -> dict[str, tuple[str, str]]:
+    """Split -> first use, and digest. Of an imported network it is not known what it was trained on."""
+    found: dict[str, tuple[str, str]] = {}
     for stage in pipeline.STAGES:
         if stage.name in USES and (key := trial.keys.get(stage.name)) and "images" in key.spec["data"]:
             split = getattr(trial.config.data, stage.split)
-            found[USES[stage.name], split] = key.spec["data"]["images"]
+            found.setdefault(split, (USES[stage.name], key.spec["data"]["images"]))
     return found

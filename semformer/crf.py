@@ -15,10 +15,14 @@ from torch.nn.functional import pad
 
 from semformer.config import CrfConfig
 from semformer.errors import UserError
-from semformer.sparse import sparse
+from semformer.sparse import by_rows
 
 LEAST = 1e-5
 """No label is less likely than that to begin with."""
+KEPT = 2**20
+"""Pixels of an image up to which the lattice of its places is kept, for other images of the size."""
+AT_ONCE = 2**20
+"""Pixels whose places in the lattice are found together: what that takes is ten times what is kept of it."""
 
 
 class DenseCrf:
@@ -29,9 +33,10 @@ class DenseCrf:
         _, H, W = image.shape
         colours = image.reshape(3, -1).T.float() / options.bilateral_srgb
         both = torch.cat([_grid(H, W, image.device) / options.bilateral_sxy, colours], dim=1)
+        places = _places if H * W <= KEPT else _places.__wrapped__
         self.options = options
         self._kernels = (
-            (options.gaussian_compat, _places(H, W, options.gaussian_sxy, image.device)),
+            (options.gaussian_compat, places(H, W, options.gaussian_sxy, image.device)),
             (options.bilateral_compat, Lattice(both)),
         )
 
@@ -67,10 +72,15 @@ class Lattice:
     def __init__(self, features: Tensor):
         """features: (N, d), in standard deviations. Raises UserError where they reach too far for the lattice."""
         keys, weights, axes = _corners(features)
-        points, corner = keys.unique(return_inverse=True)
-        place = torch.arange(len(features), device=features.device).repeat_interleave(keys.shape[1])
-        to_places = sparse(place, corner.flatten(), weights.flatten(), (len(features), len(points)))
-        to_points = sparse(corner.flatten(), place, weights.flatten(), (len(points), len(features)))
+        (N, corners), weights = keys.shape, weights.flatten()
+        keys, order = keys.flatten().sort(stable=True)
+        points, counts = keys.unique_consecutive(return_counts=True)
+        del keys
+        corner = torch.empty(len(order), dtype=torch.int32, device=order.device)
+        corner[order] = torch.arange(len(points), dtype=torch.int32, device=order.device).repeat_interleave(counts)
+        to_places = by_rows(counts.new_full((N,), corners), corner, weights, len(points))
+        to_points = by_rows(counts, order.div(corners, rounding_mode="floor"), weights[order], N)
+        del order
         self._steps = [to_points, *(_blur(points, axis) for axis in axes), to_places]
         self._norm = self._sums(features.new_ones(len(features), 1)).rsqrt()
 
@@ -91,6 +101,28 @@ def _corners(features: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     A point of the lattice has d + 1 whole coordinates with the sum 0, all alike modulo d + 1; the last is left out.
     """
     d = features.shape[1]
+    parts = [_simplices(some) for some in features.split(AT_ONCE)]
+    lowest = torch.stack([origin.amin(dim=0) for origin, _, _ in parts]).amin(dim=0) - 2 * d
+    highest = torch.stack([origin.amax(dim=0) for origin, _, _ in parts]).amax(dim=0) + 2 * d
+    extent = (highest + 1 - lowest).tolist()
+    if math.prod(extent) >= 2**63:
+        raise UserError(f"a CRF's standard deviations are too small: the lattice would be {extent} points wide")
+    place = torch.tensor([math.prod(extent[i + 1 :]) for i in range(d)], device=features.device)
+
+    def corners(origin: Tensor, rank: Tensor) -> Tensor:
+        first = ((origin - lowest) * place).sum(dim=1)
+        found = [first + k * place.sum() - (d + 1) * ((rank > d - k) * place).sum(dim=1) for k in range(d + 1)]
+        return torch.stack(found, dim=1)
+
+    keys = torch.cat([corners(origin, rank) for origin, rank, _ in parts])
+    axes = [(d + 1) * int(place[i]) - int(place.sum()) for i in range(d)]
+    return keys, torch.cat([weights for _, _, weights in parts]), [*axes, -int(place.sum())]
+
+
+def _simplices(features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Of features (N, d): the coordinates of the first corner of each simplex (N, d), the ranks of the axes by which
+    its other corners follow (N, d), and the weights of its corners (N, d + 1)."""
+    d = features.shape[1]
     axis = torch.arange(1, d + 1, device=features.device)
     scaled = features * math.sqrt(2 / 3) * (d + 1) / (axis * (axis + 1)).sqrt()
     position = pad(scaled.flip(1).cumsum(1).flip(1), (0, 1))  # (N, d + 1)
@@ -104,30 +136,20 @@ def _corners(features: Tensor) -> tuple[Tensor, Tensor, list[int]]:
     rank, nearest, rest = rank - over * (d + 1), nearest - over, rest + over
     ascending = torch.zeros_like(rest).scatter_(1, d - rank, rest)
     weights = torch.cat([1 + ascending[:, :1] - ascending[:, -1:], ascending.diff(dim=1)], dim=1)
-
-    rank, origin = rank[:, :d], (d + 1) * nearest[:, :d].long()
-    lowest = origin.amin(dim=0) - 2 * d
-    extent = (origin.amax(dim=0) + 2 * d + 1 - lowest).tolist()
-    if math.prod(extent) >= 2**63:
-        raise UserError(f"a CRF's standard deviations are too small: the lattice would be {extent} points wide")
-    place = torch.tensor([math.prod(extent[i + 1 :]) for i in range(d)], device=features.device)
-    origin = ((origin - lowest) * place).sum(dim=1)
-    corners = [origin + k * place.sum() - (d + 1) * ((rank > d - k) * place).sum(dim=1) for k in range(d + 1)]
-    axes = [(d + 1) * int(place[i]) - int(place.sum()) for i in range(d)]
-    return torch.stack(corners, dim=1), weights, [*axes, -int(place.sum())]
+    return (d + 1) * nearest[:, :d].long(), rank[:, :d].to(torch.int8), weights
 
 
 def _blur(points: Tensor, axis: int) -> Tensor:
     """(M, M): a point's value and half of those before and after it, `axis` apart, as far as there are any."""
-    index = torch.arange(len(points), device=points.device)
-    rows, columns, weights = [index], [index], [torch.ones(len(points), device=points.device)]
-    for wanted in (points - axis, points + axis):
-        found = torch.searchsorted(points, wanted).clamp_(max=len(points) - 1)
-        there = points[found] == wanted
-        rows.append(index[there])
-        columns.append(found[there])
-        weights.append(torch.full_like(found[there], 0.5, dtype=torch.float32))
-    return sparse(torch.cat(rows), torch.cat(columns), torch.cat(weights), (len(points), len(points)))
+    M, device = len(points), points.device
+    columns = torch.empty(M, 3, dtype=torch.int32, device=device)
+    columns[:, 0] = torch.arange(M, device=device)
+    there = torch.ones(M, 3, dtype=torch.bool, device=device)
+    for side, wanted in ((1, points - axis), (2, points + axis)):
+        found = torch.searchsorted(points, wanted).clamp_(max=M - 1)
+        columns[:, side], there[:, side] = found, points[found] == wanted
+    weights = torch.tensor([1, 0.5, 0.5], device=device).expand(M, 3)
+    return by_rows(there.sum(dim=1), columns[there], weights[there], M)
 
 
 @lru_cache(maxsize=8)

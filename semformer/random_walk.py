@@ -13,7 +13,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from semformer.sparse import row_ends
+from semformer.sparse import by_rows
+
+KEPT = 2**16
+"""Pixels of a map up to which the places of its steps' weights are kept, for other maps of the size."""
 
 
 @lru_cache
@@ -60,18 +63,24 @@ def feature_affinities(features: Tensor, radius: int) -> Tensor:
 
 @lru_cache(maxsize=8)
 def _steps(H: int, W: int, radius: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-    """The places of a step's weights in a sparse matrix (H W, H W), by rows, and which of all weights stands at each.
+    """A step's sparse matrix (H W, H W) by rows: how many elements each has, in which columns, and which of all weights
+    they are.
 
-    All weights: 1 for each pixel itself, then those of the pairs (pairs, H, W), then these again, for the second pixel.
+    All weights: 1 for each pixel itself, then those of the pairs (pairs, H, W), by their first pixel.
     """
-    pixel = torch.arange(H * W, device=device).view(H, W)
-    second = seconds(pad(pixel, _reach(radius), value=-1), radius).flatten()
-    first = pixel.flatten().repeat(len(neighbours(radius)))
-    row = torch.cat([pixel.flatten(), first, second])
-    column = torch.cat([pixel.flatten(), second, first])
-    inside = torch.nonzero((row >= 0) & (column >= 0))[:, 0]
-    order = inside[(row[inside] * (H * W) + column[inside]).argsort()]
-    return row_ends(row[inside], H * W), column[order], order
+    pair = {(0, 0): 0} | {offset: 1 + i for i, offset in enumerate(neighbours(radius))}
+    offsets = sorted({*pair, *((-dy, -dx) for dy, dx in pair)})
+    pixel = torch.arange(H * W, dtype=torch.int32, device=device)
+    y, x = pixel.div(W, rounding_mode="floor"), pixel % W
+    columns = torch.empty(H * W, len(offsets), dtype=torch.int32, device=device)
+    order, inside = torch.empty_like(columns), torch.empty_like(columns, dtype=torch.bool)
+    for i, (dy, dx) in enumerate(offsets):
+        second = pixel + (dy * W + dx)
+        columns[:, i] = second
+        inside[:, i] = (y + dy >= 0) & (y + dy < H) & (x + dx >= 0) & (x + dx < W)
+        is_first = (dy, dx) in pair
+        order[:, i] = (pixel if is_first else second) + H * W * pair[(dy, dx) if is_first else (-dy, -dx)]
+    return inside.sum(dim=1), columns[inside], order[inside]
 
 
 def transition(affinities: Tensor, *, radius: int, beta: float) -> Tensor:
@@ -81,15 +90,14 @@ def transition(affinities: Tensor, *, radius: int, beta: float) -> Tensor:
     affinity^beta, divided by the sum.
     """
     B, _, H, W = affinities.shape
-    ends, columns, order = _steps(H, W, radius, affinities.device)
+    steps = _steps if H * W <= KEPT else _steps.__wrapped__
+    counts, columns, order = steps(H, W, radius, affinities.device)
     near = affinities.double().flatten(1) ** beta
-    weights = torch.cat([near.new_ones(B, H * W), near, near], dim=1)[:, order]
-    sums = torch.segment_reduce(weights.T.contiguous(), "sum", offsets=ends, axis=0).T
-    weights = weights / sums.repeat_interleave(ends.diff(), dim=1)
-    image = torch.arange(B, device=affinities.device)[:, None]
-    ends = torch.cat([(ends[:-1] + image * len(order)).flatten(), B * ends[-1:]])
-    size = (B * H * W, B * H * W)
-    return torch.sparse_csr_tensor(ends, (columns + image * H * W).flatten(), weights.flatten(), size)
+    weights = torch.cat([near.new_ones(B, H * W), near], dim=1).index_select(1, order)
+    sums = torch.segment_reduce(weights.T.contiguous(), "sum", lengths=counts, axis=0).T
+    weights /= sums.repeat_interleave(counts, dim=1)
+    image = torch.arange(B, dtype=torch.int32, device=affinities.device)[:, None]
+    return by_rows(counts.repeat(B), (columns + image * (H * W)).flatten(), weights.flatten(), B * H * W)
 
 
 def along_edges(maps: Tensor, edges: Tensor, *, radius: int = 5, beta: float = 10, steps: int = 2**8) -> Tensor:

@@ -4,19 +4,16 @@ import warnings
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 torch.sparse.check_sparse_tensor_invariants.disable()  # else torch warns that nobody has decided about it
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 
-def row_ends(rows: Tensor, n: int) -> Tensor:
-    """(n + 1,): where each of n rows begins, and ends, among elements that are sorted by their `rows`."""
-    ends = torch.zeros(n + 1, dtype=torch.int64, device=rows.device)
-    ends[1:] = torch.bincount(rows, minlength=n).cumsum(0)
-    return ends
+def by_rows(counts: Tensor, columns: Tensor, values: Tensor, width: int) -> Tensor:
+    """A matrix (n, width) of elements that are given row by row, `counts` (n,) in each.
 
-
-def sparse(rows: Tensor, columns: Tensor, values: Tensor, shape: tuple[int, int]) -> Tensor:
-    """A matrix of elements in any order."""
-    order = rows.argsort(stable=True)
-    return torch.sparse_csr_tensor(row_ends(rows, shape[0]), columns[order], values[order], shape)
+    Its indices have 32 bits: half the memory of 64, and quicker products.
+    """
+    ends = pad(counts.cumsum(0), (1, 0))
+    return torch.sparse_csr_tensor(ends.int(), columns.int(), values, (len(counts), width))

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from semformer import crf
 from semformer.config import CrfConfig
 from semformer.crf import DenseCrf, Lattice
 from semformer.errors import UserError
@@ -134,6 +135,27 @@ def test_an_image_of_one_pixel():
 def test_standard_deviations_that_are_too_small_are_told(noisy):
     with pytest.raises(UserError, match="standard deviations are too small"):
         DenseCrf(noisy[0], CrfConfig(iterations=1, bilateral_srgb=1e-3, bilateral_sxy=1e-3))
+
+
+def test_a_large_image_is_taken_in_parts_and_its_lattice_is_not_kept(noisy, monkeypatch):
+    image, _, labels = noisy
+    options = CrfConfig(iterations=3, bilateral_sxy=20, gaussian_sxy=2)
+    likely = torch.stack([labels, 1 - labels]).float()
+    whole = DenseCrf(image, options).refine(likely)
+    monkeypatch.setattr(crf, "AT_ONCE", 37)
+    monkeypatch.setattr(crf, "KEPT", labels.numel() - 1)
+    crf._places.cache_clear()
+    assert torch.equal(DenseCrf(image, options).refine(likely), whole)
+    assert crf._places.cache_info().currsize == 0
+    monkeypatch.setattr(crf, "KEPT", labels.numel())
+    assert torch.equal(DenseCrf(image, options).refine(likely), whole)
+    assert crf._places.cache_info().currsize == 1
+
+
+def test_indices_have_32_bits(noisy):
+    """With 64, a photograph of 12 megapixels takes 7 GiB."""
+    for _, kernel in DenseCrf(noisy[0], CrfConfig(iterations=1))._kernels:
+        assert {step.col_indices().dtype for step in kernel._steps} == {torch.int32}
 
 
 @pytest.mark.parametrize("seed", range(3))

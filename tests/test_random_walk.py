@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from semformer import random_walk as module
 from semformer.random_walk import (
     along_edges,
     along_features,
@@ -119,6 +120,17 @@ def test_images_of_a_batch_do_not_touch(rng):
     together = along_edges(maps, edges, radius=4, beta=3, steps=16)
     alone = torch.cat([along_edges(maps[i : i + 1], edges[i : i + 1], radius=4, beta=3, steps=16) for i in range(4)])
     torch.testing.assert_close(together, alone, rtol=1e-12, atol=0)
+
+
+def test_what_belongs_to_the_size_of_large_maps_is_not_kept(rng, monkeypatch):
+    edges, maps = torch.from_numpy(rng.random((1, 6, 7))), torch.from_numpy(rng.random((1, 2, 6, 7)))
+    found = []
+    for kept in (6 * 7 - 1, 6 * 7):
+        monkeypatch.setattr(module, "KEPT", kept)
+        module._steps.cache_clear()
+        found.append(along_edges(maps, edges, radius=4, beta=3, steps=4))
+        assert module._steps.cache_info().currsize == int(kept == 6 * 7)
+    assert torch.equal(*found)
 
 
 def test_what_edges_enclose_stays_there():

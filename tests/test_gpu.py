@@ -18,8 +18,10 @@ def test_the_gpu_script_runs_on_a_cpu(tmp_path, capsys):
     assert report.strip() == told.out.strip()
     assert report.count("| yes |") == 5
     assert report.count("| skipped | needs a GPU") == 1
-    for stage in ("caae", "segmentor", "cams"):
-        assert f"\n| {stage} | " in report
+    for stage in ("caae", "segmentor", "cams", "affinity", "walk", "deeplab", "segmentation"):
+        assert re.search(rf"\n\| {stage} \| [\d.]+ \| \S+ \| ", report), f"images/s and TFLOP/s of {stage}"
+    for stage in ("affinity_labels", "segmentation"):
+        assert re.search(rf"\n\| {stage} \| [^|]+\|[^|]+\|  \| [\de.-]+ \|", report), f"labels/s of the CRF in {stage}"
     assert "All tables are priced at the rates of preset paper." in report
 
 

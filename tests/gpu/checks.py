@@ -6,6 +6,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file
 
@@ -13,14 +14,17 @@ from semformer import pipeline
 from semformer.config import Config, load_config
 from semformer.data.augment import caae_crops, segmentor_crops
 from semformer.data.loading import Batch, Loader
+from semformer.data.pack import Packed
 from semformer.data.shapes import make_shapes
 from semformer.data.voc import open_devkit
+from semformer.models.affinity import STRIDES
 from semformer.precision import autocast
-from semformer.stages import caae, segmentor
+from semformer.stages import affinity, caae, deeplab, segmentor
 from semformer.stages.pack import packed
 from semformer.store import Store
 
-CROPS = {"caae": caae_crops, "segmentor": segmentor_crops}
+CROPS = {"caae": caae_crops, "segmentor": segmentor_crops, "affinity": segmentor_crops, "deeplab": segmentor_crops}
+"""Of the stages that train."""
 
 
 class Skipped(Exception):
@@ -53,16 +57,21 @@ def shapes(folder: Path) -> Path:
 
 
 def whole_pipeline(device: torch.device, folder: Path) -> str:
-    artifacts = run(load_config("micro"), shapes(folder), Store(folder / "store"), device)
+    config = load_config("micro")
+    ends = pipeline.ends(config, "deeplab")
+    artifacts = run(config, shapes(folder), Store(folder / "store"), device, until=ends)
     peak = max(artifact.info["memory"]["peak_bytes"] for artifact in artifacts.values())
-    return f"mIoU {artifacts['evaluate'].info['metrics']['cam/val/miou']:.1f}, peak {peak / 2**20:.0f} MiB"
+    scores = {name: value for end in ends for name, value in artifacts[end].info["metrics"].items()}
+    told = ", ".join(f"{name} {scores[name]:.1f}" for name in ("cam/val/miou", "pseudo/train/miou", "seg/val/miou"))
+    return f"{told}, peak {peak / 2**20:.0f} MiB"
 
 
 def resume(device: torch.device, folder: Path) -> str:
     """An interrupted training ends with the same bits as one that was not."""
-    config, data = load_config("micro"), shapes(folder)
+    short = {"deeplab.supervised": True, "affinity_labels.crf.iterations": 0}
+    config, data = load_config("micro", short | {f"{stage}.epochs": 2 for stage in CROPS}), shapes(folder)
     whole, parts = Store(folder / "whole"), Store(folder / "parts")
-    expected = run(config, data, whole, device, until="segmentor")
+    expected = run(config, data, whole, device, until=tuple(CROPS))
     for stage in CROPS:
 
         def stop(told, stage=stage) -> None:
@@ -96,23 +105,46 @@ def _step(stage: str, device: torch.device, folder: Path, precision: str) -> tup
     config = load_config("micro")
     data = packed(open_devkit(shapes(folder)).split("train"), ["images"], Store(folder / "store"))
     torch.manual_seed(0)
-    guide = caae.build(config.caae, n_classes=len(data.classes)).to(device)
-    model = guide
-    if stage == "segmentor":
-        guide.eval().requires_grad_(False)
-        model = segmentor.build(config.segmentor, n_classes=len(data.classes), class_dim=config.caae.class_dim).to(
-            device
-        )
-    batch = next(Loader(data, CROPS[stage], getattr(config, stage), seed=0, device=device).epoch(0))
+    model, guide = network(stage, config, len(data.classes), device)
+    batch = next(loader(stage, config, data, device).epoch(0))
     with autocast(device, precision):
         terms = gradients(stage, model, guide, config, batch)
     gradient = torch.cat([p.grad.float().flatten().cpu() for p in model.parameters() if p.grad is not None])
     return terms["total"].item(), gradient
 
 
+def network(stage: str, config: Config, K: int, device: torch.device):
+    """The untrained network of a stage that trains, and the CAAE that guides it (None: none does)."""
+    if stage == "caae":
+        return caae.build(config.caae, n_classes=K).to(device), None
+    if stage == "affinity":
+        return affinity.build(config.affinity).to(device), None
+    if stage == "deeplab":
+        return deeplab.build(config.deeplab, n_classes=K).to(device), None
+    guide = caae.build(config.caae, n_classes=K).to(device).eval().requires_grad_(False)
+    return segmentor.build(config.segmentor, n_classes=K, class_dim=config.caae.class_dim).to(device), guide
+
+
+def loader(stage: str, config: Config, data: Packed, device: torch.device) -> Loader:
+    """The batches of a stage that trains; label maps are stripes, of the background and each class of the image."""
+    options = getattr(config, stage)
+    sides = {"affinity": config.affinity.image_size // STRIDES[config.affinity.variant], "deeplab": options.image_size}
+
+    def stripes(i: int) -> np.ndarray:
+        classes, (H, W) = np.array([0, *data.objects(i)], dtype=np.uint8), data.sizes[i]
+        return np.broadcast_to(classes[np.arange(W) * len(classes) // W], (H, W))
+
+    label_map, side = (stripes, sides[stage]) if stage in sides else (None, 0)
+    return Loader(data, CROPS[stage], options, seed=0, device=device, label_map=label_map, label_side=side)
+
+
 def gradients(stage: str, model, guide, config: Config, batch: Batch) -> dict[str, torch.Tensor]:
     if stage == "caae":
         return caae.gradients(model, batch)
+    if stage == "affinity":
+        return affinity.gradients(model, batch, config.affinity)
+    if stage == "deeplab":
+        return deeplab.gradients(model, batch)
     generator = torch.Generator(batch.images.device).manual_seed(0)
     return segmentor.gradients(model, guide, config.segmentor, batch, generator, caae_size=config.caae.image_size)
 
@@ -173,7 +205,7 @@ def sweep(device: torch.device, folder: Path) -> str:
 
 
 CHECKS: dict[str, Callable[[torch.device, Path], str]] = {
-    "the pipeline, preset micro": whole_pipeline,
+    "the pipeline until deeplab, preset micro": whole_pipeline,
     "an interrupted training resumes, and ends with the same bits": resume,
     "a step in bfloat16 is near one in float32": bfloat16,
     "a batch that does not fit into memory is taken in pieces": out_of_memory,

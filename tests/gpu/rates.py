@@ -1,36 +1,41 @@
 """How fast the stages are on a device, and what all tables would cost at these rates."""
 
 import importlib.util
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
+import torch.nn.functional as F
 
 from semformer import flops, memory
 from semformer.config import Config, load_config
 from semformer.data.augment import caae_crops
-from semformer.data.loading import Loader
 from semformer.data.pack import Packed
-from semformer.flops import Images
-from semformer.inference import multi_scale_maps
+from semformer.flops import Images, Work
+from semformer.inference import STRIDE, Maps, multi_scale_maps
 from semformer.precision import determinism
-from semformer.stages import caae, segmentor
+from semformer.stages import affinity_labels, segmentation, walk
 from semformer.stages.cams import TOGETHER
 from semformer.stages.training import Step, build_optimizer, compiled
 from semformer.store import Store
+from tests.benchmarks.bench_crf import make_photograph
 from tests.benchmarks.bench_loading import HEIGHT, WIDTH, host_rate, make_photographs
 from tests.devkits import paper_splits
-from tests.gpu.checks import CROPS, gradients
+from tests.gpu.checks import CROPS, gradients, loader, network
 
 K = 21
 TRAIN, EVALUATED, CLASSES = 10_582, 1_464, 2.5
 """Images of VOC's trainaug and train, and how many classes one shows, with the background."""
 PEAKS = {"H100": 989.0, "H200": 989.0, "A100": 312.0, "A10": 125.0, "L40": 181.0, "L4": 121.0, "V100": 125.0}
 """Dense matrix products in bfloat16 (V100: float16), in TFLOP/s, as their maker tells."""
+PRETRAINED = {"caae": "encoder", "segmentor": "backbone", "affinity": "features", "deeplab": "features"}
+"""The part of a network that has pretrained weights."""
 PROFILED = 5
 """Steps of which the time that the GPU is busy is measured."""
 
@@ -42,23 +47,30 @@ class Rate:
     busy: float | None
     """Share of the time in which the GPU is at work."""
     peak_bytes: int
+    labels_per_image: float = 0.0
+    """`Work.labels` of CRFs."""
 
     @property
     def tflops(self) -> float:
         return self.images_per_second * self.flops_per_image / 1e12
+
+    @property
+    def labels_per_second(self) -> float:
+        return self.images_per_second * self.labels_per_image
 
 
 def report(
     preset: str, device: torch.device, folder: Path, seconds: float, photographs: int, *, compiled_too: bool
 ) -> Iterator[str]:
     """Lines of Markdown."""
-    off = {f"{stage}.pretrained": False for stage in ("caae", "segmentor")}
+    off = {f"{stage}.pretrained": False for stage in CROPS}
     config = load_config(preset, off)
     data = make_photographs(folder, photographs)
     peak = next((v for name, v in PEAKS.items() if device.type == "cuda" and name in memory.peak(device)["name"]), None)
     yield (
         f"\nPreset {preset}, {config.precision}, {photographs} photographs of {WIDTH}x{HEIGHT}:\n\n"
-        "| what | images/s | TFLOP/s | of the peak (MFU) | GPU busy | memory |\n|---|---:|---:|---:|---:|---:|"
+        "| what | images/s | TFLOP/s | of the peak (MFU) | CRF: 10^9 labels/s | GPU busy | memory |\n"
+        "|---|---:|---:|---:|---:|---:|---:|"
     )
     measured = {}
     what = {stage: (stage, config) for stage in RATES}
@@ -68,52 +80,31 @@ def report(
     for name, (stage, of_stage) in what.items():
         with determinism(device):
             rate = measured[name] = RATES[stage](of_stage, data, device, seconds)
-        mfu = "" if peak is None else f"{100 * rate.tflops / peak:.0f} %"
+        tflops = f"{rate.tflops:.3g}" if rate.tflops else ""
+        mfu = f"{100 * rate.tflops / peak:.0f} %" if peak and rate.tflops else ""
+        labels = f"{rate.labels_per_second / 1e9:.3g}" if rate.labels_per_image else ""
         busy = "" if rate.busy is None else f"{100 * rate.busy:.0f} %"
         gib = rate.peak_bytes / 2**30
-        yield f"| {name} | {rate.images_per_second:.1f} | {rate.tflops:.3g} | {mfu} | {busy} | {gib:.1f} GiB |"
+        yield f"| {name} | {rate.images_per_second:.3g} | {tflops} | {mfu} | {labels} | {busy} | {gib:.1f} GiB |"
     for stage in CROPS:
-        yield f"| {stage}, its crops alone | {_data_rate(stage, config, data, device, seconds):.0f} | | | | |"
+        yield f"| {stage}, its crops alone | {_data_rate(stage, config, data, device, seconds):.0f} | | | | | |"
     one_core = host_rate(data, lambda epoch: caae_crops(data.sizes, config.caae, seed=0, epoch=epoch))
-    yield f"| the host's share of a CAAE crop, one core | {one_core:.0f} | | | | |"
+    yield f"| the host's share of a CAAE crop, one core | {one_core:.0f} | | | | | |"
     yield "\n" + (
         price(measured, folder) if preset == "paper" else "All tables are priced at the rates of preset paper."
     )
 
 
-def _caae_rate(config: Config, data: Packed, device: torch.device, seconds: float) -> Rate:
-    model = caae.build(config.caae, n_classes=K).to(device)
-    work = flops.caae_training(config.caae, K)
-    network = compiled(model, config.caae)
-    return _training_rate("caae", network, network, model.encoder, config, data, work, device, seconds)
-
-
-def _segmentor_rate(config: Config, data: Packed, device: torch.device, seconds: float) -> Rate:
-    guide = caae.build(config.caae, n_classes=K).to(device).eval().requires_grad_(False)
-    model = segmentor.build(config.segmentor, n_classes=K, class_dim=config.caae.class_dim).to(device)
-    work = flops.segmentor_training(config.segmentor, config.caae, K, float(data.labels.sum(axis=1).mean()))
-    guide.embed = compiled(guide.embed, config.segmentor)  # type: ignore[method-assign]
-    network, backbone = compiled(model, config.segmentor), model.backbone
-    return _training_rate("segmentor", network, guide, backbone, config, data, work, device, seconds)
-
-
-def _training_rate(
-    stage: str,
-    model: Any,
-    guide: Any,
-    pretrained: torch.nn.Module,
-    config: Config,
-    data: Packed,
-    work: float,
-    device: torch.device,
-    seconds: float,
-) -> Rate:
-    options = getattr(config, stage)
-    loader = Loader(data, CROPS[stage], options, seed=0, device=device)
+def _training_rate(stage: str, config: Config, data: Packed, device: torch.device, seconds: float) -> Rate:
+    options, batches = getattr(config, stage), loader(stage, config, data, device)
+    model, guide = network(stage, config, K, device)
+    if guide:
+        guide.embed = compiled(guide.embed, options)
+    trained = compiled(model, options)
     step = Step(
         stage,
-        build_optimizer(model, options.optimizer, pretrained),
-        lambda batch, generator, pieces: gradients(stage, model, guide, config, batch),
+        build_optimizer(model, options.optimizer, getattr(model, PRETRAINED[stage])),
+        lambda batch, generator, pieces: gradients(stage, trained, guide, config, batch),
         config.precision,
         most_pieces=1,
     )
@@ -121,30 +112,81 @@ def _training_rate(
 
     def steps() -> Iterator[int]:
         for epoch in range(10**6):
-            for batch in loader.epoch(epoch):
+            for batch in batches.epoch(epoch):
                 step(batch, generator)
                 yield len(batch)
 
-    warm = 2 * len(loader) if options.compile else 3  # each number of pairs is compiled once
-    return _rate(steps(), work, device, seconds, warm)
+    images = Images(len(data), WIDTH, HEIGHT, float(data.labels.sum(axis=1).mean()), K)
+    work = flops.stage_work(stage, config, images)
+    of_image = Work(work.flops / (work.passes * batches.batch_size))
+    warm = 2 * len(batches) if options.compile else 3  # each number of pairs is compiled once
+    return _rate(steps(), of_image, device, seconds, warm)
 
 
 def _cams_rate(config: Config, data: Packed, device: torch.device, seconds: float) -> Rate:
-    model = segmentor.build(config.segmentor, n_classes=K, class_dim=config.caae.class_dim).to(device).eval()
-    images = Images(EVALUATED, WIDTH, HEIGHT, CLASSES, K)
+    model = network("segmentor", config, K, device)[0].eval()
+
+    def make_maps(rows: range) -> None:
+        images, classes = [data.pixels(i) for i in rows], [data.objects(i) for i in rows]
+        multi_scale_maps(model, images, classes, config.cams, precision=config.precision)
+
+    return _once_rate("cams", config, _together(data, make_maps), device, seconds)
+
+
+def _walk_rate(config: Config, data: Packed, device: torch.device, seconds: float) -> Rate:
+    model = network("affinity", config, K, device)[0].eval()
+
+    def make_steps(rows: range) -> None:
+        walk.walk(model, [data.pixels(i) for i in rows], [_maps(data.objects(i)) for i in rows], config)
+
+    return _once_rate("walk", config, _together(data, make_steps), device, seconds)
+
+
+def _crf_rate(config: Config, data: Packed, device: torch.device, seconds: float) -> Rate:
+    image, maps = make_photograph().permute(1, 2, 0).numpy(), _maps(np.array([1, 2]))
 
     def steps() -> Iterator[int]:
         while True:
-            for first in range(0, len(data) - TOGETHER + 1, TOGETHER):
-                rows = range(first, first + TOGETHER)
-                images, classes = [data.pixels(i) for i in rows], [data.objects(i) for i in rows]
-                multi_scale_maps(model, images, classes, config.cams, precision=config.precision)
-                yield TOGETHER
+            affinity_labels.confident(maps, image, config.affinity_labels, device)
+            yield 1
 
-    return _rate(steps(), flops.stage_work("cams", config, images).flops / EVALUATED, device, seconds)
+    return _once_rate("affinity_labels", config, steps(), device, seconds, classes=3)
 
 
-def _rate(steps: Iterator[int], work: float, device: torch.device, seconds: float, warm: int = 3) -> Rate:
+def _segmentation_rate(config: Config, data: Packed, device: torch.device, seconds: float) -> Rate:
+    model, image = network("deeplab", config, K, device)[0].eval(), make_photograph().permute(1, 2, 0).numpy()
+
+    def steps() -> Iterator[int]:
+        while True:
+            segmentation.segment(model, image, config.segmentation, config.precision)
+            yield 1
+
+    return _once_rate("segmentation", config, steps(), device, seconds)
+
+
+def _maps(classes: np.ndarray) -> Maps:
+    """Noise."""
+    strided = torch.rand(len(classes), math.ceil(HEIGHT / STRIDE), math.ceil(WIDTH / STRIDE))
+    return Maps(classes, strided, F.interpolate(strided[None], (HEIGHT, WIDTH), mode="bilinear")[0])
+
+
+def _together(data: Packed, compute: Callable[[range], None]) -> Iterator[int]:
+    while True:
+        for first in range(0, len(data) - TOGETHER + 1, TOGETHER):
+            compute(range(first, first + TOGETHER))
+            yield TOGETHER
+
+
+def _once_rate(
+    stage: str, config: Config, steps: Iterator[int], device: torch.device, seconds: float, classes: float = CLASSES
+) -> Rate:
+    """Of a stage that goes through its images once; a GPU loads its kernels before."""
+    work = flops.stage_work(stage, config, Images(EVALUATED, WIDTH, HEIGHT, classes, K))
+    of_image = Work(work.flops / EVALUATED, labels=work.labels / EVALUATED)
+    return _rate(steps, of_image, device, seconds, warm=int(device.type == "cuda"))
+
+
+def _rate(steps: Iterator[int], of_image: Work, device: torch.device, seconds: float, warm: int = 3) -> Rate:
     memory.reset_peak(device)
     for _ in range(warm):  # what is made once
         next(steps)
@@ -155,7 +197,7 @@ def _rate(steps: Iterator[int], work: float, device: torch.device, seconds: floa
     _wait(device)
     images_per_second = done / (time.perf_counter() - started)
     busy = _busy(steps, device) if device.type == "cuda" else None
-    return Rate(images_per_second, work, busy, memory.peak(device)["peak_bytes"])
+    return Rate(images_per_second, of_image.flops, busy, memory.peak(device)["peak_bytes"], of_image.labels)
 
 
 def _wait(device: torch.device) -> None:
@@ -181,10 +223,10 @@ def _busy(steps: Iterator[int], device: torch.device) -> float:
 
 
 def _data_rate(stage: str, config: Config, data: Packed, device: torch.device, seconds: float) -> float:
-    loader = Loader(data, CROPS[stage], getattr(config, stage), seed=0, device=device)
+    batches = loader(stage, config, data, device)
     done, epoch, started = 0, 0, time.perf_counter()
     while time.perf_counter() - started < seconds / 2:
-        for batch in loader.epoch(epoch):
+        for batch in batches.epoch(epoch):
             done += len(batch)
         epoch += 1
     _wait(device)
@@ -215,7 +257,12 @@ def price(measured: dict[str, Rate], folder: Path) -> str:
 
 
 RATES: dict[str, Callable[[Config, Packed, torch.device, float], Rate]] = {
-    "caae": _caae_rate,
-    "segmentor": _segmentor_rate,
+    "caae": partial(_training_rate, "caae"),
+    "segmentor": partial(_training_rate, "segmentor"),
     "cams": _cams_rate,
+    "affinity_labels": _crf_rate,
+    "affinity": partial(_training_rate, "affinity"),
+    "walk": _walk_rate,
+    "deeplab": partial(_training_rate, "deeplab"),
+    "segmentation": _segmentation_rate,
 }

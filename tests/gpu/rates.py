@@ -85,7 +85,8 @@ def report(
         labels = f"{rate.labels_per_second / 1e9:.3g}" if rate.labels_per_image else ""
         busy = "" if rate.busy is None else f"{100 * rate.busy:.0f} %"
         gib = rate.peak_bytes / 2**30
-        yield f"| {name} | {rate.images_per_second:.3g} | {tflops} | {mfu} | {labels} | {busy} | {gib:.1f} GiB |"
+        images = f"{rate.images_per_second:.{1 if rate.images_per_second >= 10 else 3}f}"
+        yield f"| {name} | {images} | {tflops} | {mfu} | {labels} | {busy} | {gib:.1f} GiB |"
     for stage in CROPS:
         yield f"| {stage}, its crops alone | {_data_rate(stage, config, data, device, seconds):.0f} | | | | | |"
     one_core = host_rate(data, lambda epoch: caae_crops(data.sizes, config.caae, seed=0, epoch=epoch))

@@ -4,14 +4,16 @@ import errno
 import platform
 import resource
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
 from semformer.errors import MachineError
+
+T = TypeVar("T")
 
 SMALLER = {
     "caae": "a smaller caae.image_size, caae.backbone or caae.decoder_depth",
@@ -42,6 +44,17 @@ def is_exhausted(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno == errno.ENOMEM
     return isinstance(error, RuntimeError) and any(told in str(error) for told in EXHAUSTED)
+
+
+def in_parts(compute: Callable[[Sequence[int]], list[T]], rows: Sequence[int]) -> list[T]:
+    """compute(rows); where they do not fit into memory together, of half of them at a time."""
+    try:
+        return compute(rows)
+    except (RuntimeError, MemoryError) as error:
+        if len(rows) == 1 or not is_exhausted(error):
+            raise
+    half = len(rows) // 2
+    return [one for part in (rows[:half], rows[half:]) for one in in_parts(compute, part)]
 
 
 @contextmanager

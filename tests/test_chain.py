@@ -27,6 +27,7 @@ from semformer.errors import UserError
 from semformer.inference import Maps
 from semformer.metrics import confusion, label_map_metrics
 from semformer.stages import affinity, deeplab, evaluate_masks, segmentation
+from semformer.stages import walk as walk_stage
 from semformer.stages.affinity_labels import confident
 from semformer.stages.cams import MapFiles, foreign_maps
 from semformer.stages.context import Context
@@ -493,3 +494,23 @@ run(load_config("micro"), {str(shapes)!r}, Store({str(store)!r}), kill, until={s
     else:
         whole, parts = weights(chain[1][stage]), weights(made)
         assert all(torch.equal(parts[name], value) for name, value in whole.items())
+
+
+def test_images_that_do_not_fit_into_memory_together_walk_in_parts(chain, shapes, tmp_path, monkeypatch):
+    store = Store(shutil.copytree(chain[0].root, tmp_path / "store"))
+    shutil.rmtree(store.root / "walk")
+    real, groups = walk_stage.walk, []
+
+    def few_at_once(model, images, maps, config):
+        groups.append(len(images))
+        if len(images) > 3:
+            raise MemoryError
+        return real(model, images, maps, config)
+
+    monkeypatch.setattr(walk_stage, "walk", few_at_once)
+    made = run(load_config("micro"), shapes, store, until="walk")["walk"]
+    assert groups[:4] == [8, 4, 2, 2]
+    whole, parts = weights(chain[1]["walk"]), weights(made)
+    assert whole.keys() == parts.keys()
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-3, atol=1e-3)  # as float16 keeps them

@@ -158,6 +158,29 @@ def test_whatever_says_that_memory_ran_out_is_the_machines_fault(error):
         raise error
 
 
+def test_what_does_not_fit_into_memory_together_is_taken_in_parts():
+    taken = []
+
+    def compute(rows):
+        taken.append(list(rows))
+        if len(rows) > 2:
+            raise torch.OutOfMemoryError
+        return [10 * row for row in rows]
+
+    assert memory.in_parts(compute, range(5)) == [0, 10, 20, 30, 40]
+    assert taken == [[0, 1, 2, 3, 4], [0, 1], [2, 3, 4], [2], [3, 4]]
+
+
+@pytest.mark.parametrize(("error", "rows"), [(MemoryError(), [0]), (RuntimeError("no such kernel"), [0, 1])])
+def test_what_no_smaller_part_would_mend_is_raised(error, rows):
+    def compute(rows):
+        raise error
+
+    with pytest.raises(type(error)) as caught:
+        memory.in_parts(compute, rows)
+    assert caught.value is error
+
+
 @pytest.mark.parametrize("stage", [*(stage.name for stage in pipeline.STAGES), "pretrain"])
 def test_every_stage_says_how_much_was_in_use_and_what_to_make_smaller(stage):
     with pytest.raises(MachineError, match=r"It needs a? ?smaller") as caught, memory.explained(stage, CPU):

@@ -50,7 +50,7 @@ def run(config: Config, data: Packed, segmentor: Artifact | None, ctx: Context) 
         for number, rows in enumerate(data.batches(SHARD)):
             shard: dict[str, Tensor] = {}
             for together in of_one_size(data, rows):
-                found = _maps(model, data, together, config)
+                found = memory.in_parts(lambda rows: _maps(model, data, rows, config), together)
                 pending.append(writer.submit(_keep, shard, [data.ids[i] for i in together], found))
                 if len(pending) > 2:
                     pending.popleft().result()
@@ -143,15 +143,9 @@ def of_one_size(data: Packed, rows: Sequence[int]) -> Iterator[list[int]]:
 
 
 def _maps(model: Segmentor, data: Packed, rows: Sequence[int], config: Config) -> list[Maps]:
-    """Of images of one size; where they do not fit into memory together, of fewer at a time."""
+    """Of images of one size."""
     images, classes = [data.pixels(i) for i in rows], [data.objects(i) for i in rows]
-    try:
-        return multi_scale_maps(model, images, classes, config.cams, precision=config.precision)
-    except (RuntimeError, MemoryError) as error:
-        if len(rows) == 1 or not memory.is_exhausted(error):
-            raise
-    half = len(rows) // 2
-    return [maps for part in (rows[:half], rows[half:]) for maps in _maps(model, data, part, config)]
+    return multi_scale_maps(model, images, classes, config.cams, precision=config.precision)
 
 
 def _keep(shard: dict[str, Tensor], ids: list[str], found: list[Maps]) -> None:

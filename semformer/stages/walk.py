@@ -3,7 +3,8 @@
 Legend: B images of one size, C present object classes, H W pixels; h w: H W / 4, rounded up (variant edge), or / 8.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from semformer import memory
 from semformer.config import Config
 from semformer.data.pack import Packed
 from semformer.data.pixels import normalized
@@ -32,7 +34,7 @@ def run(config: Config, data: Packed, cams: Artifact, affinity: Artifact, ctx: C
     """Makes `*.safetensors` (float16) of the maps (C, h, w), each of its image's own scale. Returns their stride."""
     maps, model = MapFiles(cams), affinity_stage.load(config.affinity, affinity, device=ctx.device)
 
-    def make(rows: list[int]) -> list[tuple[str, np.ndarray, Tensor]]:
+    def make(rows: Sequence[int]) -> list[tuple[str, np.ndarray, Tensor]]:
         found = [maps[data.ids[i]] for i in rows]
         walked = walk(model, [data.pixels(i) for i in rows], found, config)
         return [
@@ -40,7 +42,11 @@ def run(config: Config, data: Packed, cams: Artifact, affinity: Artifact, ctx: C
             for i, one, after in zip(rows, found, walked, strict=True)
         ]
 
-    make_shards("walk", data, ctx, ".safetensors", make, _write, _is_whole, groups=lambda rows: of_one_size(data, rows))
+    def make_in_parts(rows: Sequence[int]) -> list[tuple[str, np.ndarray, Tensor]]:
+        return memory.in_parts(make, rows)
+
+    of_sizes = partial(of_one_size, data)
+    make_shards("walk", data, ctx, ".safetensors", make_in_parts, _write, _is_whole, groups=of_sizes)
     return {"images": len(data), "stride": STRIDES[config.affinity.variant]}
 
 

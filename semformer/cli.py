@@ -207,6 +207,8 @@ def _run(options: argparse.Namespace) -> int:
     for one in evaluated:
         for name in sorted(name for name in one.files if name.startswith("pictures/")):
             _tell(f"picture {one.file(name)}")
+    if config.deeplab.supervised and options.until == "deeplab":
+        _tell(f"the segmentation has learnt from the pixel masks of {config.data.train_split}: an upper bound")
     if chain := _chain(metrics, config.data.mask_split, config.data.test_split):
         _tell(f"mIoU: {chain}")
     if options.json:
@@ -232,7 +234,9 @@ def _chain(metrics: Mapping[str, float], masks: str, test: str) -> str:
     """From the maps to the segmentation, as far as it was made: "maps 63.7 -> ..."."""
     names = {told: name.format(masks=masks, test=test) for told, name in LINKS}
     links = [f"{told} {metrics[name]:.1f}" for told, name in names.items() if name in metrics]
-    return " -> ".join(links) + f" (maps and masks of {masks}, segmentation of {test})" if len(links) > 1 else ""
+    splits = [f"maps and masks of {masks}"] * (names["pseudo masks"] in metrics)
+    splits += [f"segmentation of {test}"] * (names["segmentation"] in metrics)
+    return f"{' -> '.join(links)} ({', '.join(splits)})" if len(links) > 1 else ""
 
 
 def _predict(options: argparse.Namespace) -> int:

@@ -89,6 +89,11 @@ class Stage:
                 of_split.append("masks")
         return kinds
 
+    @property
+    def measures(self) -> bool:
+        """Whether it scores, under the name of its split, what others have made."""
+        return self.split_of_masks == self.split
+
     def reads_masks(self, config: Config) -> bool:
         return any("masks" in kinds for kinds in self.splits(config).values())
 
@@ -126,7 +131,7 @@ STAGES = (
     Stage("train_cams", cams.run, inputs=("segmentor",), split="train_split", version=3, group="cams"),
     Stage("affinity_labels", affinity_labels.run, inputs=("train_cams",), split="train_split"),
     Stage("affinity", affinity.run, inputs=("affinity_labels",), split="train_split"),
-    Stage("walk", walk.run, inputs=("train_cams", "affinity"), split="train_split"),
+    Stage("walk", walk.run, inputs=("train_cams", "affinity"), split="train_split", version=2),
     Stage("pseudo_masks", pseudo_masks.run, inputs=("walk",), split="train_split"),
     Stage(
         "evaluate_masks",
@@ -292,8 +297,11 @@ def stage_keys(config: Config, data: Data, until: str | Sequence[str] = MAPS) ->
                 rest["data"][role] = data[name].digest
                 if "masks" in kinds:
                     rest["data"]["masks"] = data[name].mask_digest
+            if stage.measures:
+                rest["data"]["split"] = getattr(config.data, stage.split)
             rest["inputs"] = {name: keys[name].digest for name in stage.needs(config)}
-            rest |= {"seed": config.seed, "precision": config.precision}
+            if not getattr(options, "folder", ""):
+                rest |= {"seed": config.seed, "precision": config.precision}
         files = tuple(map(file_digest, options.files))
         keys[stage.name] = _stage_key(stage.name, stage.version, options, files, json.dumps(rest))
     return keys

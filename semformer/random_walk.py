@@ -100,13 +100,13 @@ def transition(affinities: Tensor, *, radius: int, beta: float) -> Tensor:
     return by_rows(counts.repeat(B), (columns + image * (H * W)).flatten(), weights.flatten(), B * H * W)
 
 
-def along_edges(maps: Tensor, edges: Tensor, *, radius: int = 5, beta: float = 10, steps: int = 2**8) -> Tensor:
+def along_edges(maps: Tensor, edges: Tensor, *, radius: int, beta: float, steps: int) -> Tensor:
     """Maps (B, C, H, W) after so many steps along the affinities of edges (B, H, W), begun with maps x (1 - edges)."""
     affinities = edge_affinities(pad(edges, _reach(radius), value=1.0), radius)
     return random_walk(maps * (1 - edges[:, None]), affinities, radius=radius, beta=beta, steps=steps)
 
 
-def along_features(maps: Tensor, features: Tensor, *, radius: int = 5, beta: float = 8, steps: int = 2**8) -> Tensor:
+def along_features(maps: Tensor, features: Tensor, *, radius: int, beta: float, steps: int) -> Tensor:
     """Maps (B, C, H, W) after so many steps along the affinities of features (B, F, H, W)."""
     affinities = feature_affinities(pad(features, _reach(radius)), radius)
     return random_walk(maps, affinities, radius=radius, beta=beta, steps=steps)

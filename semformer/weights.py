@@ -108,4 +108,9 @@ def published_to_ours(kind: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
 def load_published(model: nn.Module, kind: str, path: str | Path) -> None:
     """Load a file saved under the published names into our network of the same architecture."""
     state = published_to_ours(kind, read_weights(Path(path)))
-    load_state(model, state, str(path))
+    load_state(model, batch_counters(model) | state, str(path))
+
+
+def batch_counters(model: nn.Module) -> dict[str, Tensor]:
+    """What BatchNorms count, for files that were converted, which have none of it."""
+    return {name: value for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")}

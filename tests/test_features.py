@@ -4,13 +4,16 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
+from torch import nn
 
 from semformer import pipeline
 from semformer.config import AffinityConfig, DeeplabConfig, load_config
 from semformer.errors import UserError
 from semformer.models.features import build_features, check_features
 from semformer.models.resnet38 import ResNet38
-from semformer.stages import affinity, deeplab
+from semformer.random_walk import edge_affinities
+from semformer.stages import affinity, deeplab, training
+from semformer.weights import load_published
 
 
 def build(name: str, output_stride: int = 8, **options):
@@ -120,6 +123,7 @@ def test_backbones_that_do_not_fit_are_refused(name, output_stride, told):
         ),
         ({"variant": "feature", "backbone": "vit_shapes_patch8_64"}, r"the strides 8; variant feature needs 8, 8, 8"),
         ({"image_size": 500}, r"affinity\.image_size = 500 is no multiple of 16"),
+        ({"image_size": 64, "radius": 9}, r"affinity\.radius = 9: .* in a map of 16x16 .*: 8 is the most"),
     ],
 )
 def test_networks_that_cannot_be_are_refused_before_anything_is_trained(changes, told):
@@ -139,3 +143,56 @@ def test_masks_are_measured_on_images_that_have_some(shapes):
     config = load_config("micro", {"data.mask_split": "val"})
     with pytest.raises(UserError, match=r"data\.mask_split = val has images that have no pseudo masks, such as val_0"):
         pipeline.stage_keys(config, pipeline.open_data(config, shapes), pipeline.ends(config, "pseudo_masks"))
+
+
+@pytest.mark.parametrize(("radius", "image_size"), [(8, 64), (9, 80), (2, 16)])
+def test_the_largest_radius_leaves_pairs(radius, image_size):
+    options = AffinityConfig(pretrained=False, backbone="resnet18", radius=radius, image_size=image_size)
+    affinity.check(options)
+    side = image_size // 4
+    assert edge_affinities(torch.zeros(1, side, side), radius).numel()
+
+
+@pytest.mark.parametrize(
+    ("stage", "changes", "pieces"),
+    [
+        ("affinity", {"frozen": True}, 8),
+        ("affinity", {"frozen": False}, 1),
+        ("deeplab", {"backbone": "resnet18"}, 8),
+        ("deeplab", {"backbone": "resnet18", "frozen_statistics": False}, 1),
+    ],
+)
+def test_batches_of_a_network_whose_batchnorms_learn_are_not_divided(stage, changes, pieces):
+    """Divided, they would be normalised by the statistics of their pieces."""
+    module = {"affinity": affinity, "deeplab": deeplab}[stage]
+    options = getattr(load_config("micro"), stage).model_copy(update={"pretrained": False, **changes})
+    model = module.build(options) if stage == "affinity" else module.build(options, n_classes=3)
+    assert training.most_pieces(model, 8) == pieces
+
+
+def test_a_network_without_batchnorms_is_divided():
+    options = load_config("micro").deeplab
+    assert training.most_pieces(deeplab.build(options, n_classes=3), 8) == 8
+
+
+def test_the_variant_decides_what_the_network_s_output_is():
+    """And not its class, which torch.compile hides."""
+    options = load_config("micro").affinity
+    model, images = affinity.build(options).eval(), torch.rand(2, 3, 48, 48)
+    with torch.inference_mode():
+        plain, hidden = (affinity.affinities(net, images, options) for net in (model, nn.Sequential(model)))
+    assert torch.equal(plain, hidden)
+
+
+def test_a_published_network_needs_no_counters_of_batchnorm(tmp_path):
+    net = nn.Module()
+    net.features = nn.Module()
+    net.features.backbone = nn.Module()
+    net.features.backbone.bn7 = nn.BatchNorm2d(3)
+    state = {f"bn7.{name}": torch.rand(3) for name in ("weight", "bias", "running_mean", "running_var")}
+    torch.save(state, tmp_path / "net.pth")
+    load_published(net, "deeplab", tmp_path / "net.pth")
+    assert torch.equal(net.features.backbone.bn7.running_var, state["bn7.running_var"])
+    torch.save({**state, "bn7.num_batches_tracked": torch.tensor(7)}, tmp_path / "net.pth")
+    load_published(net, "deeplab", tmp_path / "net.pth")
+    assert net.features.backbone.bn7.num_batches_tracked == 7

@@ -23,7 +23,7 @@ from semformer.keys import StageKey
 from semformer.metrics import ThresholdCurve, reported, scores
 from semformer.models.segmentor import Segmentor
 from semformer.models.vit import Backbone
-from semformer.stages import cams, evaluate, segmentor
+from semformer.stages import cams, evaluate, segmentor, shards
 from semformer.stages.context import Context
 from semformer.stages.pack import packed
 from semformer.store import Artifact, Store
@@ -79,10 +79,11 @@ def test_maps_of_many_files_are_read_in_the_split_s_order(shapes, store, tmp_pat
     config = load_config("micro", {"cams.last_blocks": 1})
     made = []
     for images_a_file in (1, 5, 256):
-        monkeypatch.setattr(cams, "SHARD", images_a_file)
-        out = tmp_path / str(images_a_file)
+        monkeypatch.setattr(shards, "SHARD", images_a_file)
+        out, checkpoints = tmp_path / str(images_a_file), tmp_path / f"checkpoints {images_a_file}"
         out.mkdir()
-        cams.run(config, data, None, Context(CPU, lambda told: None, out, out))
+        checkpoints.mkdir()
+        cams.run(config, data, None, Context(CPU, lambda told: None, out, checkpoints))
         artifact = Artifact(StageKey("cams", {}), out, {}, {path.name: {} for path in out.iterdir()})
         made.append(list(cams.read_maps(artifact)))
         assert [image_id for image_id, _ in made[-1]] == list(data.ids)
@@ -146,7 +147,8 @@ def test_maps_are_made_as_the_options_say(shapes, store, tmp_path, monkeypatch, 
     model = small_segmentor(9)
     monkeypatch.setattr(segmentor, "load", lambda *_, **__: model)
     config = load_config("micro", {"cams.last_blocks": 2, f"cams.{option}": value})
-    cams.run(config, data, None, Context(CPU, lambda told: None, tmp_path, tmp_path))
+    (checkpoints := tmp_path / "checkpoints").mkdir()
+    cams.run(config, data, None, Context(CPU, lambda told: None, tmp_path, checkpoints))
     artifact = Artifact(StageKey("cams", {}), tmp_path, {}, {path.name: {} for path in tmp_path.glob("maps*")})
     for i, (_, kept) in enumerate(cams.read_maps(artifact)):
         (wanted,) = multi_scale_maps(model, [data.pixels(i)], [data.objects(i)], config.cams)
@@ -217,7 +219,8 @@ def test_the_maps_that_are_compared_are_spread_over_the_split(shapes, store, mon
 def test_a_stage_that_must_stop_makes_no_more_maps(shapes, store, tmp_path, monkeypatch):
     data = packed(open_devkit(shapes).split("train"), ["images"], store)
     monkeypatch.setattr(segmentor, "load", lambda *_, **__: small_segmentor(9))
-    monkeypatch.setattr(cams, "SHARD", 4)
+    monkeypatch.setattr(shards, "SHARD", 4)
+    (checkpoints := tmp_path / "checkpoints").mkdir()
     told = []
 
     def stop():
@@ -225,7 +228,10 @@ def test_a_stage_that_must_stop_makes_no_more_maps(shapes, store, tmp_path, monk
 
     with pytest.raises(LeaseLost):
         cams.run(
-            load_config("micro", {"cams.last_blocks": 1}), data, None, Context(CPU, told.append, *[tmp_path] * 2, stop)
+            load_config("micro", {"cams.last_blocks": 1}),
+            data,
+            None,
+            Context(CPU, told.append, tmp_path, checkpoints, stop),
         )
     assert max(one.done for one in told) == 4
 

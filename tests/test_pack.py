@@ -57,7 +57,7 @@ def test_images_of_several_sizes_and_record_batches(tmp_path, store, monkeypatch
         Image.fromarray(rng.integers(0, 256, (10 + n, 30 - 2 * n, 3), dtype=np.uint8)).save(
             folder / f"JPEGImages/{name}.jpg"
         )
-        (folder / f"Annotations/{name}.xml").write_text("<a><object><name>cat</name></object></a>")
+        (folder / f"Annotations/{name}.xml").write_text("<annotation><object><name>cat</name></object></annotation>")
     (folder / "ImageSets/Segmentation/train.txt").write_text("\n".join(ids))
     split = open_devkit(tmp_path).split("train")
     data = packed(split, ["images"], store)

@@ -228,7 +228,7 @@ def test_work_is_counted_with_the_mean_size_and_the_mean_number_of_classes(tmp_p
         size, objects = ((60, 20), ["cat", "dog"]) if n < flops.LOOKED_AT else ((40, 50), ["cat"])
         Image.new("RGB", size).save(folder / f"JPEGImages/{name}.jpg")
         text = "".join(f"<object><name>{name}</name></object>" for name in objects)
-        (folder / f"Annotations/{name}.xml").write_text(f"<a>{text}</a>")
+        (folder / f"Annotations/{name}.xml").write_text(f"<annotation>{text}</annotation>")
     (folder / "ImageSets/Segmentation/train.txt").write_text("\n".join(ids))
     told = flops.Images.of(open_devkit(tmp_path), "train")
     assert told == flops.Images(count=len(ids), width=50, height=35, classes_per_image=2.5, n_classes=21)

@@ -32,6 +32,7 @@ READERS = {
 BASE = {
     **{f"{network}.optimizer.name": "sgd" for network in ("caae", "segmentor", "affinity", "deeplab")},
     "segmentor.selection": "best_miou",
+    "affinity.radius": 3,
 }
 OPTIMIZER = {
     "name": "adamw",
@@ -97,7 +98,7 @@ CHANGED = {
         "variant": "feature",
         "frozen": True,
         "long_side": "40,70",
-        "radius": 3,
+        "radius": 2,
     },
     "walk": {"radius": 3, "beta": 3.0, "log2_steps": 3},
     "pseudo_masks": {"threshold": 0.6, "skip_failing": True, **CRF},

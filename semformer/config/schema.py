@@ -232,6 +232,9 @@ class CrfConfig(Settings):
     bilateral_srgb: Positive = 5.0
     bilateral_compat: Annotated[float, Field(ge=0)] = 10.0
 
+    def key_parameters(self) -> dict[str, Any]:
+        return super().key_parameters() if self.iterations else {"iterations": 0}
+
 
 class AffinityLabelsConfig(Settings):
     """What AffinityNet learns from: maps at two background thresholds, each through the CRF.

@@ -60,7 +60,9 @@ class Settings(BaseModel):
 
     def key_parameters(self) -> dict[str, Any]:
         """The resolved parameters that can change the stage's result, as JSON values."""
-        return self.model_dump(mode="json")
+        parts = ((name, getattr(self, name)) for name in type(self).model_fields)
+        inner = {name: part.key_parameters() for name, part in parts if isinstance(part, Settings)}
+        return self.model_dump(mode="json") | inner
 
 
 class OptimizerConfig(Settings):
@@ -121,7 +123,6 @@ class TrainingConfig(Settings):
     def key_parameters(self) -> dict[str, Any]:
         """As for every stage; a file counts by its content, not its path."""
         parameters = super().key_parameters()
-        parameters["optimizer"] = self.optimizer.key_parameters()
         parameters["weights"] = file_digest(self.weights_file) if self.weights_file else ""
         parameters["pretrained"] = self.pretrained or bool(self.weights_file)
         return parameters

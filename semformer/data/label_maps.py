@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from io import BytesIO
 from pathlib import Path
-from zipfile import BadZipFile, ZipFile, ZipInfo
+from zipfile import ZipFile, ZipInfo
 
 import numpy as np
 from PIL import Image
@@ -33,7 +33,7 @@ class LabelMaps:
         try:
             with Image.open(BytesIO(self._zip_of[image_id].read(f"{image_id}.png"))) as image:
                 return np.array(image)
-        except (BadZipFile, OSError) as error:
+        except Exception as error:  # each damage in its own way
             raise UserError(f"the label map of {image_id} in {self._zip_of[image_id].filename} is damaged") from error
 
 
@@ -49,7 +49,7 @@ def is_whole(path: Path) -> bool:
     try:
         with ZipFile(path) as file:
             return file.testzip() is None
-    except (BadZipFile, OSError):
+    except Exception:  # each damage in its own way
         return False
 
 

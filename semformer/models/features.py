@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from semformer.errors import UserError, first_line
 from semformer.models.resnet38 import CHANNELS, ResNet38
 from semformer.models.vit import Backbone, backbone_shape, build_backbone, check_known, is_plain_vit, timm_model
-from semformer.weights import load_state, read_weights
+from semformer.weights import batch_counters, load_state, read_weights
 
 RESNET38 = "resnet38"
 Frozen = Literal["nothing", "statistics", "all"]
@@ -144,11 +144,10 @@ def _timm_features(name: str, output_stride: int, field: str) -> tuple[tuple[int
 
 
 def _load(model: nn.Module, path: str, origin: str) -> None:
-    """Weights of a classifier, its head left out; files that were converted have no counters of BatchNorm."""
+    """Weights of a classifier, its head left out."""
     heads = ("fc", "fc8", "head", "classifier")
     state = {name: value for name, value in read_weights(Path(path)).items() if name.split(".")[0] not in heads}
-    counters = {name: value for name, value in model.state_dict().items() if name.endswith("num_batches_tracked")}
-    load_state(model, counters | state, origin)
+    load_state(model, batch_counters(model) | state, origin)
 
 
 def _undilate(features: nn.Module) -> None:

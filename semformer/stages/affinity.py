@@ -84,16 +84,18 @@ def gradients(model: AffinityNet, batch: Batch, options: AffinityConfig, pieces:
     total = torch.zeros((), device=batch.images.device)
     for images, *parts in zip(batch.images.chunk(pieces), *(kind.chunk(pieces) for kind in kinds), strict=True):
         weights = [part / count for part, count in zip(parts, counts, strict=True)]
-        loss = losses.affinity(affinities(model, images, options.radius), *weights)
+        loss = losses.affinity(affinities(model, images, options), *weights)
         loss.backward()
         total += loss.detach()
     return {"total": total}
 
 
-def affinities(model: AffinityNet, images: Tensor, radius: int) -> Tensor:
+def affinities(model: AffinityNet, images: Tensor, options: AffinityConfig) -> Tensor:
     """Of the pairs of images (B, 3, H, W): (B, pairs, h - (radius - 1), w - 2 (radius - 1))."""
     found = model(images).float()
-    return edge_affinities(found.sigmoid(), radius) if isinstance(model, EdgeNet) else feature_affinities(found, radius)
+    if options.variant == "edge":
+        return edge_affinities(found.sigmoid(), options.radius)
+    return feature_affinities(found, options.radius)
 
 
 def check(options: AffinityConfig) -> None:
@@ -113,6 +115,13 @@ def check(options: AffinityConfig) -> None:
         )
     if options.image_size % wanted[-1]:
         raise UserError(f"affinity.image_size = {options.image_size} is no multiple of {wanted[-1]}")
+    side, stride = options.image_size // STRIDES[options.variant], STRIDES[options.variant]
+    if side <= 2 * (options.radius - 1):
+        raise UserError(
+            f"affinity.radius = {options.radius}: no pixel of a crop has all its neighbours, {options.radius - 1} to "
+            f"each side, in a map of {side}x{side} (affinity.image_size = {options.image_size} by {stride}): "
+            f"{(side + 1) // 2} is the most"
+        )
 
 
 def build(options: AffinityConfig) -> AffinityNet:

@@ -30,7 +30,7 @@ def run(config: Config, data: Packed, cams: Artifact, ctx: Context) -> dict[str,
     def make(rows: list[int]) -> list[tuple[str, np.ndarray]]:
         return [(data.ids[i], confident(maps[data.ids[i]], data.pixels(i), options, ctx.device)) for i in rows]
 
-    make_shards("affinity_labels", data, ctx, ".zip", make, write_label_maps, is_whole)
+    make_shards("affinity_labels", data, ctx, "{:05d}.zip", make, write_label_maps, is_whole)
     shares = _shares(LabelMaps(sorted(ctx.out.glob("*.zip"))))
     told = ", ".join(f"{100 * share:.1f} % {kind}" for kind, share in shares.items())
     both = f"{options.foreground_threshold} and {options.background_threshold}"

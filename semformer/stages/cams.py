@@ -1,9 +1,7 @@
 """Stage cams: multi-scale activation maps of every image of a split, un-thresholded (sections 3.3.1 and 3.3.3)."""
 
-import time
-from collections import deque
-from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,8 +18,8 @@ from semformer.errors import UserError, first_line
 from semformer.inference import STRIDE, Maps, class_cosines, maps_of_every_kind, multi_scale_maps
 from semformer.models.segmentor import Segmentor
 from semformer.stages import segmentor as segmentor_stage
-from semformer.stages.context import Context, Progress
-from semformer.stages.shards import SHARD, Tensors, write_tensors
+from semformer.stages.context import Context
+from semformer.stages.shards import Tensors, make_shards, tensors_are_whole, write_tensors
 from semformer.store import Artifact
 
 TOGETHER = 8
@@ -30,7 +28,7 @@ PIXELS_TOGETHER = TOGETHER * 640**2
 """What they have together, at most, where it is not a single image."""
 COMPARED = 64
 """Images with several classes whose maps are compared, spread over the split."""
-PICTURES = "pictures.safetensors"
+FILES, PICTURES = "maps-{:05d}.safetensors", "pictures.safetensors"
 FOREIGN = "foreign"
 """The kind of maps of which nothing else is known."""
 
@@ -41,48 +39,41 @@ def run(config: Config, data: Packed, segmentor: Artifact | None, ctx: Context) 
     Returns the number of images, and how alike the maps of an image's classes are, in the mean over images. With
     `config.cams.folder`, the maps are those in it.
     """
-    if config.cams.folder:
-        return _import(config, data, ctx)
-    model = segmentor_stage.load(config.segmentor, cast(Artifact, segmentor), device=ctx.device)
-    started, done = time.monotonic(), 0
-    with ThreadPoolExecutor(1) as writer:  # which waits for the device, so that this thread need not
-        pending: deque[Future] = deque()
-        for number, rows in enumerate(data.batches(SHARD)):
-            shard: dict[str, Tensor] = {}
-            for together in of_one_size(data, rows):
-                found = memory.in_parts(lambda rows: _maps(model, data, rows, config), together)
-                pending.append(writer.submit(_keep, shard, [data.ids[i] for i in together], found))
-                if len(pending) > 2:
-                    pending.popleft().result()
-                done += len(together)
-                ctx.progress(Progress.of_images("cams", done, len(data), started))
-            pending.append(writer.submit(write_tensors, _path(ctx.out, number), shard, [data.ids[i] for i in rows]))
-            ctx.check()
-        for one in pending:
-            one.result()
-    pictures: dict[str, Tensor] = {}
-    for i in range(min(DRAWABLE, len(data))):
-        drawn = maps_of_every_kind(model, data.pixels(i), data.objects(i), config.cams, precision=config.precision)
-        pictures |= {f"{i}/{kind}": maps.half().contiguous() for kind, maps in drawn.items()}
+    folder, pictures, cosine = config.cams.folder, dict[str, Tensor](), dict[str, float]()
+    drawn = range(min(DRAWABLE, len(data)))
+    if folder:
+        _make(data, ctx, lambda rows: [foreign_maps(Path(folder), data, i) for i in rows])
+        ctx.have_read(config.cams)
+        pictures = {f"{i}/{FOREIGN}": foreign_maps(Path(folder), data, i).full.half() for i in drawn}
+    else:
+        model = segmentor_stage.load(config.segmentor, cast(Artifact, segmentor), device=ctx.device)
+        _make(data, ctx, lambda rows: memory.in_parts(lambda part: _maps(model, data, part, config), rows))
+        for i in drawn:
+            kinds = maps_of_every_kind(model, data.pixels(i), data.objects(i), config.cams, precision=config.precision)
+            pictures |= {f"{i}/{kind}": maps.half().contiguous() for kind, maps in kinds.items()}
+        cosine = _mean_cosines(model, data, config)
     save_file(pictures, ctx.out / PICTURES)
-    return {"images": len(data), "cosine": _mean_cosines(model, data, config)}
+    return {"images": len(data), "cosine": cosine}
 
 
-def _import(config: Config, data: Packed, ctx: Context) -> dict[str, Any]:
-    started, pictures = time.monotonic(), dict[str, Tensor]()
-    for number, rows in enumerate(data.batches(SHARD)):
-        shard: dict[str, Tensor] = {}
-        for i in rows:
-            found = foreign_maps(Path(config.cams.folder), data, i)
-            _keep(shard, [data.ids[i]], [found])
-            if i < DRAWABLE:
-                pictures[f"{i}/{FOREIGN}"] = found.full.half()
-            ctx.progress(Progress.of_images("cams", i + 1, len(data), started))
-        write_tensors(_path(ctx.out, number), shard, [data.ids[i] for i in rows])
-        ctx.check()
-    ctx.have_read(config.cams)
-    save_file(pictures, ctx.out / PICTURES)
-    return {"images": len(data), "cosine": {}}
+def _make(data: Packed, ctx: Context, maps_of: Callable[[Sequence[int]], list[Maps]]) -> None:
+    """The files of the maps, in the order of the split; the device goes on while one is written."""
+    order = {image_id: i for i, image_id in enumerate(data.ids)}
+
+    def make(rows: list[int]) -> list[tuple[str, Maps]]:
+        return list(zip([data.ids[i] for i in rows], maps_of(rows), strict=True))
+
+    def write(path: Path, found: Iterator[tuple[str, Maps]]) -> None:
+        tensors: dict[str, Tensor] = {}
+        ids = []
+        for image_id, maps in found:
+            ids.append(image_id)
+            tensors[f"{image_id}/classes"] = torch.from_numpy(maps.classes)
+            tensors[f"{image_id}/strided"] = maps.strided.half().cpu()
+            tensors[f"{image_id}/full"] = maps.full.half().cpu().contiguous()
+        write_tensors(path, tensors, sorted(ids, key=order.__getitem__))
+
+    make_shards("cams", data, ctx, FILES, make, write, tensors_are_whole, groups=partial(of_one_size, data))
 
 
 def foreign_maps(folder: Path, data: Packed, i: int) -> Maps:
@@ -148,27 +139,16 @@ def _maps(model: Segmentor, data: Packed, rows: Sequence[int], config: Config) -
     return multi_scale_maps(model, images, classes, config.cams, precision=config.precision)
 
 
-def _keep(shard: dict[str, Tensor], ids: list[str], found: list[Maps]) -> None:
-    for image_id, maps in zip(ids, found, strict=True):
-        shard[f"{image_id}/classes"] = torch.from_numpy(maps.classes)
-        shard[f"{image_id}/strided"] = maps.strided.half().cpu()
-        shard[f"{image_id}/full"] = maps.full.half().cpu().contiguous()
-
-
 class MapFiles(Tensors):
     """The maps of a cams artifact by image id, one image in memory at a time."""
 
     def __init__(self, artifact: Artifact):
-        super().__init__(artifact, prefix="maps-")
+        super().__init__(artifact, prefix=FILES.partition("{")[0])
 
     def __getitem__(self, image_id: str) -> Maps:
         """Raises UserError where there are none."""
         classes, strided, full = self.read(image_id, "classes", "strided", "full")
         return Maps(classes.numpy(), strided.float(), full.float())
-
-
-def _path(folder: Path, number: int) -> Path:
-    return folder / f"maps-{number:05d}.safetensors"
 
 
 def read_maps(artifact: Artifact) -> Iterator[tuple[str, Maps]]:

@@ -54,7 +54,7 @@ def run(config: Config, data: Packed, walk: Artifact | None, ctx: Context) -> di
                 ) from error
             return np.full(image.shape[:2], IGNORE, dtype=np.uint8)
 
-    make_shards("pseudo_masks", data, ctx, ".zip", make, write_label_maps, is_whole)
+    make_shards("pseudo_masks", data, ctx, "{:05d}.zip", make, write_label_maps, is_whole)
     made = LabelMaps(sorted(ctx.out.glob("*.zip")))
     failed = [image_id for image_id in made if (made[image_id] == IGNORE).all()] if options.skip_failing else []
     if len(failed) == len(data):

@@ -38,7 +38,7 @@ def run(config: Config, data: Packed, deeplab: Artifact, ctx: Context) -> dict[s
             for kind, labels in segment(model, data.pixels(i), options, config.precision).items()
         ]
 
-    make_shards("segmentation", data, ctx, ".zip", make, write_label_maps, is_whole)
+    make_shards("segmentation", data, ctx, "{:05d}.zip", make, write_label_maps, is_whole)
     return {"images": len(data), "kinds": kinds(options)}
 
 

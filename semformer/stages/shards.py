@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -34,6 +34,15 @@ T = TypeVar("T")
 def write_tensors(path: Path, tensors: dict[str, Tensor], ids: list[str]) -> None:
     """Tensors named "ID/part" of these images, for `Tensors` to read."""
     save_file(tensors, path, {"ids": json.dumps(ids)})
+
+
+def tensors_are_whole(path: Path) -> bool:
+    """Whether a file of `write_tensors` was written to its end."""
+    try:
+        with safe_open(path, framework="pt"):
+            return True
+    except (SafetensorError, OSError):
+        return False
 
 
 class Tensors:
@@ -71,14 +80,15 @@ def make_shards(
     stage: str,
     data: Packed,
     ctx: Context,
-    suffix: str,
+    files: str,
     make: Callable[[list[int]], list[T]],
     write: Callable[[Path, Iterator[T]], None],
     is_whole: Callable[[Path], bool],
     *,
     groups: Callable[[range], Iterable[list[int]]] = alone,
 ) -> None:
-    """Makes files "00000" + suffix of `ctx.out` of what `make` returns of groups of images, by all threads of torch.
+    """Makes `files`, such as "{:05d}.zip", in `ctx.out` of what `make` returns of groups of images, by all threads of
+    torch.
 
     `write` makes a file of that; `is_whole` tells whether one of an earlier run, which has been killed, is of use.
     """
@@ -96,9 +106,9 @@ def make_shards(
 
     with ThreadPoolExecutor(n_threads) as threads:
         for number, rows in enumerate(data.batches(SHARD)):
-            path = ctx.checkpoints / f"{number:05d}{suffix}"
+            path = ctx.checkpoints / files.format(number)
             if path.exists() and is_whole(path):
-                done = first = first + len(rows)
+                done, first = done + len(rows), first + len(rows)
             else:
                 partial = path.with_name(f"{secrets.token_hex(4)}{PARTIAL}")
                 try:

@@ -63,7 +63,8 @@ def train(
     `pretrained` is the part of the model with pretrained weights (it learns more slowly), or None. `score`
     measures the model on `ctx.selection`, where there is one, by one named value after each epoch; the weights are in
     the end those of the (first) epoch with the highest. Where a batch does not fit into memory it is taken in pieces
-    from then on, which changes the result by rounding only. Raises TrainingDiverged, what `ctx.check` raises, and
+    from then on, which changes the result by rounding only; not where BatchNorms learn, which look at the whole batch.
+    Raises TrainingDiverged, what `ctx.check` raises, and
     torch's error where not even the smallest pieces fit into memory.
     """
     optimizer = build_optimizer(model, config.optimizer, pretrained)
@@ -72,7 +73,8 @@ def train(
         history = checkpoint.load(model, optimizer)
         first_epoch = len(history.get("total", []))
         meter = Meter(stage, config.epochs, loader, first_epoch, ctx)
-        step = Step(stage, optimizer, gradients, precision, most_pieces=loader.batch_size)
+        pieces = most_pieces(model, loader.batch_size)
+        step = Step(stage, optimizer, gradients, precision, most_pieces=pieces)
         for epoch in range(first_epoch, config.epochs):
             generator = torch.Generator(ctx.device).manual_seed(seed * 100_003 + epoch)
             model.train()
@@ -93,6 +95,13 @@ def train(
         if best:
             best.restore(model)
     return history
+
+
+def most_pieces(model: nn.Module, batch_size: int) -> int:
+    """Into how many a batch may be divided: none where BatchNorms take its mean."""
+    model.train()
+    learns = any(isinstance(module, nn.BatchNorm2d) and module.training for module in model.modules())
+    return 1 if learns else batch_size
 
 
 class Step:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from semformer import memory
@@ -19,14 +18,14 @@ from semformer.config import Config
 from semformer.data.pack import Packed
 from semformer.data.pixels import normalized
 from semformer.errors import UserError
-from semformer.inference import Maps
-from semformer.models.affinity import FEATURE_STRIDES, STRIDES, AffinityNet, EdgeNet
+from semformer.inference import STRIDE, Maps
+from semformer.models.affinity import FEATURE_STRIDES, STRIDES, AffinityNet
 from semformer.precision import autocast
 from semformer.random_walk import along_edges, along_features
 from semformer.stages import affinity as affinity_stage
 from semformer.stages.cams import MapFiles, of_one_size
 from semformer.stages.context import Context
-from semformer.stages.shards import Tensors, make_shards, write_tensors
+from semformer.stages.shards import Tensors, make_shards, tensors_are_whole, write_tensors
 from semformer.store import Artifact
 
 
@@ -46,7 +45,7 @@ def run(config: Config, data: Packed, cams: Artifact, affinity: Artifact, ctx: C
         return memory.in_parts(make, rows)
 
     of_sizes = partial(of_one_size, data)
-    make_shards("walk", data, ctx, ".safetensors", make_in_parts, _write, _is_whole, groups=of_sizes)
+    make_shards("walk", data, ctx, "{:05d}.safetensors", make_in_parts, _write, tensors_are_whole, groups=of_sizes)
     return {"images": len(data), "stride": STRIDES[config.affinity.variant]}
 
 
@@ -61,9 +60,9 @@ def walk(model: AffinityNet, images: list[np.ndarray], maps: list[Maps], config:
     values = torch.zeros(len(maps), most, h, w, device=device)
     for value, one in zip(values, maps, strict=True):
         if len(one.classes):
-            strided = one.strided if stride == 4 else F.adaptive_avg_pool2d(one.full, (h, w))
+            strided = one.strided if stride == STRIDE else F.avg_pool2d(one.full, stride, ceil_mode=True)
             value[: len(one.classes)] = strided.to(device)
-    along = along_edges if isinstance(model, EdgeNet) else along_features
+    along = along_edges if config.affinity.variant == "edge" else along_features
     after = along(values, seen, radius=options.radius, beta=options.beta, steps=2**options.log2_steps)
     return [one[: len(of_image.classes)] for one, of_image in zip(after, maps, strict=True)]
 
@@ -83,7 +82,7 @@ def see(model: AffinityNet, images: list[np.ndarray], config: Config) -> Tensor:
         found = model(views).float()
     image, mirrored = found[..., : -(-H // stride), : -(-W // stride)].chunk(2)
     mean = (image + mirrored.flip(-1)) / 2
-    return mean.sigmoid() if isinstance(model, EdgeNet) else mean
+    return mean.sigmoid() if options.variant == "edge" else mean
 
 
 def _write(path: Path, walked: Iterator[tuple[str, np.ndarray, Tensor]]) -> None:
@@ -93,14 +92,6 @@ def _write(path: Path, walked: Iterator[tuple[str, np.ndarray, Tensor]]) -> None
         ids.append(image_id)
         tensors |= {f"{image_id}/classes": torch.from_numpy(classes), f"{image_id}/walked": after}
     write_tensors(path, tensors, ids)
-
-
-def _is_whole(path: Path) -> bool:
-    try:
-        with safe_open(path, framework="pt"):
-            return True
-    except (SafetensorError, OSError):
-        return False
 
 
 class WalkedFiles(Tensors):

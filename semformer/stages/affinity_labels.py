@@ -47,8 +47,6 @@ def run(config: Config, data: Packed, cams: Artifact, ctx: Context) -> dict[str,
 
 def confident(maps: Maps, image: np.ndarray, options: AffinityLabelsConfig, device: torch.device) -> np.ndarray:
     """Label map (H, W) uint8 of an image (H, W, 3) uint8, with 255 where the two thresholds leave open what it is."""
-    if not len(maps.classes):
-        return np.zeros(image.shape[:2], dtype=np.uint8)
     refine = refiner(image, maps.classes, options.crf, device)
     full = maps.full.to(device)
     foreground, background = (
@@ -60,7 +58,7 @@ def confident(maps: Maps, image: np.ndarray, options: AffinityLabelsConfig, devi
 
 def hard_labels(maps: Tensor, threshold: float) -> Tensor:
     """(C, H, W) -> (H, W): 1 + the index of the highest map, or 0 where none is above the threshold."""
-    return torch.cat([torch.full_like(maps[:1], threshold), maps]).argmax(dim=0)
+    return torch.cat([maps.new_full((1, *maps.shape[1:]), threshold), maps]).argmax(dim=0)
 
 
 def refiner(
@@ -69,7 +67,7 @@ def refiner(
     """Takes `hard_labels` of these C classes through the CRF of an image (H, W, 3) uint8, if there is one: (H, W)
     uint8, class indices."""
     index = np.array([0, *classes], dtype=np.uint8)
-    if not options.iterations:
+    if not (options.iterations and len(classes)):
         return lambda labels: index[labels.cpu().numpy()]
     field = DenseCrf(torch.from_numpy(image).to(device).permute(2, 0, 1), options)
     return lambda labels: index[field.refine_labels(labels, len(index)).cpu().numpy()]

@@ -97,7 +97,7 @@ class _Links:
         if "walk" in maps:
             classes, full = maps["walk"]
             index = np.array([0, *classes], dtype=np.uint8)
-            found["before"] = index[hard_labels(full, self.threshold).numpy()] if len(classes) else 0 * found["masks"]
+            found["before"] = index[hard_labels(full, self.threshold).numpy()]
         return found
 
 

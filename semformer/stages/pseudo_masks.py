@@ -42,8 +42,6 @@ def run(config: Config, data: Packed, walk: Artifact | None, ctx: Context) -> di
         image = data.pixels(i)
         try:
             classes, full = maps.full(data.ids[i], image.shape[:2], ctx.device)
-            if not len(classes):
-                return np.zeros(image.shape[:2], dtype=np.uint8)
             return refiner(image, classes, options.crf, ctx.device)(hard_labels(full, options.threshold))
         except (UserError, RuntimeError) as error:
             if memory.is_exhausted(error):

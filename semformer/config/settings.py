@@ -129,7 +129,7 @@ class TrainingConfig(Settings):
 
 
 class NetworkConfig(TrainingConfig):
-    """What the two networks of the method have in common."""
+    """What networks have in common that can be imported: all but AffinityNet."""
 
     ARCHITECTURE: ClassVar[tuple[str, ...]] = ("backbone", "image_size")
 

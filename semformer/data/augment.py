@@ -1,4 +1,5 @@
-"""Training crops of both networks (sections 3.2 and 3.3, with the published geometry), made where the network is.
+"""Training crops (sections 3.2 and 3.3, with the published geometry), made where the network is: those of the CAAE, and
+those of the segmentation network, which AffinityNet and DeepLab have as well.
 
 What is random is drawn on the host for a whole epoch at once, and depends on (seed, epoch, index of the image) alone:
 `caae_crops`, `segmentor_crops`. What it does to the pixels happens on the device: `make_crops`.
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from semformer.config import CaaeConfig, PretrainConfig, SegmentorConfig
+from semformer.config import AffinityConfig, CaaeConfig, DeeplabConfig, PretrainConfig, SegmentorConfig
 from semformer.data.pack import LUMA
 from semformer.data.pixels import Resample, as_batch, normalized, resize, resize_axis
 from semformer.data.voc import IGNORE
@@ -79,7 +80,9 @@ def caae_crops(sizes: np.ndarray, config: CaaeConfig | PretrainConfig, *, seed: 
     )
 
 
-def segmentor_crops(sizes: np.ndarray, config: SegmentorConfig, *, seed: int, epoch: int) -> Crops:
+def segmentor_crops(
+    sizes: np.ndarray, config: SegmentorConfig | AffinityConfig | DeeplabConfig, *, seed: int, epoch: int
+) -> Crops:
     """Random resize of the long side, flip, random crop or random place in the frame, colour jitter.
 
     sizes: (n, 2), height and width of the images.

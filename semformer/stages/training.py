@@ -1,4 +1,4 @@
-"""The training loop of both networks: poly schedule, divergence guard, progress, checkpoints.
+"""The training loop of all networks: poly schedule, divergence guard, progress, checkpoints.
 
 A run that resumes from a checkpoint ends with the same weights as one that was never interrupted: every random number
 is drawn from (seed, epoch, index of the image) or (seed, epoch), so no generator's state has to be saved.

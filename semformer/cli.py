@@ -17,12 +17,14 @@ from rich.markup import escape
 from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
-from semformer.config import PRESETS, Config, LossName, PretrainConfig, ShapesConfig, load_config, parse_overrides
+from semformer.config import PRESETS, Config, Goal, LossName, PretrainConfig, ShapesConfig, load_config, parse_overrides
 from semformer.errors import UserError, first_line
 
 if TYPE_CHECKING:  # torch takes seconds to import
+    import torch
+
     from semformer.keys import StageKey
-    from semformer.pipeline import StageRun
+    from semformer.pipeline import Data, StageRun
     from semformer.store import Store
 
 STORE = Path("runs/store")
@@ -50,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="run the pipeline for one config", allow_abbrev=False)
     add_config_arguments(run)
     until = "the last stage; its scores follow it (default: cams, the activation maps)"
-    run.add_argument("--until", default="cams", choices=("cams", "pseudo_masks", "deeplab"), help=until)
+    run.add_argument("--until", default="cams", choices=get_args(Goal), help=until)
     _add_run_arguments(run)
     run.set_defaults(command=_run)
 
@@ -188,18 +190,7 @@ def _run(options: argparse.Namespace) -> int:
         until = pipeline.ends(config, options.until)
         keys = list(pipeline.stage_keys(config, data, until).values())
         _keep(store, "run", keys, {"preset": options.preset})
-        runs = []
-        for run in pipeline.run(
-            config,
-            data,
-            store,
-            device=device,
-            progress=display.stage,
-            waiting=display.waiting,
-            until=until,
-        ):
-            runs.append(run)
-            display.done(run)
+        runs = _make(config, data, store, device, until, display)
     evaluated = [run.artifact for run in runs if "metrics" in run.artifact.info]
     metrics = pipeline.scores(evaluated)
     for name, value in metrics.items():
@@ -214,6 +205,26 @@ def _run(options: argparse.Namespace) -> int:
     if options.json:
         print(json.dumps({"metrics": metrics, "stages": _stages(runs)}))
     return 0
+
+
+def _make(
+    config: Config,
+    data: "Data",
+    store: "Store",
+    device: "torch.device",
+    until: str | Sequence[str],
+    display: "_Display",
+) -> "list[StageRun]":
+    """`pipeline.run`, of which everything is shown."""
+    from semformer import pipeline
+
+    runs = []
+    for run in pipeline.run(
+        config, data, store, device=device, progress=display.stage, waiting=display.waiting, until=until
+    ):
+        runs.append(run)
+        display.done(run)
+    return runs
 
 
 def _stages(runs: "Sequence[StageRun]") -> list[dict[str, Any]]:
@@ -275,18 +286,7 @@ def _export_test(options: argparse.Namespace) -> int:
         submission.check_trained(config, keys, store)
         submission.make_room(options.out)
         _keep(store, "export", list(keys.values()), {"preset": options.preset})
-        runs = []
-        for run in pipeline.run(
-            config,
-            data,
-            store,
-            device=device,
-            progress=display.stage,
-            waiting=display.waiting,
-            until="segmentation",
-        ):
-            runs.append(run)
-            display.done(run)
+        runs = _make(config, data, store, device, "segmentation", display)
         label_maps = label_maps_in(runs[-1].artifact)
         folder, archive = submission.write(label_maps, kind, data[name], options.out, display.stage)
     _tell(f"{len(data[name])} label maps ({kind}) of {name}, one for each image, checked: {folder}")

@@ -421,3 +421,24 @@ def test_an_outage_lasts_until_its_latest_failure():
     assert faults.hopeless() is None
     faults.store_failed(full)
     assert faults.hopeless() == full
+
+
+def test_a_ray_that_has_lost_all_its_nodes_is_given_up_after_a_while():
+    now, living = 0.0, {"n": "this machine"}
+    faults = Faults(lambda: Places(living), patience=60.0, clock=lambda: now)
+    assert faults.hopeless() is None
+    living, now = {}, 50.0
+    assert faults.hopeless() is None  # a raylet may come back
+    living, now = {"n": "this machine"}, 55.0
+    assert faults.hopeless() is None
+    living, now = {}, 110.0
+    assert faults.hopeless() is None
+    now = 116.0
+    assert "Ray has lost all its nodes" in faults.hopeless().message
+
+
+def test_a_growing_cluster_may_have_no_node_for_long():
+    now = 0.0
+    faults = Faults(lambda: Places({}, may_grow=True), patience=60.0, clock=lambda: now)
+    now = 1000.0
+    assert faults.hopeless() is None

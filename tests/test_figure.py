@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from semformer.config import load_config
-from semformer.stages.cams import read_maps
+from semformer.stages.cams import MapFiles
 from semformer.store import Store
 from sweeps import figure
 from sweeps.cli import main
@@ -43,7 +43,8 @@ def test_each_column_has_the_final_map_of_its_row_and_its_score(place, shapes, t
     assert (tmp_path / "out" / "maps-micro-seed0.png").is_file()
     for column, stages in enumerate(place[1]):
         metrics = stages["evaluate"].artifact.info["metrics"]
-        maps = [maps for _, maps in list(read_maps(stages["cams"].artifact))[:3]]
+        files = MapFiles(stages["cams"].artifact)
+        maps = [files[image_id] for image_id in list(files)[:3]]
         assert len(drawn) == sum(len(one.classes) for one in maps)
         for line, heat in zip(drawn, (heat for one in maps for heat in one.full), strict=True):
             heading, values, threshold = line.maps[column]

@@ -85,11 +85,11 @@ def test_maps_of_many_files_are_read_in_the_split_s_order(shapes, store, tmp_pat
         checkpoints.mkdir()
         cams.run(config, data, None, Context(CPU, lambda told: None, out, checkpoints))
         artifact = Artifact(StageKey("cams", {}), out, {}, {path.name: {} for path in out.iterdir()})
-        made.append(list(cams.read_maps(artifact)))
-        assert [image_id for image_id, _ in made[-1]] == list(data.ids)
-    for parts in zip(*made, strict=True):
-        for _, maps in parts:
-            torch.testing.assert_close(maps.full, parts[0][1].full, atol=2e-3, rtol=0)
+        made.append(cams.MapFiles(artifact))
+        assert list(made[-1]) == list(data.ids)
+    for image_id in data.ids:
+        for maps in made[1:]:
+            torch.testing.assert_close(maps[image_id].full, made[0][image_id].full, atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("rule", ["oracle", "fixed"])
@@ -101,10 +101,8 @@ def test_scores_are_those_of_the_maps_that_are_kept(shapes, store, rule):
     made = {
         run.stage: run.artifact for run in pipeline.run(config, data, store, device=CPU, progress=lambda told: None)
     }
-    images = [
-        (maps.full.numpy(), maps.classes, data["val"].mask(i))
-        for i, (_, maps) in enumerate(cams.read_maps(made["cams"]))
-    ]
+    maps, split = cams.MapFiles(made["cams"]), data["val"]
+    images = [(maps[name].full.numpy(), maps[name].classes, split.mask(i)) for i, name in enumerate(split.ids)]
     wanted = scores(obvious_confusion(images, 9, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], 3))
     table = pq.read_table(made["evaluate"].file("threshold_curve.parquet")).to_pydict()
     for name in ("miou", "fp", "fn"):
@@ -150,9 +148,10 @@ def test_maps_are_made_as_the_options_say(shapes, store, tmp_path, monkeypatch, 
     (checkpoints := tmp_path / "checkpoints").mkdir()
     cams.run(config, data, None, Context(CPU, lambda told: None, tmp_path, checkpoints))
     artifact = Artifact(StageKey("cams", {}), tmp_path, {}, {path.name: {} for path in tmp_path.glob("maps*")})
-    for i, (_, kept) in enumerate(cams.read_maps(artifact)):
+    kept = cams.MapFiles(artifact)
+    for i, image_id in enumerate(data.ids):
         (wanted,) = multi_scale_maps(model, [data.pixels(i)], [data.objects(i)], config.cams)
-        torch.testing.assert_close(kept.full, wanted.full, atol=2e-3, rtol=0)
+        torch.testing.assert_close(kept[image_id].full, wanted.full, atol=2e-3, rtol=0)
 
 
 def test_the_maximum_of_a_map_is_that_within_the_image():
@@ -172,21 +171,16 @@ def test_activation_maps_are_interpolated_in_full_precision():
     torch.testing.assert_close(maps, segmentor.activation_maps(logits.float(), valid))
 
 
-def test_maps_are_not_measured_on_the_mask_of_another_image(shapes, store, tmp_path):
-    config = load_config("micro")
-    data = pipeline.open_data(config, shapes)
-    made = {
-        run.stage: run.artifact
-        for run in pipeline.run(config, data, store, device=CPU, progress=lambda told: None, until="cams")
-    }
-    backwards = replace(data["val"], ids=data["val"].ids[::-1], labels=data["val"].labels[::-1])
-    with pytest.raises(UserError, match="holds maps of val_000000 where split val has val_000005"):
-        evaluate.run(
-            config,
-            packed(backwards, ["masks"], store),
-            made["cams"],
-            Context(CPU, lambda told: None, tmp_path, tmp_path),
-        )
+def test_maps_are_not_measured_on_the_mask_of_another_image(finished, shapes, tmp_path):
+    (store, runs), config = finished, load_config("micro", {"evaluate.pictures": 0})
+    split, cams_made = open_devkit(shapes).split("val"), runs["cams"].artifact
+    ctx = Context(CPU, lambda told: None, tmp_path, tmp_path)
+    backwards = replace(split, ids=split.ids[::-1], labels=split.labels[::-1])
+    told = evaluate.run(config, packed(backwards, ["images", "masks"], store), cams_made, ctx)
+    assert told["metrics"] == runs["evaluate"].artifact.info["metrics"]
+    other = packed(open_devkit(shapes).split("train"), ["images", "masks"], store)
+    with pytest.raises(UserError, match="holds no maps of train_000000"):
+        evaluate.run(config, other, cams_made, ctx)
 
 
 def test_cosines_are_those_of_each_pair_of_classes_at_the_images_own_scale():

@@ -149,9 +149,3 @@ class MapFiles(Tensors):
         """Raises UserError where there are none."""
         classes, strided, full = self.read(image_id, "classes", "strided", "full")
         return Maps(classes.numpy(), strided.float(), full.float())
-
-
-def read_maps(artifact: Artifact) -> Iterator[tuple[str, Maps]]:
-    """(image id, maps) of a cams artifact in the split's order."""
-    files = MapFiles(artifact)
-    return ((image_id, files[image_id]) for image_id in files)

@@ -2,8 +2,9 @@
 
 import json
 import time
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -14,10 +15,9 @@ from safetensors.torch import load_file
 from semformer import draw
 from semformer.config import Config
 from semformer.data.pack import Packed
-from semformer.errors import UserError
-from semformer.inference import MAP_KINDS, Maps
+from semformer.inference import MAP_KINDS
 from semformer.metrics import ThresholdCurve, reported
-from semformer.stages.cams import FOREIGN, PICTURES, read_maps
+from semformer.stages.cams import FOREIGN, PICTURES, MapFiles
 from semformer.stages.context import Context, Progress
 from semformer.store import Artifact
 from semformer.threads import in_order
@@ -25,6 +25,7 @@ from semformer.threads import in_order
 CURVE = "threshold_curve.parquet"
 CLASS_IOU = "class_iou.parquet"
 METRICS = "metrics.json"
+T = TypeVar("T")
 
 
 def run(config: Config, data: Packed, cams: Artifact, ctx: Context) -> dict[str, Any]:
@@ -33,31 +34,38 @@ def run(config: Config, data: Packed, cams: Artifact, ctx: Context) -> dict[str,
     Reads pixel masks. Returns {"metrics": {...}}, see `metrics.reported`; beside these, the mean cosine between the
     maps of an image's classes.
     """
-    options = config.evaluate
+    options, maps = config.evaluate, MapFiles(cams)
     curve = ThresholdCurve(len(data.classes), options.scored_thresholds(), erosion=options.erosion)
-    started = time.monotonic()
 
-    def count(item: tuple[int, tuple[str, Maps]]) -> tuple[np.ndarray, np.ndarray]:
-        i, (image_id, maps) = item
-        if image_id != data.ids[i]:
-            raise UserError(f"{cams.path} holds maps of {image_id} where split {data.name} has {data.ids[i]}")
-        return curve.count(maps.full.numpy(), maps.classes, data.mask(i), name=image_id)
+    def count(i: int) -> tuple[np.ndarray, np.ndarray]:
+        of_image = maps[data.ids[i]]
+        return curve.count(of_image.full.numpy(), of_image.classes, data.mask(i), name=data.ids[i])
 
-    n_cores = torch.get_num_threads()
-    with ThreadPoolExecutor(n_cores) as cores:
-        counted = in_order(cores, count, enumerate(read_maps(cams)), ahead=2 * n_cores)
-        for done, counts in enumerate(counted, start=1):
-            curve.include(*counts)
-            ctx.progress(Progress.of_images("evaluate", done, len(data), started))
-
+    for counts in of_all_images("evaluate", count, data, ctx):
+        curve.include(*counts)
     scores, (metrics, chosen) = curve.scores(), reported(curve, options, data.name)
     metrics |= {f"cam/{data.name}/cosine_{kind}": value for kind, value in cams.info["cosine"].items()}
-    (ctx.out / METRICS).write_text(json.dumps(metrics, indent=1) + "\n")
     curve_table = {"threshold": curve.thresholds, "miou": scores.miou, "fp": scores.fp, "fn": scores.fn}
     pq.write_table(pa.table(curve_table), ctx.out / CURVE)
-    pq.write_table(pa.table({"class": data.classes, "iou": scores.iou[chosen]}), ctx.out / CLASS_IOU)
+    write_scores(metrics, scores.iou[chosen], data, ctx)
     _draw(config, data, cams, float(curve.thresholds[chosen]), ctx)
     return {"metrics": metrics}
+
+
+def of_all_images(stage: str, count: Callable[[int], T], data: Packed, ctx: Context) -> Iterator[T]:
+    """count(i) of each image, in order, by all threads of torch."""
+    started, n_threads = time.monotonic(), torch.get_num_threads()
+    with ThreadPoolExecutor(n_threads) as threads:
+        counted = in_order(threads, count, range(len(data)), ahead=2 * n_threads)
+        for done, counts in enumerate(counted, start=1):
+            yield counts
+            ctx.progress(Progress.of_images(stage, done, len(data), started))
+
+
+def write_scores(metrics: Mapping[str, float], class_iou: np.ndarray, data: Packed, ctx: Context) -> None:
+    """Makes `metrics.json`, and the table of the IoU (K,) of each class."""
+    (ctx.out / METRICS).write_text(json.dumps(metrics, indent=1) + "\n")
+    pq.write_table(pa.table({"class": data.classes, "iou": class_iou}), ctx.out / CLASS_IOU)
 
 
 def _draw(config: Config, data: Packed, cams: Artifact, threshold: float, ctx: Context) -> None:

@@ -1,13 +1,8 @@
 """Stage evaluate_masks: scores of each link from maps to pseudo masks, on the same images, and pictures of them."""
 
-import json
-import time
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
@@ -17,12 +12,11 @@ from semformer.data.pack import Packed
 from semformer.metrics import ThresholdCurve, confusion, label_map_metrics, reported, scores
 from semformer.stages.affinity_labels import hard_labels
 from semformer.stages.cams import MapFiles
-from semformer.stages.context import Context, Progress
-from semformer.stages.evaluate import CLASS_IOU, METRICS
+from semformer.stages.context import Context
+from semformer.stages.evaluate import of_all_images, write_scores
 from semformer.stages.shards import label_maps_in
 from semformer.stages.walk import WalkedFiles
 from semformer.store import Artifact
-from semformer.threads import in_order
 
 CPU = torch.device("cpu")
 
@@ -37,10 +31,9 @@ def run(
     than the three.
     """
     links = _Links(config, cams, walk, pseudo_masks)
-    K, options, started = len(data.classes), config.evaluate, time.monotonic()
+    K, options = len(data.classes), config.evaluate
     curves = {of: ThresholdCurve(K, options.scored_thresholds(), erosion=options.erosion) for of in links.maps}
     counts: dict[str, np.ndarray] = {}
-    n_cores = torch.get_num_threads()
 
     def count(i: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         image_id, truth = data.ids[i], data.mask(i)
@@ -51,13 +44,11 @@ def run(
             {name: confusion(truth, predicted, K) for name, predicted in labels.items()},
         )
 
-    with ThreadPoolExecutor(n_cores) as cores:
-        for done, (of_maps, of_labels) in enumerate(in_order(cores, count, range(len(data)), ahead=2 * n_cores), 1):
-            for of, counted in of_maps.items():
-                curves[of].include(*counted)
-            for name, one in of_labels.items():
-                counts[name] = counts.get(name, 0) + one
-            ctx.progress(Progress.of_images("evaluate_masks", done, len(data), started))
+    for of_maps, of_labels in of_all_images("evaluate_masks", count, data, ctx):
+        for of, counted in of_maps.items():
+            curves[of].include(*counted)
+        for name, one in of_labels.items():
+            counts[name] = counts.get(name, 0) + one
 
     metrics: dict[str, float] = {}
     for of, curve in curves.items():
@@ -65,8 +56,7 @@ def run(
     metrics |= {f"pseudo/{data.name}/{name}": value for name, value in label_map_metrics(counts["masks"]).items()}
     if "before" in counts:
         metrics[f"pseudo/{data.name}/miou_before_crf"] = float(scores(counts["before"]).miou)
-    (ctx.out / METRICS).write_text(json.dumps(metrics, indent=1) + "\n")
-    pq.write_table(pa.table({"class": data.classes, "iou": scores(counts["masks"]).iou}), ctx.out / CLASS_IOU)
+    write_scores(metrics, scores(counts["masks"]).iou, data, ctx)
     _draw(config, data, links, ctx)
     return {"metrics": metrics}
 

@@ -67,9 +67,9 @@ def test_images_made_together_have_the_maps_that_each_has_alone():
 def test_groups_are_of_one_size_and_have_every_image_once():
     rng = np.random.default_rng(0)
     data = SimpleNamespace(sizes=np.array([(30, 40), (40, 30), (20, 60), (40, 40)])[rng.integers(0, 4, 70)])
-    groups = list(cams.of_one_size(data, range(70)))
+    groups = list(shards.of_one_size(data, range(70)))
     assert sorted(i for group in map(list, groups) for i in group) == list(range(70))
-    assert max(map(len, groups)) == cams.TOGETHER
+    assert max(map(len, groups)) == shards.TOGETHER
     assert all(len({tuple(data.sizes[i]) for i in group}) == 1 for group in groups)
 
 

@@ -13,7 +13,8 @@ from semformer import draw, pipeline
 from semformer.config import load_config
 from semformer.data.label_maps import LabelMaps
 from semformer.data.voc import IGNORE, open_devkit
-from semformer.stages.cams import MapFiles, of_one_size
+from semformer.stages.cams import MapFiles
+from semformer.stages.shards import of_one_size
 from semformer.stages.walk import WalkedFiles
 from semformer.store import Store
 from tests.devkits import refused

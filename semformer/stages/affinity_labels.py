@@ -9,14 +9,14 @@ from torch import Tensor
 
 from semformer.config import AffinityLabelsConfig, Config, CrfConfig
 from semformer.crf import DenseCrf
-from semformer.data.label_maps import LabelMaps, is_whole, write_label_maps
+from semformer.data.label_maps import LabelMaps
 from semformer.data.pack import Packed
 from semformer.data.voc import IGNORE
 from semformer.errors import UserError
 from semformer.inference import Maps
 from semformer.stages.cams import MapFiles
 from semformer.stages.context import Context, Progress
-from semformer.stages.shards import make_shards
+from semformer.stages.shards import make_label_maps
 from semformer.store import Artifact
 
 
@@ -27,11 +27,10 @@ def run(config: Config, data: Packed, cams: Artifact, ctx: Context) -> dict[str,
     """
     options, maps = config.affinity_labels, MapFiles(cams)
 
-    def make(rows: list[int]) -> list[tuple[str, np.ndarray]]:
-        return [(data.ids[i], confident(maps[data.ids[i]], data.pixels(i), options, ctx.device)) for i in rows]
+    def make(i: int) -> dict[str, np.ndarray]:
+        return {data.ids[i]: confident(maps[data.ids[i]], data.pixels(i), options, ctx.device)}
 
-    make_shards("affinity_labels", data, ctx, "{:05d}.zip", make, write_label_maps, is_whole)
-    shares = _shares(LabelMaps(sorted(ctx.out.glob("*.zip"))))
+    shares = _shares(make_label_maps("affinity_labels", data, ctx, make))
     told = ", ".join(f"{100 * share:.1f} % {kind}" for kind, share in shares.items())
     both = f"{options.foreground_threshold} and {options.background_threshold}"
     for kind in ("object", "background"):

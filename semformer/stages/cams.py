@@ -19,13 +19,9 @@ from semformer.inference import STRIDE, Maps, class_cosines, maps_of_every_kind,
 from semformer.models.segmentor import Segmentor
 from semformer.stages import segmentor as segmentor_stage
 from semformer.stages.context import Context
-from semformer.stages.shards import Tensors, make_shards, tensors_are_whole, write_tensors
+from semformer.stages.shards import Tensors, make_shards, of_one_size, tensors_are_whole, write_tensors
 from semformer.store import Artifact
 
-TOGETHER = 8
-"""Images of one size that go through the network together, at most."""
-PIXELS_TOGETHER = TOGETHER * 640**2
-"""What they have together, at most, where it is not a single image."""
 COMPARED = 64
 """Images with several classes whose maps are compared, spread over the split."""
 FILES, PICTURES = "maps-{:05d}.safetensors", "pictures.safetensors"
@@ -120,17 +116,6 @@ def _mean_cosines(model: Segmentor, data: Packed, config: Config) -> dict[str, f
         if not np.isfinite(list(one.values())).all():
             raise UserError(f"{data.ids[i]}: the activation maps contain NaN")
     return {kind: float(np.mean([one[kind] for one in found])) for kind in (found[0] if found else ())}
-
-
-def of_one_size(data: Packed, rows: Sequence[int]) -> Iterator[list[int]]:
-    """The rows of a split in groups of images of one size, of at most `TOGETHER` and `PIXELS_TOGETHER`."""
-    by_size: dict[tuple[int, ...], list[int]] = {}
-    for i in rows:
-        group = by_size.setdefault(tuple(data.sizes[i]), [])
-        group.append(i)
-        if len(group) == TOGETHER or (len(group) + 1) * data.sizes[i].prod() > PIXELS_TOGETHER:
-            yield by_size.pop(tuple(data.sizes[i]))
-    yield from by_size.values()
 
 
 def _maps(model: Segmentor, data: Packed, rows: Sequence[int], config: Config) -> list[Maps]:

@@ -12,13 +12,13 @@ import numpy as np
 
 from semformer import memory
 from semformer.config import Config
-from semformer.data.label_maps import LabelMaps, is_whole, write_label_maps
+from semformer.data.label_maps import write_label_maps
 from semformer.data.pack import Packed
 from semformer.data.voc import IGNORE, read_mask
 from semformer.errors import UserError
 from semformer.stages.affinity_labels import hard_labels, refiner
 from semformer.stages.context import Context, Progress
-from semformer.stages.shards import make_shards
+from semformer.stages.shards import make_label_maps
 from semformer.stages.walk import WalkedFiles
 from semformer.store import Artifact
 
@@ -35,9 +35,6 @@ def run(config: Config, data: Packed, walk: Artifact | None, ctx: Context) -> di
     assert walk is not None
     maps = WalkedFiles(walk)
 
-    def make(rows: list[int]) -> list[tuple[str, np.ndarray]]:
-        return [(data.ids[i], mask(i)) for i in rows]
-
     def mask(i: int) -> np.ndarray:
         image = data.pixels(i)
         try:
@@ -52,8 +49,7 @@ def run(config: Config, data: Packed, walk: Artifact | None, ctx: Context) -> di
                 ) from error
             return np.full(image.shape[:2], IGNORE, dtype=np.uint8)
 
-    make_shards("pseudo_masks", data, ctx, "{:05d}.zip", make, write_label_maps, is_whole)
-    made = LabelMaps(sorted(ctx.out.glob("*.zip")))
+    made = make_label_maps("pseudo_masks", data, ctx, lambda i: {data.ids[i]: mask(i)})
     failed = [image_id for image_id in made if (made[image_id] == IGNORE).all()] if options.skip_failing else []
     if len(failed) == len(data):
         raise UserError(

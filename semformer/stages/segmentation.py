@@ -12,14 +12,13 @@ from torch import Tensor
 
 from semformer.config import Config, SegmentationConfig
 from semformer.crf import DenseCrf
-from semformer.data.label_maps import is_whole, write_label_maps
 from semformer.data.pack import Packed
 from semformer.data.pixels import as_batch, normalized, resize
 from semformer.models.deeplab import DeepLab
 from semformer.precision import autocast
 from semformer.stages import deeplab as deeplab_stage
 from semformer.stages.context import Context
-from semformer.stages.shards import make_shards
+from semformer.stages.shards import make_label_maps
 from semformer.store import Artifact
 
 SINGLE, MULTI = "single", "multi"
@@ -31,14 +30,11 @@ def run(config: Config, data: Packed, deeplab: Artifact, ctx: Context) -> dict[s
     """Makes zips of PNGs. Returns the number of images, and the kinds of label maps there are."""
     options, model = config.segmentation, deeplab_stage.load(config.deeplab, deeplab, device=ctx.device)
 
-    def make(rows: list[int]) -> list[tuple[str, np.ndarray]]:
-        return [
-            (f"{kind}/{data.ids[i]}", labels)
-            for i in rows
-            for kind, labels in segment(model, data.pixels(i), options, config.precision).items()
-        ]
+    def make(i: int) -> dict[str, np.ndarray]:
+        found = segment(model, data.pixels(i), options, config.precision)
+        return {f"{kind}/{data.ids[i]}": labels for kind, labels in found.items()}
 
-    make_shards("segmentation", data, ctx, "{:05d}.zip", make, write_label_maps, is_whole)
+    make_label_maps("segmentation", data, ctx, make)
     return {"images": len(data), "kinds": kinds(options)}
 
 

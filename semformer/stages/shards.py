@@ -8,17 +8,18 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from semformer.data.label_maps import LabelMaps
+from semformer.data.label_maps import LabelMaps, is_whole, write_label_maps
 from semformer.data.pack import Packed
 from semformer.errors import UserError
 from semformer.stages.context import Context, Progress
@@ -28,6 +29,10 @@ from semformer.threads import in_order
 
 SHARD = 256
 """Images per file."""
+TOGETHER = 8
+"""Images of one size that go through a network together, at most."""
+PIXELS_TOGETHER = TOGETHER * 640**2
+"""What they have together, at most, where it is not a single image."""
 T = TypeVar("T")
 
 
@@ -71,9 +76,30 @@ def label_maps_in(artifact: Artifact) -> LabelMaps:
     return LabelMaps([artifact.file(name) for name in sorted(artifact.files)])
 
 
-def alone(rows: range) -> Iterator[list[int]]:
-    """Each image by itself."""
-    return ([i] for i in rows)
+def of_one_size(data: Packed, rows: Sequence[int]) -> Iterator[list[int]]:
+    """The rows of a split in groups of images of one size, of at most `TOGETHER` and `PIXELS_TOGETHER`."""
+    by_size: dict[tuple[int, ...], list[int]] = {}
+    for i in rows:
+        group = by_size.setdefault(tuple(data.sizes[i]), [])
+        group.append(i)
+        if len(group) == TOGETHER or (len(group) + 1) * data.sizes[i].prod() > PIXELS_TOGETHER:
+            yield by_size.pop(tuple(data.sizes[i]))
+    yield from by_size.values()
+
+
+def make_label_maps(
+    stage: str, data: Packed, ctx: Context, make: Callable[[int], Mapping[str, np.ndarray]]
+) -> LabelMaps:
+    """`make_shards` of zips of the label maps, by their names, that `make` returns of an image."""
+
+    def of_rows(rows: list[int]) -> list[tuple[str, np.ndarray]]:
+        return [named for i in rows for named in make(i).items()]
+
+    def alone(rows: range) -> Iterator[list[int]]:
+        return ([i] for i in rows)
+
+    make_shards(stage, data, ctx, "{:05d}.zip", of_rows, write_label_maps, is_whole, groups=alone)
+    return LabelMaps(sorted(ctx.out.glob("*.zip")))
 
 
 def make_shards(
@@ -85,7 +111,7 @@ def make_shards(
     write: Callable[[Path, Iterator[T]], None],
     is_whole: Callable[[Path], bool],
     *,
-    groups: Callable[[range], Iterable[list[int]]] = alone,
+    groups: Callable[[range], Iterable[list[int]]],
 ) -> None:
     """Makes `files`, such as "{:05d}.zip", in `ctx.out` of what `make` returns of groups of images, by all threads of
     torch.

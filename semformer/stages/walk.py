@@ -23,9 +23,9 @@ from semformer.models.affinity import FEATURE_STRIDES, STRIDES, AffinityNet
 from semformer.precision import autocast
 from semformer.random_walk import along_edges, along_features
 from semformer.stages import affinity as affinity_stage
-from semformer.stages.cams import MapFiles, of_one_size
+from semformer.stages.cams import MapFiles
 from semformer.stages.context import Context
-from semformer.stages.shards import Tensors, make_shards, tensors_are_whole, write_tensors
+from semformer.stages.shards import Tensors, make_shards, of_one_size, tensors_are_whole, write_tensors
 from semformer.store import Artifact
 
 
@@ -41,11 +41,8 @@ def run(config: Config, data: Packed, cams: Artifact, affinity: Artifact, ctx: C
             for i, one, after in zip(rows, found, walked, strict=True)
         ]
 
-    def make_in_parts(rows: Sequence[int]) -> list[tuple[str, np.ndarray, Tensor]]:
-        return memory.in_parts(make, rows)
-
-    of_sizes = partial(of_one_size, data)
-    make_shards("walk", data, ctx, "{:05d}.safetensors", make_in_parts, _write, tensors_are_whole, groups=of_sizes)
+    in_parts, groups = partial(memory.in_parts, make), partial(of_one_size, data)
+    make_shards("walk", data, ctx, "{:05d}.safetensors", in_parts, _write, tensors_are_whole, groups=groups)
     return {"images": len(data), "stride": STRIDES[config.affinity.variant]}
 
 

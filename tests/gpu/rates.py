@@ -21,7 +21,7 @@ from semformer.flops import Images, Work
 from semformer.inference import STRIDE, Maps, multi_scale_maps
 from semformer.precision import determinism
 from semformer.stages import affinity_labels, segmentation, walk
-from semformer.stages.cams import TOGETHER
+from semformer.stages.shards import TOGETHER
 from semformer.stages.training import Step, build_optimizer, compiled
 from semformer.store import Store
 from tests.benchmarks.bench_crf import make_photograph

@@ -20,13 +20,13 @@ from semformer.cli import _keep, main
 from semformer.config import load_config
 from semformer.crf import DenseCrf
 from semformer.data.augment import segmentor_crops
-from semformer.data.label_maps import LabelMaps
+from semformer.data.label_maps import LabelMaps, write_label_maps
 from semformer.data.loading import Loader
 from semformer.data.voc import IGNORE, open_devkit, voc_palette
 from semformer.errors import UserError
 from semformer.inference import Maps
 from semformer.metrics import confusion, label_map_metrics
-from semformer.stages import affinity, deeplab, evaluate_masks, segmentation
+from semformer.stages import affinity, deeplab, evaluate_masks, segmentation, shards
 from semformer.stages import walk as walk_stage
 from semformer.stages.affinity_labels import confident
 from semformer.stages.cams import MapFiles, foreign_maps
@@ -464,7 +464,7 @@ def test_thresholds_that_leave_no_object_are_told(chain, shapes):
 
 @pytest.mark.parametrize("stage", ["train_cams", "affinity_labels", "walk", "pseudo_masks", "segmentation"])
 def test_a_killed_stage_goes_on_at_the_next_file(chain, shapes, tmp_path, monkeypatch, stage):
-    """Killed -9 in the third file of four images; what there is then is not made again."""
+    """Killed -9 in the third file of two images; what there is then is not made again."""
     store = shutil.copytree(chain[0].root, tmp_path / "store")
     for later in ALL[ALL.index(stage) :]:
         shutil.rmtree(store / later, ignore_errors=True)
@@ -499,6 +499,19 @@ run(load_config("micro"), {str(shapes)!r}, Store({str(store)!r}), kill, until={s
     else:
         whole, parts = weights(chain[1][stage]), weights(made)
         assert all(torch.equal(parts[name], value) for name, value in whole.items())
+
+
+def test_files_that_are_there_count_whichever_they_are(chain, split, tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "SHARD", 4)
+    data, told = packed(split, ["images"], chain[0]), []
+    out, there = (tmp_path / name for name in ("out", "checkpoints"))
+    out.mkdir()
+    there.mkdir()
+    write_label_maps(there / "00001.zip", ((name, np.zeros((2, 2), np.uint8)) for name in data.ids[4:8]))
+    ctx = Context(CPU, told.append, out, there)
+    made = shards.make_label_maps("any", data, ctx, lambda i: {data.ids[i]: np.ones((2, 2), np.uint8)})
+    assert [report.done for report in told] == [1, 2, 3, 4, *range(9, len(data) + 1)]
+    assert [name for name in made if not made[name].any()] == list(data.ids[4:8])
 
 
 def test_images_that_do_not_fit_into_memory_together_walk_in_parts(chain, shapes, tmp_path, monkeypatch):

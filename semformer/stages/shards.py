@@ -118,15 +118,15 @@ def make_shards(
 
     `write` makes a file of that; `is_whole` tells whether one of an earlier run, which has been killed, is of use.
     """
-    started, done, first = time.monotonic(), 0, 0
+    started, found, made = time.monotonic(), 0, 0
     n_threads = torch.get_num_threads()
 
     def results(rows: range) -> Iterator[T]:
-        nonlocal done
+        nonlocal made
         for group, some in in_order(threads, lambda group: (group, make(group)), groups(rows), ahead=2 * n_threads):
             yield from some
-            done += len(group)
-            rate = (done - first) / (time.monotonic() - started)
+            made += len(group)
+            done, rate = found + made, made / (time.monotonic() - started)
             left = (len(data) - done) / rate
             ctx.progress(Progress(stage, done, len(data), images_per_second=rate, seconds_left=left))
 
@@ -134,7 +134,7 @@ def make_shards(
         for number, rows in enumerate(data.batches(SHARD)):
             path = ctx.checkpoints / files.format(number)
             if path.exists() and is_whole(path):
-                done, first = done + len(rows), first + len(rows)
+                found += len(rows)
             else:
                 partial = path.with_name(f"{secrets.token_hex(4)}{PARTIAL}")
                 try:

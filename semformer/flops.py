@@ -27,6 +27,7 @@ from semformer.config import (
     SegmentorConfig,
     TrainingConfig,
 )
+from semformer.data.pixels import scaled
 from semformer.data.voc import Devkit, image_size, read_labels
 from semformer.inference import MAP_KINDS
 from semformer.models.affinity import FEATURE_STRIDES, STRIDES, AffinityNet
@@ -60,8 +61,8 @@ class Images:
         return self.count * self.width * self.height
 
     def scaled(self, scale: float, multiple: int) -> tuple[int, int]:
-        """(H, W) of an image at a scale, up to a multiple."""
-        H, W = (math.ceil(max(1, round(side * scale)) / multiple) * multiple for side in (self.height, self.width))
+        """(H, W) of an image, see `pixels.scaled`."""
+        H, W = scaled((self.height, self.width), scale, multiple)
         return H, W
 
     @classmethod

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from semformer.config import CamsConfig, Config, FinalMap
-from semformer.data.pixels import as_batch, normalized, resize_exactly
+from semformer.data.pixels import as_batch, normalized, resize_exactly, scaled
 from semformer.losses import similarity
 from semformer.models.segmentor import Segmentor
 from semformer.precision import autocast
@@ -56,13 +56,12 @@ def multi_scale_maps(
     present = [np.asarray(one, dtype=np.int64) for one in classes]
     counts = [len(one) for one in present]
     strided = torch.zeros(sum(counts), 1, math.ceil(H / STRIDE), math.ceil(W / STRIDE), device=device)
-    full = torch.zeros(sum(counts), 1, _round_up(H, FULL_MULTIPLE), _round_up(W, FULL_MULTIPLE), device=device)
+    full = torch.zeros(sum(counts), 1, *scaled((H, W), 1, FULL_MULTIPLE), device=device)
     pixels = torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2)
     of_image = torch.arange(B).repeat_interleave(torch.tensor(counts)).to(device)
     of_class = torch.from_numpy(np.concatenate(present)).to(device)
     for scale in options.scales if sum(counts) else ():
-        size = [_round_up(max(1, round(side * scale)), model.backbone.patch_size) for side in (H, W)]
-        views = normalized(resize_exactly(pixels, size))
+        views = normalized(resize_exactly(pixels, scaled((H, W), scale, model.backbone.patch_size)))
         if options.flip:
             views = torch.cat([views, views.flip(-1)])
         with autocast(device, precision):
@@ -99,8 +98,7 @@ def class_cosines(
     A map that is zero everywhere is like none.
     image: (H, W, 3) uint8; two classes or more.
     """
-    H, W = image.shape[:2]
-    size = [_round_up(side, model.backbone.patch_size) for side in (H, W)]
+    size = scaled(image.shape[:2], 1, model.backbone.patch_size)
     view = normalized(resize_exactly(as_batch(torch.from_numpy(image).to(model.patch_head.weight.device)), size))
     with autocast(view.device, precision):
         logits, _, attention = model(view, last_blocks=options.last_blocks)
@@ -140,10 +138,6 @@ def final_map(model: Segmentor, images: Tensor, kind: FinalMap, last_blocks: int
         return activation
     relative = class_relative_attention([A.float() for A in attention]).view_as(activation)
     return relative if kind == "attention" else activation * relative
-
-
-def _round_up(value: float, multiple: int) -> int:
-    return math.ceil(value / multiple) * multiple
 
 
 def _divide_by_maximum(maps: Tensor) -> Tensor:

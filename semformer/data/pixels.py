@@ -5,6 +5,7 @@
 Legend: B images, C channels, H W pixels.
 """
 
+import math
 from collections.abc import Sequence
 from functools import lru_cache
 from typing import Literal
@@ -19,6 +20,11 @@ STD = (0.229, 0.224, 0.225)
 Resample = Literal["bilinear", "bicubic"]
 PRECISION = 2**22
 """Pillow's weights are whole multiples of 1 / PRECISION."""
+
+
+def scaled(size: Sequence[int], scale: float, multiple: int) -> list[int]:
+    """A size (height, width) at a scale, rounded to whole pixels, then up to a multiple."""
+    return [math.ceil(max(1, round(side * scale)) / multiple) * multiple for side in size]
 
 
 def as_batch(image: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from semformer.config import Config, SegmentationConfig
 from semformer.crf import DenseCrf
 from semformer.data.pack import Packed
-from semformer.data.pixels import as_batch, normalized, resize
+from semformer.data.pixels import as_batch, normalized, resize, scaled
 from semformer.models.deeplab import DeepLab
 from semformer.precision import autocast
 from semformer.stages import deeplab as deeplab_stage
@@ -63,8 +63,7 @@ def probabilities(model: DeepLab, pixels: Tensor, options: SegmentationConfig, p
     size, multiple = pixels.shape[:2], model.features.multiple
     highest: Tensor | None = None
     for scale in options.scales:
-        scaled = [-(-max(1, round(side * scale)) // multiple) * multiple for side in size]
-        view = normalized(resize(as_batch(pixels), scaled, "bilinear"))
+        view = normalized(resize(as_batch(pixels), scaled(size, scale, multiple), "bilinear"))
         for mirrored in (False, True)[: 1 + options.flip]:
             with autocast(view.device, precision):
                 logits = model(view.flip(-1) if mirrored else view).float()

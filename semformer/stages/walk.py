@@ -16,7 +16,7 @@ from torch import Tensor
 from semformer import memory
 from semformer.config import Config
 from semformer.data.pack import Packed
-from semformer.data.pixels import normalized
+from semformer.data.pixels import normalized, scaled
 from semformer.errors import UserError
 from semformer.inference import STRIDE, Maps
 from semformer.models.affinity import FEATURE_STRIDES, STRIDES, AffinityNet
@@ -72,7 +72,7 @@ def see(model: AffinityNet, images: list[np.ndarray], config: Config) -> Tensor:
     """
     options, device = config.affinity, next(model.parameters()).device
     (H, W), stride, multiple = images[0].shape[:2], STRIDES[options.variant], FEATURE_STRIDES[options.variant][-1]
-    height, width = (max(options.image_size, -(-side // multiple) * multiple) for side in (H, W))
+    height, width = (max(options.image_size, side) for side in scaled((H, W), 1, multiple))
     views = normalized(torch.from_numpy(np.stack(images)).to(device).permute(0, 3, 1, 2))
     views = F.pad(torch.cat([views, views.flip(-1)]), (0, width - W, 0, height - H))
     with autocast(device, config.precision):

@@ -68,13 +68,18 @@ class Stage:
     """The split whose pixel masks it reads, if it reads that split."""
     learns_from_masks: Callable[[Config], bool] = lambda config: False
     """Whether it reads the pixel masks of its own split in the place of its inputs."""
-    group: str = ""
-    """The group of options that it has, where that is not named as the stage is."""
+    options_of: str = ""
+    """The stage whose group of options it has, where that is not its own."""
     spares: Callable[[Config], bool] = lambda config: False
     """Whether it does without all of its inputs but the last."""
 
+    @property
+    def group(self) -> str:
+        """The name of its options in a config."""
+        return self.options_of or self.name
+
     def options(self, config: Config) -> Settings:
-        return getattr(config, self.group or self.name)
+        return getattr(config, self.group)
 
     def splits(self, config: Config) -> dict[str, list[pack.Kind]]:
         """The splits that it reads, its own first, and what of them; an imported network reads none."""
@@ -128,7 +133,7 @@ STAGES = (
         reads_images=False,
         split_of_masks="eval_split",
     ),
-    Stage("train_cams", cams.run, inputs=("segmentor",), split="train_split", version=3, group="cams"),
+    Stage("train_cams", cams.run, inputs=("segmentor",), split="train_split", version=3, options_of="cams"),
     Stage("affinity_labels", affinity_labels.run, inputs=("train_cams",), split="train_split"),
     Stage("affinity", affinity.run, inputs=("affinity_labels",), split="train_split"),
     Stage("walk", walk.run, inputs=("train_cams", "affinity"), split="train_split", version=2),
@@ -139,7 +144,7 @@ STAGES = (
         inputs=("train_cams", "walk", "pseudo_masks"),
         split="mask_split",
         split_of_masks="mask_split",
-        group="evaluate",
+        options_of="evaluate",
         spares=lambda config: bool(config.pseudo_masks.folder),
     ),
     Stage(
@@ -156,7 +161,7 @@ STAGES = (
         inputs=("segmentation",),
         split="test_split",
         split_of_masks="test_split",
-        group="evaluate",
+        options_of="evaluate",
     ),
 )
 MAPS = ("evaluate",)

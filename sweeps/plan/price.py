@@ -38,7 +38,7 @@ LABELS_PER_SECOND = 1e9
 memory, and an A100 moves six times as many. A CPU core does 1e7 to 5e7."""
 SAMPLE = 100
 """Published artifacts of a stage that are read at most."""
-GROUPS = {stage.name: stage.group or stage.name for stage in pipeline.STAGES}
+GROUPS = {stage.name: stage.group for stage in pipeline.STAGES}
 """The group of options that each stage has."""
 
 T = TypeVar("T")

@@ -65,15 +65,16 @@ class Trial:
     @property
     def fields(self) -> dict[str, Any]:
         """The fields of its config that its stages have a use for."""
-        groups = {stage.group or stage.name for stage in pipeline.STAGES if stage.name in self.keys}
-        groups |= {"seed", "precision", "data"}
+        groups = {"seed", "precision", "data", *(stage.group for stage in self._stages())}
         return {name: value for name, value in flatten(self.config).items() if name.partition(".")[0] in groups}
 
     @property
     def masks_read_by(self) -> tuple[str, ...]:
         """The stages that read pixel masks."""
-        mine = (stage for stage in pipeline.STAGES if stage.name in self.keys)
-        return tuple(stage.name for stage in mine if stage.reads_masks(self.config))
+        return tuple(stage.name for stage in self._stages() if stage.reads_masks(self.config))
+
+    def _stages(self) -> list[pipeline.Stage]:
+        return [stage for stage in pipeline.STAGES if stage.name in self.keys]
 
 
 def distinct_stages(trials: Iterable[Trial]) -> list[StageKey]:

@@ -4,7 +4,7 @@ import hashlib
 import os
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
@@ -117,6 +117,15 @@ class TrainingConfig(Settings):
         return self.weights or (str(own) if self.pretrained and own.exists() else "")
 
     @property
+    def starts_pretrained(self) -> bool:
+        """Whether the backbone starts from weights, timm's or a file's."""
+        return self.pretrained or bool(self.weights_file)
+
+    def without_weights(self) -> Self:
+        """Of the same network, for which nothing is downloaded or read: its own weights are to be loaded."""
+        return self.model_copy(update={"pretrained": False, "weights": ""})
+
+    @property
     def files(self) -> tuple[str, ...]:
         return tuple(filter(None, (self.weights_file,)))
 
@@ -124,7 +133,7 @@ class TrainingConfig(Settings):
         """As for every stage; a file counts by its content, not its path."""
         parameters = super().key_parameters()
         parameters["weights"] = file_digest(self.weights_file) if self.weights_file else ""
-        parameters["pretrained"] = self.pretrained or bool(self.weights_file)
+        parameters["pretrained"] = self.starts_pretrained
         return parameters
 
 

@@ -51,7 +51,7 @@ def run(config: Config, data: Packed, affinity_labels: Artifact, ctx: Context) -
         config=options,
         loader=loader,
         gradients=lambda batch, _, pieces: gradients(network, batch, options, pieces),
-        pretrained=model.features if options.pretrained or options.weights else None,
+        pretrained=model.features if options.starts_pretrained else None,
         precision=config.precision,
         seed=config.seed,
         ctx=ctx,
@@ -142,6 +142,6 @@ def build(options: AffinityConfig) -> AffinityNet:
 
 def load(options: AffinityConfig, artifact: Artifact, *, device: torch.device) -> AffinityNet:
     """The trained network, in evaluation mode and frozen."""
-    model = build(options.model_copy(update={"pretrained": False, "weights": ""}))
+    model = build(options.without_weights())
     load_state(model, load_file(artifact.file(WEIGHTS)), str(artifact.path))
     return model.to(device).eval().requires_grad_(False)

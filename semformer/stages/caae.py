@@ -43,7 +43,7 @@ def run(config: Config, data: Packed, ctx: Context) -> dict[str, Any]:
             config=options,
             loader=Loader(data, caae_crops, options, seed=config.seed, device=ctx.device),
             gradients=lambda batch, _, pieces: gradients(network, batch, pieces),
-            pretrained=model.encoder if options.pretrained or options.weights else None,
+            pretrained=model.encoder if options.starts_pretrained else None,
             precision=config.precision,
             seed=config.seed,
             ctx=ctx,
@@ -123,7 +123,7 @@ def build(options: CaaeConfig, *, n_classes: int) -> CAAE:
 def load(options: CaaeConfig, artifact: Artifact, *, device: torch.device) -> CAAE:
     """The trained network without its decoder, in evaluation mode and frozen."""
     state = load_file(artifact.file(WEIGHTS))
-    untrained = options.model_copy(update={"pretrained": False, "weights": "", "reconstruction": False})
+    untrained = options.without_weights().model_copy(update={"reconstruction": False})
     model = build(untrained, n_classes=len(state["semantics_weight"]))
     load_state(model, state, str(artifact.path))
     return model.to(device).eval().requires_grad_(False)

@@ -67,7 +67,7 @@ def run(config: Config, data: Packed, pseudo_masks: Artifact | None, ctx: Contex
                 label_side=options.image_size,
             ),
             gradients=lambda batch, _, pieces: gradients(network, batch, pieces),
-            pretrained=model.features if options.pretrained or options.weights else None,
+            pretrained=model.features if options.starts_pretrained else None,
             precision=config.precision,
             seed=config.seed,
             ctx=ctx,
@@ -116,7 +116,6 @@ def build(options: DeeplabConfig, *, n_classes: int) -> DeepLab:
 def load(options: DeeplabConfig, artifact: Artifact, *, device: torch.device) -> DeepLab:
     """The trained network, in evaluation mode and frozen."""
     state = load_file(artifact.file(WEIGHTS))
-    untrained = options.model_copy(update={"pretrained": False, "weights": ""})
-    model = build(untrained, n_classes=len(state["fc8_seg_conv2.bias"]))
+    model = build(options.without_weights(), n_classes=len(state["fc8_seg_conv2.bias"]))
     load_state(model, state, str(artifact.path))
     return model.to(device).eval().requires_grad_(False)

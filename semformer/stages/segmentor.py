@@ -69,7 +69,7 @@ def run(config: Config, data: Packed, caae: Artifact, ctx: Context) -> dict[str,
             gradients=lambda batch, generator, pieces: gradients(
                 network, guide, options, batch, generator, pieces, caae_size=config.caae.image_size
             ),
-            pretrained=model.backbone if options.pretrained or options.weights else None,
+            pretrained=model.backbone if options.starts_pretrained else None,
             precision=config.precision,
             seed=config.seed,
             ctx=replace(ctx, progress=progress),
@@ -220,8 +220,7 @@ def build(options: SegmentorConfig, *, n_classes: int, class_dim: int) -> Segmen
 def load(options: SegmentorConfig, artifact: Artifact, *, device: torch.device) -> Segmentor:
     """The trained network, in evaluation mode and frozen."""
     state = load_file(artifact.file(WEIGHTS))
-    untrained = options.model_copy(update={"pretrained": False, "weights": ""})
     n_classes, _, class_dim = state["class_head_weight"].shape
-    model = build(untrained, n_classes=n_classes, class_dim=class_dim)
+    model = build(options.without_weights(), n_classes=n_classes, class_dim=class_dim)
     load_state(model, state, str(artifact.path))
     return model.to(device).eval().requires_grad_(False)

@@ -4,6 +4,7 @@ import torch
 from safetensors.torch import load_file
 
 from semformer import pipeline
+from semformer.stages.shards import label_maps_in
 
 CPU = torch.device("cpu")
 
@@ -18,6 +19,10 @@ def weights(stage_run):
     """Of all files: the CAAE's decoder is apart from what later stages need."""
     names = [name for name in stage_run.artifact.files if name.endswith(".safetensors")]
     return {key: value for name in names for key, value in load_file(stage_run.artifact.file(name)).items()}
+
+
+def label_maps(stage_run):
+    return label_maps_in(stage_run.artifact)
 
 
 def damage(store, stage_run, name):

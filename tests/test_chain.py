@@ -20,7 +20,7 @@ from semformer.cli import _keep, main
 from semformer.config import load_config
 from semformer.crf import DenseCrf
 from semformer.data.augment import segmentor_crops
-from semformer.data.label_maps import LabelMaps, write_label_maps
+from semformer.data.label_maps import write_label_maps
 from semformer.data.loading import Loader
 from semformer.data.voc import IGNORE, open_devkit, voc_palette
 from semformer.errors import UserError
@@ -34,7 +34,7 @@ from semformer.stages.context import Context
 from semformer.stages.pack import packed
 from semformer.stages.walk import WalkedFiles, see, walk
 from semformer.store import Store
-from tests.pipelines import CPU, damage, run, weights
+from tests.pipelines import CPU, damage, label_maps, run, weights
 
 ALL = [stage.name for stage in pipeline.STAGES]
 CHAIN = ALL[4:]
@@ -50,11 +50,6 @@ def chain(shapes, tmp_path_factory):
 @pytest.fixture(scope="module")
 def split(shapes):
     return pipeline.open_data(load_config("micro"), shapes)["train"]
-
-
-def label_maps(stage_run) -> LabelMaps:
-    artifact = stage_run.artifact
-    return LabelMaps([artifact.file(name) for name in sorted(artifact.files)])
 
 
 def test_every_stage_is_made_once_then_found(chain, shapes):
@@ -222,19 +217,6 @@ def test_runs_that_end_with_the_same_stage_keep_all_that_each_has_made(chain, sh
     assert root.digests == wanted
 
 
-def test_confusion_counts_pixels():
-    truth = np.array([[0, 1, 2, IGNORE], [1, 1, 0, 2]], dtype=np.uint8)
-    predicted = np.array([[0, 1, 1, 1], [2, IGNORE, 1, 2]], dtype=np.uint8)
-    expected = np.zeros((3, 3), dtype=int)
-    for t, p in ((0, 0), (1, 1), (2, 1), (1, 2), (1, 0), (0, 1), (2, 2)):
-        expected[t, p] += 1
-    np.testing.assert_array_equal(confusion(truth, predicted, 3), expected)
-    told = label_map_metrics(expected)
-    assert told["precision"] == pytest.approx(100 * np.mean([1 / 2, 1 / 3, 1 / 2]))
-    assert told["recall"] == pytest.approx(100 * np.mean([1 / 2, 1 / 3, 1 / 2]))
-    assert told["miou"] == pytest.approx(100 * np.mean([1 / 3, 1 / 5, 1 / 3]))
-
-
 def test_a_segmentation_takes_the_highest_softmax_of_all_views(chain, split):
     config = load_config("micro", {"segmentation.scales": "0.5,1,1.5", "segmentation.flip": "true"})
     model = deeplab.load(config.deeplab, chain[1]["deeplab"].artifact, device=CPU)
@@ -349,30 +331,6 @@ def test_maps_of_others_may_have_all_classes(chain, split, tmp_path, channels):
     assert found.strided.shape == (len(split.objects(0)), 12, 12)
 
 
-@pytest.mark.parametrize(
-    ("array", "told"),
-    [
-        (None, r"has no train_000000\.npy, the maps of an image of split 'train'"),
-        (np.zeros((1, 5, 5)), r"train_000000\.npy has the shape \(1, 5, 5\); .* must be \(C, 48, 48\)"),
-        (np.full((8, 48, 48), 1.5), r"train_000000\.npy has values that are not within 0\.\.1"),
-        (np.full((8, 48, 48), np.nan), r"train_000000\.npy has values that are not within 0\.\.1"),
-        (np.array({"cam": 1}, dtype=object), r"train_000000\.npy holds no array of numbers"),
-        (b"not an array", r"train_000000\.npy holds no array of numbers"),
-        (np.full((8, 48, 48), "cat"), r"train_000000\.npy holds <U3, no real numbers"),
-    ],
-)
-def test_maps_of_others_that_do_not_fit_are_told(shapes, tmp_path, array, told):
-    (tmp_path / "maps").mkdir()
-    (tmp_path / "maps" / "other.npy").write_bytes(b"")
-    if isinstance(array, bytes):
-        (tmp_path / "maps" / "train_000000.npy").write_bytes(array)
-    elif array is not None:
-        np.save(tmp_path / "maps" / "train_000000.npy", array)
-    config = load_config("micro", {"cams.folder": str(tmp_path / "maps")})
-    with pytest.raises(UserError, match=told):
-        run(config, shapes, Store(tmp_path / "store"), until="train_cams")
-
-
 def test_masks_of_others_take_the_place_of_pseudo_masks(chain, split, shapes, tmp_path):
     masks, folder = label_maps(chain[1]["pseudo_masks"]), tmp_path / "masks"
     folder.mkdir()
@@ -432,28 +390,6 @@ def test_a_damaged_input_is_made_again(chain, shapes, tmp_path, stage):
     again = run(load_config("micro"), shapes, store, until=ALL)
     assert not again[stage].found
     assert again["evaluate_seg"].artifact.info["metrics"] == chain[1]["evaluate_seg"].artifact.info["metrics"]
-
-
-@pytest.mark.parametrize("skip", [False, True])
-def test_an_image_of_which_no_mask_can_be_made_is_named(chain, shapes, split, tmp_path, monkeypatch, skip):
-    full = WalkedFiles.full
-
-    def broken(self, image_id, size, device):
-        classes, maps = full(self, image_id, size, device)
-        if image_id == split.ids[5]:
-            raise UserError("its maps are no finite numbers")
-        return classes, maps
-
-    monkeypatch.setattr(WalkedFiles, "full", broken)
-    config = load_config("micro", {"pseudo_masks.skip_failing": skip, "pseudo_masks.threshold": 0.31})
-    if not skip:
-        with pytest.raises(UserError, match=rf"no pseudo mask can be made of {split.ids[5]}: its maps are no finite"):
-            run(config, shapes, chain[0], until="pseudo_masks")
-        return
-    made = run(config, shapes, chain[0], until="pseudo_masks")["pseudo_masks"]
-    assert made.artifact.info["failed"] == [split.ids[5]]
-    masks = label_maps(made)
-    assert [image_id for image_id in split.ids if (masks[image_id] == IGNORE).all()] == [split.ids[5]]
 
 
 def test_thresholds_that_leave_no_object_are_told(chain, shapes):

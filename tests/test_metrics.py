@@ -6,7 +6,7 @@ from sklearn.metrics import average_precision_score
 
 from semformer.data.voc import IGNORE
 from semformer.errors import UserError
-from semformer.metrics import ThresholdCurve, label_ap, scores
+from semformer.metrics import ThresholdCurve, confusion, label_ap, label_map_metrics, scores
 
 
 def obvious_prediction(maps, classes, threshold):
@@ -134,9 +134,9 @@ def test_scores_of_a_curve_are_those_of_each_threshold():
     rng = np.random.default_rng(0)
     images, thresholds = [random_image(rng, 5) for _ in range(4)], [0.1, 0.25, 0.4]
     found = curve_of(images, 5, thresholds).scores()
-    for k, confusion in enumerate(obvious_confusion(images, 5, thresholds)):
-        assert found.miou[k] == scores(confusion).miou
-        np.testing.assert_array_equal(found.iou[k], scores(confusion).iou)
+    for k, counts in enumerate(obvious_confusion(images, 5, thresholds)):
+        assert found.miou[k] == scores(counts).miou
+        np.testing.assert_array_equal(found.iou[k], scores(counts).iou)
 
 
 MAPS, TRUTH = np.zeros((2, 3, 4), np.float32), np.zeros((3, 4), np.uint8)
@@ -199,3 +199,16 @@ def test_ap_of_labels_is_that_of_scikit_learn_at_the_best_threshold():
 )
 def test_thresholds_of_the_ap_of_labels(similarities, best):
     assert label_ap(np.array([similarities]), np.array([[1, 0]])) == best
+
+
+def test_confusion_counts_pixels():
+    truth = np.array([[0, 1, 2, IGNORE], [1, 1, 0, 2]], dtype=np.uint8)
+    predicted = np.array([[0, 1, 1, 1], [2, IGNORE, 1, 2]], dtype=np.uint8)
+    expected = np.zeros((3, 3), dtype=int)
+    for t, p in ((0, 0), (1, 1), (2, 1), (1, 2), (1, 0), (0, 1), (2, 2)):
+        expected[t, p] += 1
+    np.testing.assert_array_equal(confusion(truth, predicted, 3), expected)
+    told = label_map_metrics(expected)
+    assert told["precision"] == pytest.approx(100 * np.mean([1 / 2, 1 / 3, 1 / 2]))
+    assert told["recall"] == pytest.approx(100 * np.mean([1 / 2, 1 / 3, 1 / 2]))
+    assert told["miou"] == pytest.approx(100 * np.mean([1 / 3, 1 / 5, 1 / 3]))

@@ -11,14 +11,13 @@ from PIL import ExifTags, Image
 
 from semformer import draw, pipeline
 from semformer.config import load_config
-from semformer.data.label_maps import LabelMaps
 from semformer.data.voc import IGNORE, open_devkit
 from semformer.stages.cams import MapFiles
 from semformer.stages.shards import of_one_size
 from semformer.stages.walk import WalkedFiles
 from semformer.store import Store
 from tests.devkits import refused
-from tests.pipelines import CPU, run
+from tests.pipelines import CPU, label_maps, run
 
 CLASSES = ("disc", "square", "triangle")
 OBJECT = 2
@@ -124,10 +123,6 @@ def chain(devkit, maps, tmp_path_factory):
     store = Store(tmp_path_factory.mktemp("store") / "store")
     config = options(maps)
     return store, run(config, devkit, store, until=pipeline.ends(config, "deeplab"))
-
-
-def label_maps(stage_run) -> LabelMaps:
-    return LabelMaps([stage_run.artifact.file(name) for name in sorted(stage_run.artifact.files)])
 
 
 @pytest.mark.parametrize("name", SIZES)
@@ -246,9 +241,12 @@ def savez(path: Path) -> None:
         (lambda path: np.save(path, np.full((1, 48, 48), -1e-3)), "not within 0..1"),
         (lambda path: np.save(path, np.full((1, 48, 48), np.nan, np.float16)), "not within 0..1"),
         (lambda path: np.save(path, np.zeros((1, 48, 48), np.complex64)), "holds complex64, no real numbers"),
+        (lambda path: np.save(path, np.full((1, 48, 48), "cat")), "holds <U3, no real numbers"),
+        (lambda path: np.save(path, np.array({"cam": 1}, dtype=object)), "holds no array of numbers"),
         (lambda path: path.write_bytes(path.read_bytes()[:-100]), "holds no array of numbers"),
         (lambda path: path.write_bytes(path.read_bytes().replace(b"{", b"(")), "holds no array of numbers"),
         (lambda path: (path.unlink(), path.mkdir()), "holds no array of numbers"),
+        (lambda path: path.unlink(), "has no grey.npy, the maps of an image of split 'train'"),
     ],
 )
 def test_maps_of_others_that_do_not_fit_are_told(devkit, maps, tmp_path, write, told):
@@ -313,7 +311,7 @@ TOO_SMALL = {"pseudo_masks.crf.bilateral_sxy": 1e-6, "pseudo_masks.crf.bilateral
 def test_images_that_fail_are_skipped_only_when_asked(chain, devkit, maps, tmp_path):
     refused(
         lambda: run(options(maps, **TOO_SMALL), devkit, chain[0], until="pseudo_masks"),
-        *("no pseudo mask can be made of", "standard deviations are too small", "pseudo_masks.skip_failing=true"),
+        *("no pseudo mask can be made of high", "standard deviations are too small", "pseudo_masks.skip_failing=true"),
     )
     config = options(maps, **TOO_SMALL, **{"pseudo_masks.skip_failing": True})
     made = run(config, devkit, chain[0], until=["deeplab", "evaluate_masks"])

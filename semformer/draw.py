@@ -1,4 +1,4 @@
-"""Pictures of activation maps, in the layout of the paper's Figures 3 and 4."""
+"""Pictures of activation maps and label maps, in the layout of the paper's Figures 3, 4 and 5."""
 
 from collections.abc import Mapping, Sequence
 from io import BytesIO

@@ -10,6 +10,7 @@ from semformer.data.pack import Packed
 from semformer.metrics import confusion, label_map_metrics, scores
 from semformer.stages.context import Context
 from semformer.stages.evaluate import of_all_images, write_scores
+from semformer.stages.segmentation import MULTI, SINGLE
 from semformer.stages.shards import label_maps_in
 from semformer.store import Artifact
 
@@ -32,7 +33,7 @@ def run(config: Config, data: Packed, segmentation: Artifact, ctx: Context) -> d
 
     metrics = {}
     for kind, of_kind in zip(kinds, counts, strict=True):
-        ending = kind.removeprefix("multi").replace("single", "_single")
+        ending = kind.removeprefix(MULTI).replace(SINGLE, f"_{SINGLE}")
         for name, value in label_map_metrics(of_kind).items():
             metrics[f"seg/{data.name}/{name}{ending}"] = value
     write_scores(metrics, scores(counts[-1]).iou, data, ctx)

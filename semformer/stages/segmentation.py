@@ -39,7 +39,9 @@ def run(config: Config, data: Packed, deeplab: Artifact, ctx: Context) -> dict[s
 
 
 def kinds(options: SegmentationConfig) -> list[str]:
-    return [kind + crf for kind in (SINGLE, MULTI) for crf in ("", CRF)[: 2 if options.crf.iterations else 1]]
+    """Of label maps, as `segment` makes them; the last has all that the config gives it: scales, and the CRF."""
+    endings = ("", CRF) if options.crf.iterations else ("",)
+    return [kind + ending for kind in (SINGLE, MULTI) for ending in endings]
 
 
 def segment(model: DeepLab, image: np.ndarray, options: SegmentationConfig, precision: str) -> dict[str, np.ndarray]:

@@ -167,7 +167,7 @@ def seg_lr(own: Config) -> FloatDistribution:
 
 
 def seg_crf(own: Config) -> CategoricalDistribution:
-    """As `mask_crf`."""
+    """The preset's iterations, 1, 5 and 10: without any there are no scores with the CRF."""
     return _choices(own.segmentation.crf.iterations, 1, 5, 10)
 
 

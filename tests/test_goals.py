@@ -253,6 +253,29 @@ def test_what_is_there_of_a_suggestion_is_told_without_a_run(tmp_path, shapes):
     assert search.study.best_value == 51.0
 
 
+def test_a_trial_without_the_score_that_is_searched_for_fails(tmp_path, shapes):
+    """Without a CRF: told after its run, and from the store."""
+    store, without = Store(tmp_path / "store"), {"segmentation.crf.iterations": 0}
+    for name in "ab":
+        search = open_search(
+            shapes,
+            store,
+            tmp_path / f"{name}.db",
+            "seg_crf=0|5",
+            objectives=["seg/val/miou_crf"],
+            overrides=without,
+            trials=1,
+        )
+        if trial := search.ask():
+            for key in trial.keys.values():
+                store.publish(key, store.workspace(key), {"seconds": 1.0})
+            search.tell(trial, {"seg/val/miou": 50.0})
+        assert (search.untold, search.ask()) == (0, None)
+        (told,) = search.study.trials
+        assert told.state.name == "FAIL"
+        assert told.user_attrs["reason"] == "with these settings there is no seg/val/miou_crf"
+
+
 def test_an_axis_that_changes_nothing_is_refused(tmp_path, shapes):
     with pytest.raises(UserError, match=r"beta \(walk\.beta\) changes nothing of cam/val/miou.*pseudo/train/miou"):
         open_search(shapes, Store(tmp_path / "store"), tmp_path / "study.db", "sigma", "beta")

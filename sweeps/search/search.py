@@ -375,7 +375,10 @@ class Search:
             state, attributes["reason"] = TrialState.FAIL, f"{GPU_HOURS}: {', '.join(gone)} has gone from the store"
         if state == TrialState.COMPLETE:
             measured = {**(metrics or {}), GPU_HOURS: sum(seconds.values()) / 3600}
-            values = [measured[name] for name in self.objectives]
+            if lacking := [name for name in self.objectives if name not in measured]:
+                state, attributes["reason"] = TrialState.FAIL, f"with these settings there is no {', '.join(lacking)}"
+            else:
+                values = [measured[name] for name in self.objectives]
         self._shared.tell(asked, state, values, {name: value for name, value in attributes.items() if value})
 
     def _artifacts(self, trial: Trial) -> dict[str, Artifact | None]:

@@ -90,7 +90,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     importer.add_argument("file", type=Path, metavar="FILE", help=".safetensors or .pth, of a whole network")
-    importer.add_argument("--kind", required=True, choices=("caae", "segmentor"), help="which network it is of")
+    importer.add_argument(
+        "--kind", required=True, choices=("caae", "segmentor", "deeplab"), help="which network it is of"
+    )
     add_config_arguments(importer)
     importer.set_defaults(command=_import_checkpoint)
 

@@ -53,6 +53,7 @@ def curve_figure(evaluate: Artifact) -> Figure:
 
 USES = {
     "segmentor": "training",
+    "affinity": "training",
     "deeplab": "training",
     "evaluate": "evaluation",
     "evaluate_masks": "evaluation",

@@ -51,7 +51,7 @@ def find_pairs(compiled: Iterable[CompiledTable]) -> list[Pair]:
             ours: dict[int, float] = {}
             untold = []
             for seed in sorted(a.keys() & b.keys()):
-                runs = (seed, frozenset((a[seed].trial_key, b[seed].trial_key)))
+                runs = (seed, frozenset(one.measured or one.trial_key for one in (a[seed], b[seed])))
                 if runs in seen and len(runs[1]) > 1:
                     continue
                 seen.add(runs)

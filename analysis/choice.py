@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from analysis.runs import FIELDS, MASKS, Record, plain_text
+from analysis.runs import FIELDS, MASKS, NOBODY, Record, plain_text
 from semformer.config import Config, Goal, flatten
 from semformer.errors import UserError
 from sweeps.plan.protocol import PROTOCOL, of_scores
 from sweeps.plan.scores import LINKS, furthest, goal_of_field, link_of
 from sweeps.plan.table import Metric, Table, resolve
+
+IMAGES = tuple(name for name, setting in PROTOCOL.items() if setting.images_of)
 
 
 @dataclass(frozen=True)
@@ -34,15 +36,27 @@ class Candidate:
         protocol = {n: text for n, text in told.items() if FIELDS.get(n) not in self.varied}
         protocol[MASKS] = self._masks_read_by()
         if any(map(_of_data, self.varied)):
-            protocol.pop("data", None)
+            protocol = {n: text for n, text in protocol.items() if n not in ("data", *IMAGES)}
         covered = {FIELDS.get(name) for name in protocol}
         return protocol | {field: value for field, (value, _) in self.differs.items() if field not in covered}
 
     def _masks_read_by(self) -> str:
-        """Of the stages that read pixel masks, those that the scores come from."""
-        others = {link.stage for link in LINKS.values()} - self._stages()
-        readers = [name for name in self.record.protocol.get(MASKS, "").split(", ") if name not in others]
-        return ", ".join(readers)
+        """The stages that read pixel masks on the way to the scores, and those that score, whether the row has them or
+        not."""
+        scoring, told = {link.stage for link in LINKS.values()}, self.record.protocol.get(MASKS, NOBODY)
+        if told == NOBODY:
+            return told
+        readers = {name for name in told.split(", ") if name not in scoring}
+        return ", ".join(sorted(readers | self._stages(), key=lambda name: (name in scoring, name)))
+
+    def lacks(self, name: str) -> bool:
+        """Whether its run has no stage that a setting of the protocol is of."""
+        return bool(self.record.stages) and name in PROTOCOL and name not in self.record.protocol
+
+    @property
+    def goes_far_enough(self) -> bool:
+        """Whether its run has all stages that measure the table's scores, as far as is recorded."""
+        return not self.record.stages or self._stages() <= self.record.stages.keys()
 
     def _stages(self) -> set[str]:
         return {LINKS[word].stage for word in self.links}
@@ -76,7 +90,7 @@ def choose(table: Table, records: Sequence[Record], preset: str, overrides: Mapp
 
     Raises UserError when no trial is of a row of the table.
     """
-    candidates = list(_candidates(table, records, preset, overrides))
+    candidates = _furthest(list(_candidates(table, records, preset, overrides)))
     if not candidates:
         raise UserError(f"no run is of a row of {table.path}: have the rows been renamed since the sweep?")
     data = _data(table, candidates)
@@ -106,6 +120,12 @@ def _candidates(
         rows = [row for row in record.rows_of(table.name) if row in wanted]
         differs = min((_differences(record, wanted[row], table.goal) for row in rows), key=len, default={})
         yield from (Candidate(row, record, differs, varied, links) for row in rows)
+
+
+def _furthest(candidates: Sequence[Candidate]) -> list[Candidate]:
+    """Without those that have fewer scores, in rows of which there are others that have all."""
+    rows = {candidate.row for candidate in candidates if candidate.goes_far_enough}
+    return [candidate for candidate in candidates if candidate.goes_far_enough or candidate.row not in rows]
 
 
 def _texts(config: Config) -> dict[str, str]:

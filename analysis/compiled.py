@@ -9,7 +9,8 @@ from sweeps.plan.table import Table
 
 @dataclass(frozen=True)
 class Trial:
-    """One run of one row. `values` has the finite values by metric name; `threshold` is what they were scored at.
+    """One run of one row. `values` has the finite values by metric name; `thresholds` what those of maps were scored
+    at, by words of `scores.LINKS`; `measured` tells the stages that measured them, "" where that is not recorded.
 
     `parent_run_id` is the sweep's, "" where there is none; `experiment` is MLflow's.
 
@@ -24,8 +25,14 @@ class Trial:
     status: str
     reason: str
     values: Mapping[str, float]
-    threshold: float | None
+    thresholds: Mapping[str, float]
     deviations: tuple[str, ...]
+    measured: str = ""
+
+    @property
+    def threshold(self) -> float | None:
+        """Of the first of its scores that have one."""
+        return next(iter(self.thresholds.values()), None)
 
 
 @dataclass(frozen=True)

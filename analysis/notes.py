@@ -18,6 +18,11 @@ FINAL_MAPS = {
     "attention": "class-relative attention alone",
     "both": "activation map times class-relative attention",
 }
+IMPORTED = (
+    *("cams.folder", "pseudo_masks.folder"),
+    *("caae.checkpoint", "segmentor.checkpoint", "deeplab.checkpoint"),
+)
+"""The fields that name files with what others have made."""
 SPLITS = {"eval_split": "maps", "mask_split": "pseudo masks", "test_split": "the segmentation"}
 """What is measured on them."""
 AS_PUBLISHED = {
@@ -42,7 +47,7 @@ class Protocol:
     def __init__(self, measured: Sequence[Candidate]):
         self.measured = measured
         self.counts: dict[str, Counter[str | None]] = {
-            name: Counter(candidate.settings.get(name) for candidate in measured)
+            name: Counter(candidate.settings.get(name) for candidate in measured if not candidate.lacks(name))
             for name in dict.fromkeys(name for candidate in measured for name in candidate.settings)
         }
         recorded = {name for candidate in measured for name in candidate.record.protocol}
@@ -75,7 +80,7 @@ class Protocol:
         texts = []
         for name in self.counts:
             value, common = candidate.settings.get(name), self.common(name)
-            if value != common:
+            if value != common and not candidate.lacks(name):
                 value = value or candidate.record.config.get(name, "not recorded")
                 _, wanted = candidate.differs.get(name, ("", "not recorded"))
                 texts.append(f"{name} = {value} (otherwise {common or wanted})")
@@ -101,6 +106,8 @@ def notes_under(
         return
     settings = "".join(f", {text}" for text in _settings(protocol, overrides))
     data = f" of {protocol.shown('data')}" if "data" in protocol.names else ""
+    if "eval_split" not in protocol.names:
+        data = data.partition(" (")[0]  # the images that are counted there are those of the maps
     listed = ", ".join(map(str, seeds))
     yield "Ours", f"preset {preset}{settings}; {_splits(protocol)}{data}; seed{'s' * (len(seeds) > 1)} {listed}."
     if table.paper_metrics:
@@ -117,9 +124,10 @@ def notes_under(
         yield "Seeds", text + (" The cells do not all have the same seeds." if len(counts) > 1 else "")
     if "rule" in protocol.names or FIELDS["rule"] in protocol.measured[0].varied:
         splits = [protocol.shown(name) for name in ("eval_split", "mask_split") if name in protocol.names]
-        yield "Threshold", _threshold_note(protocol, " and ".join(dict.fromkeys(splits)))
+        yield "Threshold", _threshold_note(protocol, " and ".join(dict.fromkeys(splits)) or "of each row")
     final_map = protocol.parameter("cams.final_map")
-    yield "Final map", f"{FINAL_MAPS.get(final_map, final_map) or 'differs from row to row'}."
+    if "scales" in protocol.names or FIELDS["scales"] in protocol.measured[0].varied:  # some maps are ours
+        yield "Final map", f"{FINAL_MAPS.get(final_map, final_map) or 'differs from row to row'}."
     others = [f"{name} {protocol.shown(name)}" for name in protocol.names if name not in (*SPLITS, "data", "rule")]
     if others:
         yield "Protocol", f"{'; '.join(others)}."
@@ -129,6 +137,8 @@ def notes_under(
 
 def _splits(protocol: Protocol) -> str:
     splits = {what: protocol.shown(name) for name, what in SPLITS.items() if name in protocol.names}
+    if not splits:
+        return "measured on a split of each row's own"
     if [*splits] == [SPLITS["eval_split"]]:
         return f"measured on split {splits[SPLITS['eval_split']]}"
     return f"measured are {', '.join(f'{what} on split {split}' for what, split in splits.items())}"
@@ -194,10 +204,12 @@ def _threshold_note(protocol: Protocol, split: str) -> str:
 
 def _supervision_note(protocol: Protocol) -> str:
     readers = protocol.shown(MASKS).split(", ")
+    imported = any(candidate.record.config.get(field) for candidate in protocol.measured for field in IMPORTED)
+    unknown = "of what comes from files, it is not known what it has seen; " * imported
     if {*readers} <= {link.stage for link in LINKS.values()}:
         what = "the scores and the oracle threshold" if protocol.common("rule") == "oracle" else "the scores"
         *others, last = readers
         stages = f"stages {', '.join(others)} and {last}" if others else f"stage {last}"
-        return f"training sees image-level labels only; pixel masks are read by {stages} alone, for {what}."
+        return f"{unknown}training sees image-level labels only; pixel masks are read by {stages} alone, for {what}."
     supervised = "the segmentation learns from pixel masks; " * ("deeplab" in readers)
-    return f"{supervised}pixel masks are read by {', '.join(readers)}."
+    return f"{unknown}{supervised}pixel masks are read by {', '.join(readers)}."

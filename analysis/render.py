@@ -15,6 +15,7 @@ import pandas as pd
 from analysis.compiled import Cell, CompiledTable, Line, mark_text
 from analysis.runs import SHORT
 from semformer.errors import UserError
+from sweeps.plan.scores import link_of
 from sweeps.plan.table import Mark
 from sweeps.tracking.connection import TAG
 
@@ -127,7 +128,7 @@ def to_frame(compiled: CompiledTable) -> pd.DataFrame:
                         "status": trial.status if trial else line.status,
                         "reason": trial.reason if trial and trial.status in ("failed", "stopped") else "",
                         "value": trial.values.get(metric.name) if trial else None,
-                        "threshold": trial.threshold if trial else None,
+                        "threshold": trial.thresholds.get(link_of(metric.name)) if trial else None,
                         "paper": line.cells[metric.name].paper,
                         "deviations": "; ".join(trial.deviations) if trial else "",
                         "run_id": trial.run_id if trial else "",

@@ -24,7 +24,8 @@ from sweeps.tracking.connection import TAG, connecting
 SHORT = 8
 """Characters of a run id or trial key that are printed."""
 MASKS = "pixel masks read by"
-FIELDS = {name: setting.field for name, setting in PROTOCOL.items()}
+NOBODY = "no stage"
+FIELDS = {name: setting.field for name, setting in PROTOCOL.items() if setting.field}
 """The config fields that a protocol tells of."""
 
 T = TypeVar("T")
@@ -199,7 +200,7 @@ def _record(run: Run, experiment: str) -> Record:
         started=run.info.start_time or 0,
         begun=bool(params),
         config=params | {field: protocol[name] for name, field in FIELDS.items() if name in protocol},
-        protocol=protocol | {MASKS: ", ".join(masks) or "no stage"},
+        protocol=protocol | {MASKS: ", ".join(masks) or NOBODY},
         stages=_parsed(tags, "stage_keys", _object) if tags.get("stage_keys") else {},
         metrics=run.data.metrics,
     )

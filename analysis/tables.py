@@ -120,6 +120,7 @@ def _trial(candidate: Candidate, table: Table, protocol: Protocol) -> Trial:
     record = candidate.record
     scores = {metric.name: record.score(metric.name) for metric in table.metrics}
     of_maps = [word for word in SCORED_BY_THRESHOLD if word in candidate.links]
+    thresholds = {word: record.score(f"{word}/threshold") for word in of_maps}
     reason = re.sub(r"\x1b\[[0-9;]*m", "", record.reason) or "no reason recorded"
     return Trial(
         seed=record.seed,
@@ -130,8 +131,9 @@ def _trial(candidate: Candidate, table: Table, protocol: Protocol) -> Trial:
         status=record.status,
         reason=textwrap.shorten(reason, 200, placeholder=" ..."),
         values={name: score for name, score in scores.items() if score is not None},
-        threshold=record.score(f"{of_maps[0]}/threshold") if of_maps else None,
+        thresholds={word: value for word, value in thresholds.items() if value is not None},
         deviations=protocol.deviations(candidate) if _is_measured(record, table) else (),
+        measured=" ".join(digest for _, digest in sorted(candidate.measured)),
     )
 
 

@@ -339,7 +339,7 @@ def _draw(options: argparse.Namespace, console: Console) -> int:
 
 def _trials(plan: "Plan", missing: Collection["StageKey"], width: int) -> Grid:
     """A column for each stage, or where they do not fit, one with the stages that each trial makes."""
-    fits = width >= (SHORT + 5) * (len(plan.stages) + 2)
+    fits = width >= sum(max(SHORT + 2, len(name)) + 3 for name in (*plan.stages, "a name", "seed"))
     grid = Grid()
     for name in ("row", "seed", *(plan.stages if fits else ["to make"])):
         grid.add_column(name, no_wrap=fits and name != "row")

@@ -25,7 +25,7 @@ def figure3(table: Table, trials: Sequence[Trial], store: Store, n_images: int) 
     for row in table.rows:
         trial = by_row[row.id]
         if "cams" not in trial.keys:
-            raise UserError(f"{table.name}/{row.id} has no maps: its pseudo masks come from a folder")
+            raise UserError(f"{table.name}/{row.id} has no maps that are scored")
         cams, scored = (store.find(trial.keys[stage]) for stage in ("cams", "evaluate"))
         if cams is None or scored is None:
             raise UserError(

@@ -1,6 +1,8 @@
 """How far trials go: sweeps and searches for pseudo masks and segmentations, and what is told of them."""
 
 import json
+import re
+import shutil
 from collections import Counter
 from pathlib import Path
 
@@ -10,6 +12,7 @@ import pytest
 from analysis.cli import main as tables
 from semformer import pipeline
 from semformer.config import field_names, load_config
+from semformer.data.voc import open_devkit
 from semformer.errors import UserError
 from semformer.store import Store
 from sweeps.plan import protocol, scores
@@ -103,7 +106,10 @@ def test_a_table_has_a_column_for_every_link_and_tells_how_each_was_made(place, 
     recorded |= {"pseudo/miou": "pseudo/train/miou", "seg/miou_crf": "seg/val/miou_crf"}
     assert set(cells["metric"]) == set(recorded)
     for cell in cells.itertuples():
-        assert cell.value == swept[f"chain/{cell.row}"][recorded[cell.metric]]
+        measured = swept[f"chain/{cell.row}"]
+        assert cell.value == measured[recorded[cell.metric]]
+        threshold = recorded[cell.metric].replace("miou", "threshold").removesuffix("_crf")
+        assert cell.threshold == measured[threshold] if threshold in measured else pd.isna(cell.threshold)
     assert "maps on split val, pseudo masks on split train, the segmentation on split val" in told
     assert "radius of the walk 4; log2 of the steps 4" in told
     assert "CRF iterations of the masks 5" in told
@@ -172,6 +178,76 @@ def test_masks_of_another_method_are_scored_without_maps(place, tmp_path):
     assert theirs.masks_read_by == ("evaluate_masks", "evaluate_seg")
 
 
+def compiled(place, table, capsys, *options: str) -> str:
+    assert tables([str(table), "--preset", "micro", "--tracking-uri", place.uri, *options]) == 0
+    return capsys.readouterr().out
+
+
+def test_rows_without_some_stages_are_compared_by_what_they_have(place, swept, tmp_path, capsys):
+    """Another method's masks, and an upper bound, beside ours: the segmentation of all is scored alike."""
+    data = pipeline.open_data(load_config("micro"), None)
+    split = data["train"]
+    for i, image_id in enumerate(split.ids):
+        (tmp_path / f"{image_id}.png").write_bytes(split.mask_path(i).read_bytes())
+    mine = place.folder / "mixed.yaml"
+    rows = CHAIN[: CHAIN.index("rows:")].replace("name: chain", "name: mixed") + "rows:\n  - {id: own, label: own}\n"
+    rows += f"  - {{id: theirs, label: theirs, set: {{pseudo_masks.folder: {tmp_path}}}}}\n"
+    mine.write_text(rows + "  - {id: bound, label: bound, set: {deeplab.supervised: true}}\n")
+    status, out = place.sweep(mine)
+    assert status == 0, out
+    told = compiled(place, mine, capsys)
+    theirs = next(line for line in told.splitlines() if line.startswith("| theirs"))
+    assert "†" not in theirs
+    assert "not comparable: pixel masks read by = deeplab, evaluate, evaluate_masks, evaluate_seg (otherwise" in told
+    assert "otherwise not recorded" not in told
+    assert "of what comes from files, it is not known what it has seen" in told
+    protocol_of = {
+        run.data.tags["semformer.rows"]: json.loads(run.data.tags["semformer.protocol"])
+        for run in place.runs("mixed micro", "trial")
+    }
+    assert "beta" in protocol_of["mixed/own"]
+    assert not {"beta", "scales", "threshold of the masks"} & protocol_of["mixed/theirs"].keys()
+    assert not {"beta", "scales", "mask_split", "erosion"} & protocol_of["mixed/bound"].keys()
+
+
+def test_a_run_that_has_all_scores_is_shown_before_others_that_have_not(place, swept, tmp_path, capsys):
+    """Three rows were run to their maps; then masks were asked for, and one row was run."""
+    text = CHAIN[: CHAIN.index("metrics:")].replace("name: chain", "name: grow")
+    text += "metrics: [{name: miou, header: mIoU}]\nrows:\n"
+    mine = place.folder / "grow.yaml"
+    rows = [f"  - {{id: {row}, label: {row}, set: {{cams.final_map: {row}}}}}\n" for row in ("both", "activation")]
+    mine.write_text(text + "".join(rows))
+    assert place.sweep(mine)[0] == 0
+    further = text.replace("mIoU}]", "mIoU}, {name: pseudo/miou, header: masks}]")
+    mine.write_text(further + rows[0])
+    assert place.sweep(mine)[0] == 0
+    mine.write_text(further + "".join(rows))
+    assert tables([str(mine), "--preset", "micro", "--tracking-uri", place.uri, "--out", str(tmp_path)]) == 0
+    cells = pd.read_parquet(tmp_path / "grow.parquet").set_index(["row", "metric"])["value"]
+    assert cells["both", "pseudo/miou"] == swept["chain/own"]["pseudo/train/miou"]
+    assert pd.isna(cells["activation", "pseudo/miou"])
+    assert cells["activation", "miou"] > 0
+
+
+def test_scores_on_other_images_are_told(place, swept, shapes, tmp_path, capsys):
+    """A list of test images that has changed between two runs, while the images of the maps have not."""
+    kit = Path(shutil.copytree(shapes, tmp_path / "kit"))
+    lists = open_devkit(kit).folder / "ImageSets" / "Segmentation"
+    val = (lists / "val.txt").read_text().split()
+    mine = place.folder / "images.yaml"
+    text = "name: images\ntitle: t\nmetrics: [{name: seg/miou, header: seg}]\nrows:\n"
+    rows = ["  - {id: a, label: a}\n", "  - {id: b, label: b, set: {segmentation.flip: true}}\n"]
+    for row, images in zip(rows, (val, val[:3]), strict=True):
+        (lists / "some.txt").write_text("\n".join(images))
+        mine.write_text(text + row)
+        status, out = place.sweep(mine, "--data", str(kit), "--set", "data.test_split=some")
+        assert status == 0, out
+    mine.write_text(text + "".join(rows))
+    told = compiled(place, mine, capsys, "--set", "data.test_split=some")
+    assert re.search(r"images of test_split = \w{8} \(otherwise \w{8}\)", told)
+    assert "images, " not in told.partition("**Ours:**")[2].partition("seed")[0]
+
+
 # Names
 
 
@@ -179,6 +255,12 @@ def test_a_table_goes_as_far_as_its_scores():
     assert scores.goal_of(["miou", "fp"]) == "cams"
     assert scores.goal_of(["miou", "walk/miou"]) == "pseudo_masks"
     assert scores.goal_of(["seg/miou", "miou"]) == "deeplab"
+
+
+def test_errors_are_good_when_they_are_low():
+    assert [name for name in scores.NAMES if scores.is_low(name)] == [
+        *("fp", "fn", "train_cam/fp", "train_cam/fn", "walk/fp", "walk/fn"),
+    ]
 
 
 def test_scores_are_recorded_by_their_split():
@@ -199,8 +281,8 @@ def test_every_score_that_can_be_asked_for_is_measured(place, swept):
 
 
 def test_protocols_are_of_fields_and_of_what_a_score_comes_from():
-    assert {setting.field for setting in protocol.PROTOCOL.values()} <= set(field_names())
-    assert [*protocol.of_stages(["evaluate"])] == ["eval_split", "scales", "flip", "erosion", "rule"]
+    assert {setting.field for setting in protocol.PROTOCOL.values() if not setting.images_of} <= set(field_names())
+    assert [*protocol.of_scores(["cam"])] == ["eval_split", "scales", "flip", "erosion", "rule"]
     assert "rule" not in protocol.of_scores(["seg"])
     assert "supervised" not in protocol.of_scores(["pseudo"])
 

@@ -1,10 +1,15 @@
 """What makes scores comparable, beside what a row is about: recorded with every trial, told under every table."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from semformer.config import Config, flatten
+from semformer.keys import StageKey
 from sweeps.plan.scores import LINKS, OF_MAPS, OF_MASKS, OF_SEGMENTATION, OF_TRAIN_MAPS, OF_WALK
 
+DIGITS = 8
+"""Of a digest, that are recorded."""
 SCORED_BY_THRESHOLD = (OF_MAPS, OF_TRAIN_MAPS, OF_WALK)
 FROM_WALK = (OF_WALK, OF_MASKS, OF_SEGMENTATION)
 MASKS = (OF_MASKS, OF_SEGMENTATION)
@@ -15,13 +20,17 @@ class Setting:
     """A config field, and the scores (words of `scores.LINKS`) that it matters to."""
 
     field: str
+    """ "" for the digest of what a stage reads: `images_of`."""
     of: tuple[str, ...]
+    images_of: str = ""
 
 
 PROTOCOL = {
     "eval_split": Setting("data.eval_split", (OF_MAPS,)),
     "mask_split": Setting("data.mask_split", (OF_TRAIN_MAPS, OF_WALK, OF_MASKS)),
     "test_split": Setting("data.test_split", (OF_SEGMENTATION,)),
+    "images of mask_split": Setting("", (OF_TRAIN_MAPS, OF_WALK, OF_MASKS), images_of="evaluate_masks"),
+    "images of test_split": Setting("", (OF_SEGMENTATION,), images_of="evaluate_seg"),
     "scales": Setting("cams.scales", tuple(LINKS)),
     "flip": Setting("cams.flip", tuple(LINKS)),
     "erosion": Setting("evaluate.erosion", SCORED_BY_THRESHOLD),
@@ -39,9 +48,21 @@ PROTOCOL = {
 """By the names that runs record. A CRF of 0 iterations is none."""
 
 
-def of_stages(stages: Collection[str]) -> dict[str, Setting]:
-    """What matters to the scores that these stages measure."""
-    return of_scores([word for word, link in LINKS.items() if link.stage in stages])
+def of_trial(config: Config, keys: Mapping[str, StageKey]) -> dict[str, Any]:
+    """The values of what matters to a trial's scores, as far as it has such stages: maps and masks from a folder have
+    no settings."""
+    measured = {word for word, link in LINKS.items() if link.stage in keys}
+    if config.pseudo_masks.folder:
+        measured -= {OF_TRAIN_MAPS, OF_WALK}
+    used = {name.removeprefix("train_") for name in keys} | {"data", "evaluate"}
+    used -= {group for group in ("cams", "pseudo_masks") if getattr(config, group).folder}
+    values, told = flatten(config), dict[str, Any]()
+    for name, setting in of_scores(measured).items():
+        if setting.images_of:
+            told[name] = keys[setting.images_of].spec["data"]["images"][:DIGITS]
+        elif setting.field.partition(".")[0] in used:
+            told[name] = values[setting.field]
+    return told
 
 
 def of_scores(links: Collection[str]) -> dict[str, Setting]:

@@ -47,8 +47,6 @@ BEYOND: dict[Goal, tuple[str, ...]] = {
     "deeplab": ("deeplab", "segmentation", "data.test_split"),
 }
 """The fields, or groups of them, that matter only to runs that go so far."""
-LOW = ("fp", "fn")
-"""The scores that are good when they are low."""
 
 
 def link_of(name: str) -> str:
@@ -64,6 +62,11 @@ def full_name(name: str, split: str) -> str:
 def recorded(name: str, config: Config) -> str:
     """As runs of a config record it."""
     return full_name(name, getattr(config.data, LINKS[link_of(name)].split))
+
+
+def is_low(name: str) -> bool:
+    """Whether a score is good when it is low."""
+    return name.rpartition("/")[2] in ("fp", "fn")
 
 
 def furthest(goals: Iterable[Goal]) -> Goal:

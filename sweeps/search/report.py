@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from optuna.trial import FrozenTrial, TrialState
 
-from sweeps.plan.scores import LOW
+from sweeps.plan.scores import is_low
 from sweeps.search.space import own_value
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def best_table(search: "Search") -> str:
         "source": f"Optuna study {search.name}; the rows are meant for --preset {search.preset}",
         "baseline": dict(search.overrides),
         "metrics": [
-            {"name": name, "header": HEADERS.get(name, f"{name} (%)"), "best": "min" if name in LOW else "max"}
+            {"name": name, "header": HEADERS.get(name, f"{name} (%)"), "best": "min" if is_low(name) else "max"}
             for name in search.scores
         ],
         "layout": {"marks": [{"name": name, "header": name} for name in search.axes]},

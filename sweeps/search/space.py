@@ -141,7 +141,7 @@ def beta(own: Config) -> FloatDistribution:
 
 def steps(own: Config) -> IntDistribution:
     """From 1/16 of the preset's number of steps to 4 times."""
-    return IntDistribution(max(0, own.walk.log2_steps - 4), own.walk.log2_steps + 2)
+    return IntDistribution(max(0, own.walk.log2_steps - 4), min(16, own.walk.log2_steps + 2))
 
 
 def radius(own: Config) -> IntDistribution:
@@ -150,10 +150,9 @@ def radius(own: Config) -> IntDistribution:
 
 
 def mask_threshold(own: Config) -> FloatDistribution:
-    """What is background in pseudo masks: every second hundredth around the preset's, by up to 0.2."""
+    """What is background in pseudo masks: up to 0.2 around the preset's."""
     middle = own.pseudo_masks.threshold
-    reach = min(10, int(50 * middle), int(50 * (1 - middle)))
-    return FloatDistribution(round(middle - reach / 50, 6), round(middle + reach / 50, 6), step=0.02)
+    return FloatDistribution(max(0.0, middle - 0.2), min(1.0, middle + 0.2))
 
 
 def mask_crf(own: Config) -> CategoricalDistribution:
@@ -275,7 +274,7 @@ def read_objectives(names: Sequence[str], own: Config) -> dict[str, Literal["max
             raise UserError(f"--objectives: {name!r} is none of {', '.join((*known, GPU_HOURS))}")
         if names.count(name) > 1:
             raise UserError(f"--objectives: {name} twice")
-    low = {GPU_HOURS, *(recorded for recorded, name in known.items() if name.rpartition("/")[2] in scores.LOW)}
+    low = {GPU_HOURS, *(recorded for recorded in known if scores.is_low(recorded))}
     return {name: "minimize" if name in low else "maximize" for name in names or [*known][:1]}
 
 

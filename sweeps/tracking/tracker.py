@@ -22,7 +22,7 @@ from typing import Any
 from mlflow.utils.mlflow_tags import MLFLOW_GIT_COMMIT, MLFLOW_RUN_NOTE
 
 from semformer import pipeline
-from semformer.config import flatten, load_config
+from semformer.config import load_config
 from semformer.store import Store
 from sweeps.plan import protocol, scores
 from sweeps.plan.trials import Sweep, Trial
@@ -65,7 +65,7 @@ class Tracker:
         self._recorder = Recorder(uri, store, folder / "files", self._described)
         self._past = self._recorder.runs.open(self.experiment)
         self._commit = commit()
-        config = load_config(sweep.preset, sweep.overrides)
+        config = next((trial.config for trial in sweep.samples), load_config(sweep.preset, sweep.overrides))
         self._metrics = [scores.recorded(name, config) for name in sweep.scores]
         self._journal: Journal | None = None
         self._added: set[str] = set()  # keys of the trials that the journal knows
@@ -286,8 +286,7 @@ class Tracker:
         return _digest(json.dumps(self.sweep.documents))
 
     def _first_tags(self, trial: Trial) -> dict[str, str]:
-        values = flatten(trial.config)
-        told = {name: values[setting.field] for name, setting in protocol.of_stages(trial.keys.keys()).items()}
+        told = protocol.of_trial(trial.config, trial.keys)
         return {
             f"{TAG}seed": str(trial.config.seed),
             f"{TAG}stage_keys": json.dumps({name: key.digest for name, key in trial.keys.items()}),

@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 
 from semformer.secrets import without_password
-from sweeps.plan.scores import LOW
+from sweeps.plan.scores import is_low
 from sweeps.plan.trials import Sweep
 from sweeps.tracking.connection import TAG
 
@@ -35,7 +35,7 @@ def experiment_tags(metrics: Sequence[str], fields: Sequence[str]) -> dict[str, 
     return {
         "mlflow.experimentKind": "custom_model_development",
         "mlflow.experiment.primaryMetric.name": metrics[0],
-        "mlflow.experiment.primaryMetric.greaterIsBetter": json.dumps(metrics[0].rpartition("/")[2] not in LOW),
+        "mlflow.experiment.primaryMetric.greaterIsBetter": json.dumps(not is_low(metrics[0])),
         f"mlflow.sharedViewState.{SHARE_KEY}": json.dumps(view),
     }
 

@@ -367,6 +367,34 @@ def test_an_axis_that_changes_nothing_is_refused(tmp_path, shapes):
         )
 
 
+@pytest.mark.parametrize(
+    ("axis", "objective"),
+    [
+        ("erosion", "pseudo/train/miou"),
+        ("thresholds", "seg/val/miou"),
+        ("mask_crf", "walk/train/miou"),
+        ("beta", "cam/train/miou"),
+    ],
+)
+def test_an_axis_of_what_comes_after_or_beside_a_score_is_refused(tmp_path, shapes, axis, objective):
+    with pytest.raises(UserError, match=rf"--axes: {axis} .* changes nothing of {objective}"):
+        open_search(shapes, Store(tmp_path / "store"), tmp_path / "study.db", axis, objectives=[objective])
+    both = [objective, "gpu_hours"]
+    open_search(shapes, Store(tmp_path / "other"), tmp_path / "b.db", axis, objectives=both, until="deeplab").close()
+
+
+def test_an_axis_of_what_a_folder_takes_the_place_of_is_refused(tmp_path, shapes):
+    (tmp_path / "a.npy").write_bytes(b"maps")
+    with pytest.raises(UserError, match=r"sigma .* changes nothing"):
+        open_search(
+            shapes,
+            Store(tmp_path / "store"),
+            tmp_path / "study.db",
+            "sigma",
+            overrides={"cams.folder": str(tmp_path)},
+        )
+
+
 def test_no_scheduler_stops_trials_by_a_score_that_comes_at_their_end(tmp_path, shapes):
     from sweeps.search.algorithms import Named, Pruning
 

@@ -19,6 +19,8 @@ class Link:
 
     stage: str
     """That measures it."""
+    made_by: str
+    """The stage that makes what is measured."""
     of: str
     split: Literal["eval_split", "mask_split", "test_split"]
     scores: tuple[str, ...]
@@ -26,12 +28,15 @@ class Link:
 
 
 LINKS = {
-    OF_MAPS: Link("evaluate", "cam", "eval_split", (*REPORTED, *COSINES), "cams"),
-    OF_TRAIN_MAPS: Link("evaluate_masks", "cam", "mask_split", REPORTED, "pseudo_masks"),
-    OF_WALK: Link("evaluate_masks", "walk", "mask_split", REPORTED, "pseudo_masks"),
-    OF_MASKS: Link("evaluate_masks", "pseudo", "mask_split", (*MASK_SCORES, "miou_before_crf"), "pseudo_masks"),
+    OF_MAPS: Link("evaluate", "cams", "cam", "eval_split", (*REPORTED, *COSINES), "cams"),
+    OF_TRAIN_MAPS: Link("evaluate_masks", "train_cams", "cam", "mask_split", REPORTED, "pseudo_masks"),
+    OF_WALK: Link("evaluate_masks", "walk", "walk", "mask_split", REPORTED, "pseudo_masks"),
+    OF_MASKS: Link(
+        "evaluate_masks", "pseudo_masks", "pseudo", "mask_split", (*MASK_SCORES, "miou_before_crf"), "pseudo_masks"
+    ),
     OF_SEGMENTATION: Link(
         "evaluate_seg",
+        "segmentation",
         "seg",
         "test_split",
         tuple(f"{name}{ending}" for ending in ("", "_crf", "_single", "_single_crf") for name in MASK_SCORES),

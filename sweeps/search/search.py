@@ -25,6 +25,7 @@ from semformer.errors import UserError
 from semformer.keys import to_make
 from semformer.store import Artifact, Store
 from sweeps.plan import scores
+from sweeps.plan.protocol import SCORED_BY_THRESHOLD
 from sweeps.plan.table import Table
 from sweeps.plan.trials import Cell, Count, Trial
 from sweeps.plan.weights import Weights
@@ -336,11 +337,16 @@ class Search:
 
     def _check_matter(self) -> None:
         """Raises UserError for an axis that changes nothing of what is searched for."""
-        goal = self.until if GPU_HOURS in self.objectives else scores.goal_of(self.scores)
+        links = {scores.link_of(name) for name in scores_of(self.objectives, self.own)}
+        makers = {scores.LINKS[link].made_by for link in links}
+        if GPU_HOURS in self.objectives:
+            makers |= {*pipeline.ends(self.own, self.until)}
+        groups = {stage.group for stage in pipeline.needed_stages(self.own, [*makers])}
+        groups |= {"evaluate"} if links & {*SCORED_BY_THRESHOLD} else set()
         for name, axis in self.axes.items():
-            needed = scores.goal_of_field(axis.field)
-            if scores.furthest([needed, goal]) != goal:
-                example = scores.recorded(scores.MAIN[needed], self.own)
+            group, _, field = axis.field.partition(".")
+            if field and group not in groups:
+                example = scores.recorded(scores.MAIN[scores.goal_of_field(axis.field)], self.own)
                 raise UserError(
                     f"--axes: {name} ({axis.field}) changes nothing of {', '.join(self.objectives)}: name an objective "
                     f"that it changes, such as {example}, with --objectives"

@@ -167,7 +167,8 @@ def _as_published(table: Table, protocol: Protocol) -> str:
     """What of the protocol is not that of preset paper (and of the table file, which has the paper's values)."""
     paper = flatten(resolve(table, table.rows[0], "paper", {}, 0))
     links, varied = protocol.measured[0].links, protocol.measured[0].varied
-    names = AS_PUBLISHED | {s.field: name for name, s in PROTOCOL.items() if s.field not in AS_PUBLISHED}
+    titles = {setting.field: name for name, setting in PROTOCOL.items() if setting.field}
+    names = AS_PUBLISHED | {field: name for field, name in titles.items() if field not in AS_PUBLISHED}
     beside = {setting.field for setting in PROTOCOL.values()} - {s.field for s in of_scores(links).values()}
     fields = [field for field in names if field not in varied and field not in beside]
     had = {field: protocol.usual(field) or "not recorded" for field in fields}

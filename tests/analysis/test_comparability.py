@@ -277,3 +277,21 @@ def test_a_row_whose_definition_changed_since_the_run_deviates(sweep, tmp_path):
     path.write_text(yaml.safe_dump(edited))
     (compiled,) = compile_from_mlflow([load_table(path)], preset="tiny", tracking_uri=sweep.uri)
     assert cells(compiled)["CF"].deviations == ("segmentor.losses = CF, SS (otherwise CF)",)
+
+
+def test_masks_by_preset_paper_are_told_by_their_own_protocol(tmp_path):
+    table = tmp_path / "masks.yaml"
+    table.write_text(
+        "name: masks\ntitle: t\nsource: Table 1\nmetrics: [{name: pseudo/miou, header: masks}]\n"
+        "rows: [{id: ours, label: ours, paper: {pseudo/miou: 73.2}}]\n"
+    )
+    sweep = Sweep(tmp_path, table, preset="paper")
+    told = {"mask_split": "train", "images of mask_split": "0a1b2c3d", "beta": 8.0, "data": "VOC 2012 (1464 images, 1)"}
+    run = sweep.trial("ours", overrides={"walk.beta": 8.0}, protocol=told)
+    sweep.client.log_metric(run, "pseudo/train/miou", 72.5)
+    compiled = sweep.compiled()
+    assert cells(compiled, "pseudo/miou")["ours"].mean == 72.5
+    notes = dict(compiled.notes)
+    assert "beta 8.0 (there 10.0)" in notes["Paper"]
+    assert "threshold rule" not in notes["Paper"]
+    assert "images of mask_split 0a1b2c3d" in notes["Protocol"]

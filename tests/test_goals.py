@@ -133,27 +133,16 @@ def test_a_table_of_maps_goes_on_where_asked_and_finds_its_maps(place, swept):
 
 
 def test_a_run_that_went_further_shows_the_same_maps(place, swept, capsys):
-    """Of two runs of a row, one of which goes on: they are of one result, and nothing is said of another."""
+    """Of two runs of a row, one of which goes on, by a setting of later stages: they are of one result."""
     mine = place.table("mine", maps="")
-    for until in ("cams", "pseudo_masks"):
-        status, out = place.sweep(mine, "--until", until)
+    for more in ((), ("--until", "pseudo_masks", "--set", "walk.beta=4")):
+        status, out = place.sweep(mine, *more)
         assert status == 0, out
     assert len(place.runs("mine micro", "trial")) == 2
     assert tables([str(mine), "--preset", "micro", "--tracking-uri", place.uri]) == 0
     told = capsys.readouterr().out
-    assert "left out" not in told
-    assert "evaluate_masks" not in told
-    assert "†" not in told
-
-
-def test_a_setting_of_later_stages_makes_no_other_map(place, swept, capsys):
-    mine = place.table("later", maps="")
-    for more in ((), ("--until", "pseudo_masks", "--set", "walk.beta=4")):
-        assert place.sweep(mine, *more)[0] == 0
-    assert tables([str(mine), "--preset", "micro", "--tracking-uri", place.uri]) == 0
-    told = capsys.readouterr().out
-    assert "left out" not in told
-    assert "walk.beta" not in told
+    for other in ("left out", "evaluate_masks", "walk.beta", "†"):
+        assert other not in told
 
 
 def test_what_ends_a_trial_is_its_identity(place, table):

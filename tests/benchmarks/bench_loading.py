@@ -111,7 +111,7 @@ def make_photographs(folder: Path, count: int = N) -> Packed:
     for i, name in enumerate(ids):
         coarse = Image.fromarray(rng.integers(0, 256, (HEIGHT // 5, WIDTH // 5, 3), dtype=np.uint8))
         coarse.resize((WIDTH, HEIGHT), Image.Resampling.BICUBIC).save(voc / "JPEGImages" / f"{name}.jpg", quality=90)
-        (voc / "Annotations" / f"{name}.xml").write_text(f"<a>{''.join(OBJECTS[: 1 + i % 2])}</a>")
+        (voc / "Annotations" / f"{name}.xml").write_text(f"<annotation>{''.join(OBJECTS[: 1 + i % 2])}</annotation>")
     (voc / "ImageSets" / "Segmentation" / "train.txt").write_text("\n".join(ids))
     return packed(open_devkit(folder).split("train"), ["images"], Store(folder / "store"))
 

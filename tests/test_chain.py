@@ -6,6 +6,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import time
 import zipfile
 from dataclasses import replace
 from pathlib import Path
@@ -448,6 +450,24 @@ def test_files_that_are_there_count_whichever_they_are(chain, split, tmp_path, m
     made = shards.make_label_maps("any", data, ctx, lambda i: {data.ids[i]: np.ones((2, 2), np.uint8)})
     assert [report.done for report in told] == [1, 2, 3, 4, *range(9, len(data) + 1)]
     assert [name for name in made if not made[name].any()] == list(data.ids[4:8])
+
+
+def test_of_images_at_once_each_has_one_thread(chain, split, tmp_path):
+    torch.set_num_threads(2)
+    try:
+        data, at_work = packed(split, ["images"], chain[0]), set()
+
+        def make(i: int) -> dict[str, np.ndarray]:
+            at_work.add((threading.get_ident(), torch.get_num_threads()))
+            time.sleep(0.01)
+            return {data.ids[i]: np.ones((2, 2), np.uint8)}
+
+        (tmp_path / "out").mkdir()
+        shards.make_label_maps("any", data, Context(CPU, lambda told: None, tmp_path / "out", tmp_path), make)
+        assert [n for _, n in at_work] == [1, 1]
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
 
 
 def test_images_that_do_not_fit_into_memory_together_walk_in_parts(chain, shapes, tmp_path, monkeypatch):

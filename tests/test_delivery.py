@@ -212,7 +212,8 @@ def test_two_drivers_with_the_same_table_make_every_run_once(sweep):
     check_complete(sweep)
 
 
-def test_postgres_records_the_same(recorded):
+def test_postgres_records_the_same(recorded, monkeypatch):
+    monkeypatch.chdir(recorded.folder)  # where MLflow puts artifacts
     with postgres() as server:
         recorded.uri = server.uri
         tracker = recorded.tracker()

@@ -322,6 +322,22 @@ def test_similar_stages_take_time_in_proportion_to_their_work(plan, store):
     assert by_row["table03/CF-CB"] > by_row["table03/CF"] == pytest.approx(60.0)
 
 
+def test_maps_from_a_folder_are_not_priced_like_those_of_a_network(store, tmp_path):
+    """Small networks are far from full speed, the reading of files is not."""
+    (tmp_path / "a.npy").write_bytes(b"maps")
+    own = until_deeplab()
+    publish(store, own.keys["train_cams"], seconds=1000.0)
+    config = load_config("micro", {"cams.folder": str(tmp_path)})
+    keys = pipeline.stage_keys(config, open_data(config, None), "train_cams")
+    theirs = Trial(config, None, "shapes", keys, (Cell("mine", "theirs", 0),))
+    key = keys["train_cams"]
+    assert estimate([own, theirs], store.published(), store)[key.digest].basis == "counted"
+    other = replace(theirs, keys={"train_cams": StageKey("train_cams", {**key.spec, "seed": 7})})
+    publish(store, other.keys["train_cams"], seconds=3.0)
+    found = estimate([own, theirs, other], store.published(), store)[key.digest]
+    assert (found.basis, found.seconds) == ("similar", pytest.approx(3.0))
+
+
 def test_artifacts_of_other_images_are_not_compared(plan, store):
     spec = keys(plan, "caae")[0].spec
     publish(store, StageKey("caae", {**spec, "data": {"images": "of another data set"}}), seconds=1e6)

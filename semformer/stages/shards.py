@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -113,8 +114,8 @@ def make_shards(
     *,
     groups: Callable[[range], Iterable[list[int]]],
 ) -> None:
-    """Makes `files`, such as "{:05d}.zip", in `ctx.out` of what `make` returns of groups of images, by all threads of
-    torch.
+    """Makes `files`, such as "{:05d}.zip", in `ctx.out` of what `make` returns of groups of images: as many at once as
+    torch has threads, each by one.
 
     `write` makes a file of that; `is_whole` tells whether one of an earlier run, which has been killed, is of use.
     """
@@ -130,7 +131,7 @@ def make_shards(
             left = (len(data) - done) / rate
             ctx.progress(Progress(stage, done, len(data), images_per_second=rate, seconds_left=left))
 
-    with ThreadPoolExecutor(n_threads) as threads:
+    with _one_each(), ThreadPoolExecutor(n_threads) as threads:
         for number, rows in enumerate(data.batches(SHARD)):
             path = ctx.checkpoints / files.format(number)
             if path.exists() and is_whole(path):
@@ -145,3 +146,14 @@ def make_shards(
                 ctx.saved()
             ctx.check()
             shutil.copyfile(path, ctx.out / path.name)
+
+
+@contextmanager
+def _one_each() -> Iterator[None]:
+    """Threads that start now compute with themselves alone, and do not start as many again."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)

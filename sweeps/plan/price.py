@@ -113,8 +113,8 @@ def estimate(
         for key in wanted:
             if key.digest in taken:
                 estimates[key.digest] = Estimate(taken[key.digest], "measured")
-            elif slowness is not None:
-                estimates[key.digest] = Estimate(slowness * _at_full_speed(work.of(key), tflops), "similar")
+            elif (known := slowness.get(work.has_network(key))) is not None:
+                estimates[key.digest] = Estimate(known * _at_full_speed(work.of(key), tflops), "similar")
             else:
                 estimates[key.digest] = Estimate(work.counted_seconds(key, tflops), "counted")
     return estimates
@@ -216,15 +216,19 @@ class _Work:
         work = self.of(key)
         return max(_at_full_speed(work, tflops), _at_full_speed(work, math.inf) + work.passes * SECONDS_A_PASS)
 
-    def slowness(self, artifacts: Iterable[Artifact], tflops: float) -> float | None:
-        """By how much artifacts of a stage took longer than at full speed, in the median; None without one on the
-        trials' images."""
-        taken = []
+    def has_network(self, key: StageKey) -> bool:
+        """Maps from a folder go through none. Raises KeyError as `of` does."""
+        return self.of(key).flops > 0
+
+    def slowness(self, artifacts: Iterable[Artifact], tflops: float) -> dict[bool, float]:
+        """By how much artifacts of a stage, on the trials' images, took longer than at full speed, in the median: of
+        those with a network, and of those without."""
+        taken: dict[bool, list[float]] = defaultdict(list)
         for artifact in artifacts:
             with suppress(KeyError, ValidationError, UserError):  # on other images, or by a version that knew others
                 if seconds := _at_full_speed(self.of(artifact.key), tflops):
-                    taken.append(artifact.info["seconds"] / seconds)
-        return statistics.median(taken) if taken else None
+                    taken[self.has_network(artifact.key)].append(artifact.info["seconds"] / seconds)
+        return {with_network: statistics.median(ratios) for with_network, ratios in taken.items()}
 
     def _config_and_images(self, key: StageKey) -> tuple[Config, Images]:
         images, params = self._images[key.spec["data"]["images"]], dict[str, Any]()

@@ -16,6 +16,7 @@ import torch
 
 from semformer.config import load_config
 from semformer.data.shapes import make_shapes
+from semformer.stages import training
 from semformer.store import Store, open_store
 from sweeps.search.search import Search
 from tests.devkits import paper_splits
@@ -41,6 +42,12 @@ def golden():
     """golden("caae") -> arrays of $GOLDEN_DIR/caae.npz (default: the copies beside the tests)."""
     folder = Path(os.environ.get("GOLDEN_DIR", ROOT / "tests" / "golden"))
     return lambda name: dict(np.load(folder / f"{name}.npz"))
+
+
+@pytest.fixture(autouse=True)
+def every_epoch_is_saved(monkeypatch):
+    """Also on a busy machine, where writing a checkpoint takes so long that the next would be left out."""
+    monkeypatch.setattr(training, "QUICK", 60.0)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """A devkit that is small, and has the paper's splits; and what bad ones are refused with."""
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,6 +13,23 @@ def paper_splits(folder: Path) -> Path:
     make_shapes(folder, train=4, val=2, size=48)
     splits = folder / "VOC2012" / "ImageSets" / "Segmentation"
     (splits / "trainaug.txt").write_text((splits / "train.txt").read_text())
+    return folder
+
+
+def few_photographs(sample: Path, folder: Path, *, train: int, val: int) -> Path:
+    """The first photographs of a devkit, to learn from and to measure on: a devkit with the paper's splits."""
+    devkit = folder / "VOC2012"
+    splits = devkit / "ImageSets" / "Segmentation"
+    splits.mkdir(parents=True)
+    learnt, measured = (
+        (sample / f"ImageSets/Segmentation/{name}.txt").read_text().split() for name in ("train", "val")
+    )
+    for name, ids in (("trainaug", learnt[:train]), ("train", measured[:val]), ("val", measured[:val])):
+        (splits / f"{name}.txt").write_text("\n".join(ids))
+        for part, suffix in (("JPEGImages", "jpg"), ("Annotations", "xml"), ("SegmentationClass", "png")):
+            (devkit / part).mkdir(exist_ok=True)
+            for image in ids:
+                shutil.copy(sample / part / f"{image}.{suffix}", devkit / part)
     return folder
 
 

@@ -1,11 +1,13 @@
-"""Sweeps of two trials whose records tests make by hand and read back: the stages are made, Ray is not there."""
+"""Sweeps whose records tests make by hand and read back: the stages are made, Ray is not there."""
 
+import secrets
 from pathlib import Path
+from typing import Any
 
-import torch
 from mlflow import MlflowClient
 
 from semformer import pipeline
+from semformer.config import Goal
 from semformer.store import Store
 from sweeps.plan.table import load_table
 from sweeps.plan.trials import Plan, Trial, make_plan
@@ -19,6 +21,8 @@ from sweeps.reports import (
 )
 from sweeps.tracking.state import SweepState
 from sweeps.tracking.tracker import Tracker
+from tests import pipelines
+from tests.workplace import Workplace
 
 MINE = """\
 name: mine
@@ -37,9 +41,7 @@ def make_folder(folder: Path) -> None:
     (folder / "mine.yaml").write_text(MINE)
     store, plan = Store(folder / "store"), plan_of(folder)
     for trial in plan.trials:
-        data = pipeline.open_data(trial.config, trial.data)
-        for _ in pipeline.run(trial.config, data, store, device=torch.device("cpu"), progress=lambda told: None):
-            pass
+        pipelines.run(trial.config, trial.data, store)
 
 
 def plan_of(folder: Path, table: str = "mine.yaml", seeds: tuple[int, ...] = (0,)) -> Plan:
@@ -113,6 +115,21 @@ def run_through(tracker: Driver, trial: Trial) -> None:
             tracker.hear(trial, epoch(trial, tracker.store, stage, n))
         tracker.hear(trial, done(trial, stage))
     tracker.hear(trial, FINISHED)
+
+
+def record(place: Workplace, table: Path, data: Path | None = None, until: Goal = "cams", **overrides: Any) -> None:
+    """A sweep of a table as its command leaves it in a workplace."""
+    plan = make_plan([load_table(table)], "micro", overrides, (0,), data and str(data), place.store, until=until)
+    tracker = Driver(place.uri, plan, place.store, folder=place.folder / "sweeps" / secrets.token_hex(4))
+    tracker.begin()
+    for trial in plan.trials:
+        tracker.hear(trial, STARTED)
+        made = pipelines.run(trial.config, trial.data, place.store, until=[*trial.keys])
+        for stage in made.values():
+            tracker.hear(trial, StageDone(stage.stage, stage.key, stage.found, stage.seconds))
+        tracker.hear(trial, Finished(pipeline.scores([stage.artifact for stage in made.values()])))
+    tracker.end("FINISHED")
+    assert tracker.errors == []
 
 
 def check_complete(recorded: Recorded) -> None:

@@ -19,6 +19,7 @@ from sweeps.plan import protocol, scores
 from sweeps.plan.table import load_table
 from sweeps.plan.trials import make_plan
 from sweeps.search.space import read_objectives
+from tests.records import record
 from tests.searches import open_search
 from tests.workplace import Workplace
 
@@ -135,9 +136,8 @@ def test_a_table_of_maps_goes_on_where_asked_and_finds_its_maps(place, swept):
 def test_a_run_that_went_further_shows_the_same_maps(place, swept, capsys):
     """Of two runs of a row, one of which goes on, by a setting of later stages: they are of one result."""
     mine = place.table("mine", maps="")
-    for more in ((), ("--until", "pseudo_masks", "--set", "walk.beta=4")):
-        status, out = place.sweep(mine, *more)
-        assert status == 0, out
+    record(place, mine)
+    record(place, mine, until="pseudo_masks", **{"walk.beta": 4.0})
     assert len(place.runs("mine micro", "trial")) == 2
     assert tables([str(mine), "--preset", "micro", "--tracking-uri", place.uri]) == 0
     told = capsys.readouterr().out
@@ -182,8 +182,7 @@ def test_rows_without_some_stages_are_compared_by_what_they_have(place, swept, t
     rows = CHAIN[: CHAIN.index("rows:")].replace("name: chain", "name: mixed") + "rows:\n  - {id: own, label: own}\n"
     rows += f"  - {{id: theirs, label: theirs, set: {{pseudo_masks.folder: {tmp_path}}}}}\n"
     mine.write_text(rows + "  - {id: bound, label: bound, set: {deeplab.supervised: true}}\n")
-    status, out = place.sweep(mine)
-    assert status == 0, out
+    record(place, mine)
     told = compiled(place, mine, capsys)
     theirs = next(line for line in told.splitlines() if line.startswith("| theirs"))
     assert "†" not in theirs
@@ -206,10 +205,10 @@ def test_a_run_that_has_all_scores_is_shown_before_others_that_have_not(place, s
     mine = place.folder / "grow.yaml"
     rows = [f"  - {{id: {row}, label: {row}, set: {{cams.final_map: {row}}}}}\n" for row in ("both", "activation")]
     mine.write_text(text + "".join(rows))
-    assert place.sweep(mine)[0] == 0
+    record(place, mine)
     further = text.replace("mIoU}]", "mIoU}, {name: pseudo/miou, header: masks}]")
     mine.write_text(further + rows[0])
-    assert place.sweep(mine)[0] == 0
+    record(place, mine)
     mine.write_text(further + "".join(rows))
     assert tables([str(mine), "--preset", "micro", "--tracking-uri", place.uri, "--out", str(tmp_path)]) == 0
     cells = pd.read_parquet(tmp_path / "grow.parquet").set_index(["row", "metric"])["value"]
@@ -229,8 +228,7 @@ def test_scores_on_other_images_are_told(place, swept, shapes, tmp_path, capsys)
     for row, images in zip(rows, (val, val[:3]), strict=True):
         (lists / "some.txt").write_text("\n".join(images))
         mine.write_text(text + row)
-        status, out = place.sweep(mine, "--data", str(kit), "--set", "data.test_split=some")
-        assert status == 0, out
+        record(place, mine, kit, **{"data.test_split": "some"})
     mine.write_text(text + "".join(rows))
     told = compiled(place, mine, capsys, "--set", "data.test_split=some")
     assert re.search(r"images of test_split = \w{8} \(otherwise \w{8}\)", told)

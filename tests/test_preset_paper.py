@@ -1,6 +1,5 @@
 """Preset paper: every default beside where the number comes from, and the real networks on real photographs."""
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -9,6 +8,7 @@ import torch
 from semformer import pipeline
 from semformer.config import flatten, load_config
 from semformer.store import Store
+from tests.devkits import few_photographs
 
 SAMPLE = Path(__file__).parents[2] / "shared" / "coco_sample" / "VOCdevkit" / "VOC2012"
 
@@ -161,17 +161,7 @@ def photographs(tmp_path) -> Path:
     """Four photographs to learn from and one to measure on, as VOC would give them."""
     if not SAMPLE.is_dir():
         pytest.skip("the sample of photographs is not here")
-    folder = tmp_path / "data" / "VOC2012"
-    splits = folder / "ImageSets" / "Segmentation"
-    splits.mkdir(parents=True)
-    train, val = ((SAMPLE / f"ImageSets/Segmentation/{name}.txt").read_text().split() for name in ("train", "val"))
-    for name, ids in (("trainaug", train[:4]), ("train", val[:1])):
-        (splits / f"{name}.txt").write_text("\n".join(ids))
-        for part, suffix in (("JPEGImages", "jpg"), ("Annotations", "xml"), ("SegmentationClass", "png")):
-            (folder / part).mkdir(exist_ok=True)
-            for image in ids:
-                shutil.copy(SAMPLE / part / f"{image}.{suffix}", folder / part)
-    return tmp_path / "data"
+    return few_photographs(SAMPLE, tmp_path / "data", train=4, val=1)
 
 
 @pytest.mark.timeout(1200)

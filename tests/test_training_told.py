@@ -94,6 +94,7 @@ def test_the_last_epoch_is_kept_however_long_writing_takes(tmp_path, monkeypatch
 
 def test_a_slow_checkpoint_is_written_again_after_two_minutes_at_the_latest(tmp_path, monkeypatch):
     now = [1000.0]
+    monkeypatch.setattr(training, "QUICK", 1.0)
     monkeypatch.setattr(training.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(Checkpoint, "_write", lambda self, tensors, history: written.append(history) or 50.0)
     written, model = [], nn.Linear(1, 1)

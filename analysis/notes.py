@@ -188,13 +188,20 @@ def _as_published(table: Table, protocol: Protocol) -> str:
     return f"Measured by the protocol of preset paper: {', '.join(['VOC 2012', *told])}."
 
 
+SEARCHED = {
+    "oracle": ("oracle", "of each cell the best"),
+    "heldout": ("held-out", "of each cell, for every second image the best of the others, and the other way round"),
+}
+"""Rules that choose thresholds with the pixel masks."""
+
+
 def _threshold_note(protocol: Protocol, split: str) -> str:
     rule = protocol.common("rule")
     if FIELDS["rule"] in protocol.measured[0].varied:
         return "its rule differs from row to row."
-    if rule == "oracle":
+    if rule in SEARCHED:
         searched = protocol.parameter("evaluate.thresholds").split(", ")
-        text = f"oracle: of each cell the best, chosen with the pixel masks of split {split}"
+        text = f"{': '.join(SEARCHED[rule])}, chosen with the pixel masks of split {split}"
         text += f", from {searched[0]} to {searched[1]} in steps of {searched[2]}" if len(searched) == 3 else ""
     elif rule == "fixed":
         text = f"fixed at {protocol.parameter('evaluate.fixed_threshold') or 'different values'}, chosen without masks"
@@ -208,7 +215,10 @@ def _supervision_note(protocol: Protocol) -> str:
     imported = any(candidate.record.config.get(field) for candidate in protocol.measured for field in IMPORTED)
     unknown = "of what comes from files, it is not known what it has seen; " * imported
     if {*readers} <= {link.stage for link in LINKS.values()}:
-        what = "the scores and the oracle threshold" if protocol.common("rule") == "oracle" else "the scores"
+        rule = protocol.common("rule")
+        what = (
+            f"the scores and the {rule.replace('heldout', 'held-out')} threshold" if rule in SEARCHED else "the scores"
+        )
         *others, last = readers
         stages = f"stages {', '.join(others)} and {last}" if others else f"stage {last}"
         return f"{unknown}training sees image-level labels only; pixel masks are read by {stages} alone, for {what}."

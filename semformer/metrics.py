@@ -90,32 +90,41 @@ class ThresholdCurve:
     def __init__(self, n_classes: int, thresholds: Sequence[float], *, erosion: int = 0):
         self.thresholds = np.array(thresholds, dtype=np.float64)
         self.n_classes, self.erosion = n_classes, erosion
-        # counts[true, predicted, level]: level = how many thresholds lie below the pixel's value
-        self._counts = np.zeros((n_classes, n_classes, self.thresholds.size + 1), dtype=np.int64)
+        # counts[half, true, predicted, level]: level = how many thresholds lie below the pixel's value
+        self._counts = np.zeros((2, n_classes, n_classes, self.thresholds.size + 1), dtype=np.int64)
         self._row_of_label = np.full(256, n_classes + 1)
         self._row_of_label[:n_classes] = np.arange(n_classes)
         self._row_of_label[IGNORE] = n_classes
 
     def add(
-        self, maps: np.ndarray, classes: Sequence[int] | np.ndarray, truth: np.ndarray, *, name: str = "image"
+        self,
+        maps: np.ndarray,
+        classes: Sequence[int] | np.ndarray,
+        truth: np.ndarray,
+        *,
+        name: str = "image",
+        half: int = 0,
     ) -> None:
-        """Counts the pixels of one image.
+        """Counts the pixels of one image, which belongs to a half (0, 1) of the images.
 
         maps: (C, H, W) floats, one channel per object class in `classes`: (C,) distinct, 1..K-1.
         With C = 0 the whole image is predicted as background. truth: (H, W) uint8, 255 = ignored.
         Raises UserError, with `name`, for shapes that do not fit, NaN, and classes or labels out of range;
         the counts are then as before.
         """
-        self.include(*self.count(maps, classes, truth, name=name))
+        self.include(*self.count(maps, classes, truth, name=name), half=half)
 
-    def include(self, channels: np.ndarray, counts: np.ndarray) -> None:
+    def include(self, channels: np.ndarray, counts: np.ndarray, *, half: int = 0) -> None:
         """Adds what `count` has counted."""
-        self._counts[:, channels] += counts
+        self._counts[half][:, channels] += counts
 
     def count(
         self, maps: np.ndarray, classes: Sequence[int] | np.ndarray, truth: np.ndarray, *, name: str = "image"
     ) -> tuple[np.ndarray, np.ndarray]:
-        """As `add`, but adds nothing: threads may count images at once."""
+        """As `add`, but adds nothing: threads may count images at once.
+
+        Returns the classes (C,) and counts (K, C, T + 1) of pixels by true class, arg-max class and level.
+        """
         maps, channels = np.asarray(maps), np.asarray(classes, dtype=np.intp)
         self._check(maps, channels, truth, name)
         if not channels.size:
@@ -138,12 +147,16 @@ class ThresholdCurve:
             )
         return channels, counts[: self.n_classes]
 
-    def confusion(self) -> np.ndarray:
-        """Pixel counts (T, K, K) int64, indexed [threshold, true, predicted]."""
-        above = self._counts[..., :0:-1].cumsum(axis=-1)[..., ::-1]
-        confusion = np.moveaxis(above, -1, 0).copy()
-        confusion[..., 0] = self._counts.sum(axis=(-2, -1)) - confusion[..., 1:].sum(axis=-1)
+    def confusion(self, half: int | None = None) -> np.ndarray:
+        """Pixel counts (T, K, K) int64, indexed [threshold, true, predicted], of all images or of one half."""
+        counts = self._counts.sum(axis=0) if half is None else self._counts[half]
+        confusion = np.moveaxis(_above(counts), -1, 0).copy()
+        confusion[..., 0] = counts.sum(axis=(-2, -1)) - confusion[..., 1:].sum(axis=-1)
         return confusion
+
+    def confusion_at(self, chosen: tuple[int, int]) -> np.ndarray:
+        """Pixel counts (K, K) of all images, each half at the threshold of its index."""
+        return self.confusion(0)[chosen[0]] + self.confusion(1)[chosen[1]]
 
     def scores(self) -> Scores:
         """Scores, leading axis T in the order of `thresholds`. Raises UserError if no pixel was counted."""
@@ -164,7 +177,39 @@ class ThresholdCurve:
             raise UserError(f"{name}: the mask is {truth.shape} but the prediction is {maps.shape[1:]} (height, width)")
 
 
-REPORTED = ("miou", "fp", "fn", "threshold", "miou_oracle", "miou_fixed")
+@dataclass(frozen=True)
+class ImageCounts:
+    """Pixels of one image, of the classes (n,) that are predicted at some threshold or true; the last axis is that of
+    the thresholds. See `Scores` for P and T."""
+
+    classes: np.ndarray
+    hit: np.ndarray
+    """|P & T| (n, T)."""
+    predicted: np.ndarray
+    """|P| (n, T)."""
+    true: np.ndarray
+    """|T| (n,)."""
+
+    @classmethod
+    def of_maps(cls, channels: np.ndarray, counts: np.ndarray) -> "ImageCounts":
+        """Of what `ThresholdCurve.count` returns."""
+        above, true = _above(counts), counts.sum(axis=(1, 2))
+        hit, predicted = (np.zeros((len(counts), above.shape[-1]), dtype=np.int64) for _ in range(2))
+        hit[channels], predicted[channels] = above[channels, range(len(channels))], above.sum(axis=0)
+        hit[0] = true[0] - above[0].sum(axis=0)
+        predicted[0] = true.sum() - above.sum(axis=(0, 1))
+        (there,) = np.nonzero(predicted.any(axis=1) | (true > 0))
+        return cls(there, hit[there], predicted[there], true[there])
+
+    @classmethod
+    def of_labels(cls, confusion: np.ndarray) -> "ImageCounts":
+        """Of a confusion matrix (K, K): at one threshold, so to speak."""
+        hit, predicted, true = np.diagonal(confusion), confusion.sum(axis=0), confusion.sum(axis=1)
+        (there,) = np.nonzero((predicted > 0) | (true > 0))
+        return cls(there, hit[there, None], predicted[there, None], true[there])
+
+
+REPORTED = ("miou", "fp", "fn", "threshold", "miou_oracle", "miou_fixed", "miou_heldout")
 """What `reported` tells of maps."""
 COSINES = ("cosine_activation", "cosine_attention")
 """What stage cams tells of them (`inference.class_cosines`)."""
@@ -172,20 +217,38 @@ COSINES = ("cosine_activation", "cosine_attention")
 
 def reported(
     curve: ThresholdCurve, options: EvaluateConfig, split: str, of: str = "cam"
-) -> tuple[dict[str, float], int]:
-    """The final metrics of maps, and the index of the threshold that they are reported at.
+) -> tuple[dict[str, float], tuple[int, int]]:
+    """The final metrics of maps, and the index of the threshold that each half of the images is reported at.
 
-    `curve` is over `options.scored_thresholds()`. "<of>/<split>/miou", "fp", "fn" and "threshold" are by the config's
-    rule, "miou_oracle" and "miou_fixed" by each; percent.
+    `curve` is over `options.scored_thresholds()`. "<of>/<split>/miou", "fp", "fn" and "threshold" (where the halves
+    have two, their mean) are by the config's rule, "miou_oracle", "miou_fixed" and "miou_heldout" by each, percent;
+    the last is missing where a half has no pixel. Raises UserError where it is the config's.
     """
-    scores, thresholds = curve.scores(), curve.thresholds
-    fixed = int(np.flatnonzero(thresholds == options.fixed_threshold)[0])
-    searched = np.flatnonzero(np.isin(thresholds, options.threshold_values()))
-    oracle = int(searched[scores.miou[searched].argmax()])
-    chosen = oracle if options.rule == "oracle" else fixed
-    at_chosen = scores.miou[chosen], scores.fp[chosen], scores.fn[chosen], thresholds[chosen]
-    values = zip(REPORTED, (*at_chosen, scores.miou[oracle], scores.miou[fixed]), strict=True)
-    return {f"{of}/{split}/{name}": float(value) for name, value in values}, chosen
+    rules = chosen_thresholds(curve, options)
+    if options.rule not in rules:
+        raise UserError(
+            f"evaluate.rule=heldout needs known pixels in both halves of split {split}: take oracle or fixed"
+        )
+    chosen, of_rule = rules[options.rule], {rule: scores(curve.confusion_at(at)) for rule, at in rules.items()}
+    own = of_rule[options.rule]
+    values = {"miou": own.miou, "fp": own.fp, "fn": own.fn, "threshold": curve.thresholds[list(chosen)].mean()}
+    values |= {f"miou_{rule}": found.miou for rule, found in of_rule.items()}
+    return {f"{of}/{split}/{name}": float(value) for name, value in values.items()}, chosen
+
+
+def chosen_thresholds(curve: ThresholdCurve, options: EvaluateConfig) -> dict[str, tuple[int, int]]:
+    """By each rule of `evaluate.rule`, the index of the threshold of each half of the images. "oracle": the best of all
+    images; "heldout": the best of the other half, if both have pixels."""
+    fixed = int(np.flatnonzero(curve.thresholds == options.fixed_threshold)[0])
+    searched = np.flatnonzero(np.isin(curve.thresholds, options.threshold_values()))
+
+    def best(confusion: np.ndarray) -> int:
+        return int(searched[scores(confusion[searched]).miou.argmax()])
+
+    first, second = curve.confusion(0), curve.confusion(1)
+    oracle = best(first + second)
+    rules = {"oracle": (oracle, oracle), "fixed": (fixed, fixed)}
+    return rules | {"heldout": (best(second), best(first))} if first.any() and second.any() else rules
 
 
 def label_ap(similarities: np.ndarray, labels: np.ndarray) -> float:
@@ -204,6 +267,11 @@ def label_ap(similarities: np.ndarray, labels: np.ndarray) -> float:
         ap = recall * precision + (1 - recall) * n_present / labels.shape[1]
         best = max(best, 100 * float(ap.mean()))
     return best
+
+
+def _above(counts: np.ndarray) -> np.ndarray:
+    """Pixels above each threshold (..., T) from those at each level (..., T + 1)."""
+    return counts[..., :0:-1].cumsum(axis=-1)[..., ::-1]
 
 
 def _dominant(maps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -17,14 +17,15 @@ def paper_splits(folder: Path) -> Path:
 
 
 def few_photographs(sample: Path, folder: Path, *, train: int, val: int) -> Path:
-    """The first photographs of a devkit, to learn from and to measure on: a devkit with the paper's splits."""
+    """The first photographs of a devkit, as one with the paper's splits: `train` to learn from; `val` of these, and as
+    many others, to measure on."""
     devkit = folder / "VOC2012"
     splits = devkit / "ImageSets" / "Segmentation"
     splits.mkdir(parents=True)
     learnt, measured = (
         (sample / f"ImageSets/Segmentation/{name}.txt").read_text().split() for name in ("train", "val")
     )
-    for name, ids in (("trainaug", learnt[:train]), ("train", measured[:val]), ("val", measured[:val])):
+    for name, ids in (("trainaug", learnt[:train]), ("train", learnt[:val]), ("val", measured[:val])):
         (splits / f"{name}.txt").write_text("\n".join(ids))
         for part, suffix in (("JPEGImages", "jpg"), ("Annotations", "xml"), ("SegmentationClass", "png")):
             (devkit / part).mkdir(exist_ok=True)

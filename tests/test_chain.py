@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -193,6 +194,16 @@ def test_scores_are_those_of_the_label_maps(chain, split, shapes):
     for kind, ending in (("single", "_single"), ("single_crf", "_single_crf"), ("multi", ""), ("multi_crf", "_crf")):
         counts = sum(confusion(val.mask(i), found[f"{kind}/{val.ids[i]}"], K) for i in range(len(val)))
         assert told[f"seg/val/miou{ending}"] == pytest.approx(label_map_metrics(counts)["miou"])
+
+
+@pytest.mark.parametrize(("stage", "n_scores"), [("evaluate", 1), ("evaluate_masks", 4), ("evaluate_seg", 4)])
+def test_pixels_of_images_add_up_to_the_scores(chain, split, stage, n_scores):
+    told = chain[1][stage].artifact
+    counts = pd.read_parquet(told.file("image_counts.parquet")).groupby(["score", "class"]).sum(numeric_only=True)
+    assert counts.index.unique("score").size == n_scores
+    for score, of_score in counts.groupby("score"):
+        iou = 100 * of_score["intersection"] / of_score.eval("predicted + true - intersection")
+        assert iou.sum() / len(split.classes) == pytest.approx(told.info["metrics"][score])
 
 
 def test_an_image_without_an_object_is_drawn(chain, split, tmp_path):

@@ -92,9 +92,9 @@ def test_maps_of_many_files_are_read_in_the_split_s_order(shapes, store, tmp_pat
             torch.testing.assert_close(maps[image_id].full, made[0][image_id].full, atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("rule", ["oracle", "fixed"])
+@pytest.mark.parametrize("rule", ["oracle", "fixed", "heldout"])
 def test_scores_are_those_of_the_maps_that_are_kept(shapes, store, rule):
-    """Eroded at each threshold, pixel by pixel; the table, the classes' IoU and the metrics tell the same."""
+    """Eroded at each threshold, pixel by pixel; the tables, the classes' IoU and the metrics tell the same."""
     options = {"erosion": 3, "thresholds": "0.2,0.6,0.1", "fixed_threshold": 0.1, "rule": rule, "pictures": 0}
     config = load_config("micro", {f"evaluate.{name}": value for name, value in options.items()})
     data = pipeline.open_data(config, shapes)
@@ -103,17 +103,32 @@ def test_scores_are_those_of_the_maps_that_are_kept(shapes, store, rule):
     }
     maps, split = cams.MapFiles(made["cams"]), data["val"]
     images = [(maps[name].full.numpy(), maps[name].classes, split.mask(i)) for i, name in enumerate(split.ids)]
-    wanted = scores(obvious_confusion(images, 9, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], 3))
+    counts = np.stack([obvious_confusion([image], 9, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6], 3) for image in images])
+    whole, halves = scores(counts.sum(axis=0)), [counts[half::2].sum(axis=0) for half in (0, 1)]
     table = pq.read_table(made["evaluate"].file("threshold_curve.parquet")).to_pydict()
     for name in ("miou", "fp", "fn"):
-        assert table[name] == pytest.approx(getattr(wanted, name).tolist())
-    chosen = 0 if rule == "fixed" else 1 + int(wanted.miou[1:].argmax())
+        assert table[name] == pytest.approx(getattr(whole, name).tolist())
+
+    oracle, *best = (1 + int(scores(confusion).miou[1:].argmax()) for confusion in (sum(halves), *halves))
+    rules = {"fixed": (0, 0), "oracle": (oracle, oracle), "heldout": (best[1], best[0])}
+    wanted = {name: scores(halves[0][first] + halves[1][second]) for name, (first, second) in rules.items()}
     metrics = json.loads(made["evaluate"].file("metrics.json").read_text())
+    for name, of_rule in wanted.items():
+        assert metrics[f"cam/val/miou_{name}"] == pytest.approx(of_rule.miou)
     told = {name: metrics[f"cam/val/{name}"] for name in ("miou", "fp", "fn")}
-    assert told == pytest.approx({name: float(getattr(wanted, name)[chosen]) for name in told})
-    assert metrics["cam/val/threshold"] == table["threshold"][chosen]
+    assert told == pytest.approx({name: float(getattr(wanted[rule], name)) for name in told})
+    assert metrics["cam/val/threshold"] == np.mean([table["threshold"][chosen] for chosen in rules[rule]])
     class_iou = pq.read_table(made["evaluate"].file("class_iou.parquet"))["iou"].to_pylist()
-    assert class_iou == pytest.approx(wanted.iou[chosen].tolist())
+    assert class_iou == pytest.approx(wanted[rule].iou.tolist())
+
+    expected = []
+    for i, (name, of_image) in enumerate(zip(split.ids, counts, strict=True)):
+        confusion = of_image[rules[rule][i % 2]]
+        of_class = zip(split.classes, np.diagonal(confusion), confusion.sum(axis=0), confusion.sum(axis=1), strict=True)
+        expected += [("cam/val/miou", name, *row) for row in of_class if any(row[1:])]
+    counted = pq.read_table(made["evaluate"].file("image_counts.parquet"))
+    assert counted.column_names == ["score", "image", "class", "intersection", "predicted", "true"]
+    assert [row for row in zip(*counted.to_pydict().values(), strict=True) if any(row[3:])] == expected
 
 
 def test_the_best_threshold_is_one_of_those_that_are_tried():
@@ -121,7 +136,18 @@ def test_the_best_threshold_is_one_of_those_that_are_tried():
     curve = ThresholdCurve(2, options.scored_thresholds())
     curve.add(np.array([[[0.15, 0.15, 0.5, 0.0]]], np.float32), [1], np.array([[1, 1, 1, 0]], np.uint8))
     told, chosen = reported(curve, options, "val")
-    assert (told["cam/val/miou_fixed"], told["cam/val/threshold"], chosen) == (100, 0.2, 1)
+    assert (told["cam/val/miou_fixed"], told["cam/val/threshold"], chosen) == (100, 0.2, (1, 1))
+
+
+def test_a_threshold_is_chosen_on_other_images_where_there_are_some():
+    options = load_config("micro", {"evaluate.rule": "heldout"}).evaluate
+    curve = ThresholdCurve(2, options.scored_thresholds())
+    image = np.array([[[0.15, 0.5]]], np.float32), [1], np.array([[1, 0]], np.uint8)
+    curve.add(*image)
+    with pytest.raises(UserError, match=r"evaluate\.rule=heldout needs known pixels in both halves of split val"):
+        reported(curve, options, "val")
+    curve.add(*image, half=1)
+    assert reported(curve, options, "val")[0].keys() >= {"cam/val/miou_heldout"}
 
 
 def test_classes_are_seen_where_they_are_more_like_their_semantics_than_not():

@@ -179,7 +179,7 @@ def test_all_stages_run_at_their_real_sizes_on_real_photographs(photographs, sto
         assert all(torch.tensor(history[name]).isfinite().all() for name in terms)
     metrics = made["evaluate"].info["metrics"]
     assert 0 <= metrics["cam/train/miou"] <= 100
-    assert len(made["evaluate"].files) == 3 + 1
+    assert len(made["evaluate"].files) == 4 + 1
     assert {report.stage for report in reports} == {"pack", *made}
 
 

@@ -346,5 +346,7 @@ def test_the_probe_scores_every_epoch_and_leaves_the_network_as_it_is(shapes, tm
     assert all(torch.equal(plain[name], probed[name]) for name in plain)
     assert runs[0].artifact.info["history"].keys() == runs[1].artifact.info["history"].keys()
     scored = [(report.stage, report.epoch, set(report.probe)) for report in told if report.probe]
-    names = {f"cam/val/{name}" for name in ("miou", "fp", "fn", "threshold", "miou_oracle", "miou_fixed")}
+    names = {
+        f"cam/val/{name}" for name in ("miou", "fp", "fn", "threshold", "miou_oracle", "miou_fixed", "miou_heldout")
+    }
     assert scored == [("segmentor", 1, names), ("segmentor", 2, names)]

@@ -190,8 +190,9 @@ class EvaluateConfig(Settings):
 
     thresholds: Annotated[tuple[float, float, float], BeforeValidator(split_commas)] = (0.10, 0.40, 0.01)
     """First, last (included) and step of the background thresholds."""
-    rule: Literal["oracle", "fixed"] = "oracle"
-    """Which threshold the reported scores use: the best on the masks, or `fixed_threshold`. Both are stored."""
+    rule: Literal["oracle", "fixed", "heldout"] = "oracle"
+    """Which threshold the reported scores use: the best on the masks, `fixed_threshold`, or for each half of the images
+    (every second one) the best of the other half. All are stored."""
     fixed_threshold: Fraction = 0.25
     erosion: Annotated[int, Field(ge=0)] = 7
     """Side of the square that erodes each predicted region (published evaluation); 0 is none."""

@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -16,7 +16,7 @@ from semformer import draw
 from semformer.config import Config
 from semformer.data.pack import Packed
 from semformer.inference import MAP_KINDS
-from semformer.metrics import ThresholdCurve, reported
+from semformer.metrics import ImageCounts, ThresholdCurve, reported, scores
 from semformer.stages.cams import FOREIGN, PICTURES, MapFiles
 from semformer.stages.context import Context, Progress
 from semformer.store import Artifact
@@ -24,12 +24,18 @@ from semformer.threads import in_order
 
 CURVE = "threshold_curve.parquet"
 CLASS_IOU = "class_iou.parquet"
+IMAGE_COUNTS = "image_counts.parquet"
+COUNTED = pa.schema(
+    [(name, pa.string()) for name in ("score", "image", "class")]
+    + [(name, pa.int32()) for name in ("intersection", "predicted", "true")]
+)
 METRICS = "metrics.json"
 T = TypeVar("T")
 
 
 def run(config: Config, data: Packed, cams: Artifact, ctx: Context) -> dict[str, Any]:
-    """Makes `metrics.json`, the threshold curve, the per-class IoU at the reported threshold, and pictures.
+    """Makes `metrics.json`, the threshold curve, per class the IoU at the reported threshold, per image and class the
+    pixels there, and pictures.
 
     Reads pixel masks. Returns {"metrics": {...}}, see `metrics.reported`; beside these, the mean cosine between the
     maps of an image's classes.
@@ -41,14 +47,17 @@ def run(config: Config, data: Packed, cams: Artifact, ctx: Context) -> dict[str,
         of_image = maps[data.ids[i]]
         return curve.count(of_image.full.numpy(), of_image.classes, data.mask(i), name=data.ids[i])
 
-    for counts in of_all_images("evaluate", count, data, ctx):
-        curve.include(*counts)
-    scores, (metrics, chosen) = curve.scores(), reported(curve, options, data.name)
+    images = []
+    for i, counts in enumerate(of_all_images("evaluate", count, data, ctx)):
+        curve.include(*counts, half=i % 2)
+        images.append(ImageCounts.of_maps(*counts))
+    of_all, (metrics, chosen) = curve.scores(), reported(curve, options, data.name)
     metrics |= {f"cam/{data.name}/cosine_{kind}": value for kind, value in cams.info["cosine"].items()}
-    curve_table = {"threshold": curve.thresholds, "miou": scores.miou, "fp": scores.fp, "fn": scores.fn}
+    curve_table = {"threshold": curve.thresholds, "miou": of_all.miou, "fp": of_all.fp, "fn": of_all.fn}
     pq.write_table(pa.table(curve_table), ctx.out / CURVE)
-    write_scores(metrics, scores.iou[chosen], data, ctx)
-    _draw(config, data, cams, float(curve.thresholds[chosen]), ctx)
+    write_scores(metrics, scores(curve.confusion_at(chosen)).iou, data, ctx)
+    write_image_counts({f"cam/{data.name}/miou": (images, chosen)}, data, ctx)
+    _draw(config, data, cams, [float(curve.thresholds[index]) for index in chosen], ctx)
     return {"metrics": metrics}
 
 
@@ -68,7 +77,25 @@ def write_scores(metrics: Mapping[str, float], class_iou: np.ndarray, data: Pack
     pq.write_table(pa.table({"class": data.classes, "iou": class_iou}), ctx.out / CLASS_IOU)
 
 
-def _draw(config: Config, data: Packed, cams: Artifact, threshold: float, ctx: Context) -> None:
+def write_image_counts(
+    counted: Mapping[str, tuple[Sequence[ImageCounts], tuple[int, int]]], data: Packed, ctx: Context
+) -> None:
+    """Makes the table of what each score was counted from: of each image and class, at the threshold of the image's
+    half, the pixels of intersection, prediction and truth. Counts of all images, by the score's name."""
+    rows = [
+        (score, data.ids[i], data.classes[k], hit, predicted, true)
+        for score, (images, chosen) in counted.items()
+        for i, image in enumerate(images)
+        for k, hit, predicted, true in zip(
+            image.classes, image.hit[:, chosen[i % 2]], image.predicted[:, chosen[i % 2]], image.true, strict=True
+        )
+    ]
+    columns = (pa.array(values, kind.type) for kind, values in zip(COUNTED, zip(*rows, strict=True), strict=True))
+    pq.write_table(pa.table([*columns], COUNTED), ctx.out / IMAGE_COUNTS)
+
+
+def _draw(config: Config, data: Packed, cams: Artifact, thresholds: Sequence[float], ctx: Context) -> None:
+    """thresholds: of each half of the images."""
     tensors = load_file(cams.file(PICTURES))
     folder = ctx.out / "pictures"
     folder.mkdir()
@@ -76,6 +103,6 @@ def _draw(config: Config, data: Packed, cams: Artifact, threshold: float, ctx: C
         kinds = [kind for kind in (*MAP_KINDS, FOREIGN) if f"{i}/{kind}" in tensors]
         maps: dict[str, np.ndarray] = {kind: tensors[f"{i}/{kind}"].float().numpy() for kind in kinds}
         picture = draw.figure4(
-            data.pixels(i), maps, data.objects(i), data.classes, truth=data.mask(i), threshold=threshold
+            data.pixels(i), maps, data.objects(i), data.classes, truth=data.mask(i), threshold=thresholds[i % 2]
         )
         picture.save(folder / f"{data.ids[i]}.png")

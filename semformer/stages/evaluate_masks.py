@@ -1,5 +1,6 @@
 """Stage evaluate_masks: scores of each link from maps to pseudo masks, on the same images, and pictures of them."""
 
+from collections import defaultdict
 from typing import Any
 
 import numpy as np
@@ -9,22 +10,24 @@ from torch import Tensor
 from semformer import draw
 from semformer.config import Config
 from semformer.data.pack import Packed
-from semformer.metrics import ThresholdCurve, confusion, label_map_metrics, reported, scores
+from semformer.metrics import ImageCounts, ThresholdCurve, confusion, label_map_metrics, reported, scores
 from semformer.stages.affinity_labels import hard_labels
 from semformer.stages.cams import MapFiles
 from semformer.stages.context import Context
-from semformer.stages.evaluate import of_all_images, write_scores
+from semformer.stages.evaluate import of_all_images, write_image_counts, write_scores
 from semformer.stages.shards import label_maps_in
 from semformer.stages.walk import WalkedFiles
 from semformer.store import Artifact
 
 CPU = torch.device("cpu")
+BEFORE = "miou_before_crf"
 
 
 def run(
     config: Config, data: Packed, cams: Artifact | None, walk: Artifact | None, pseudo_masks: Artifact, ctx: Context
 ) -> dict[str, Any]:
-    """Makes `metrics.json`, the IoU of each class, and pictures. Reads pixel masks. Returns {"metrics": {...}}.
+    """Makes `metrics.json`, the IoU of each class, the pixels of each image and class, and pictures. Reads pixel masks.
+    Returns {"metrics": {...}}.
 
     "cam/<split>/..." and "walk/<split>/..." as of maps (`metrics.reported`); "pseudo/<split>/miou", "precision" and
     "recall" of the pseudo masks, and "pseudo/<split>/miou_before_crf" at their threshold. Foreign masks have no more
@@ -34,6 +37,7 @@ def run(
     K, options = len(data.classes), config.evaluate
     curves = {of: ThresholdCurve(K, options.scored_thresholds(), erosion=options.erosion) for of in links.maps}
     counts: dict[str, np.ndarray] = {}
+    images: dict[str, list[ImageCounts]] = defaultdict(list)
 
     def count(i: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         image_id, truth = data.ids[i], data.mask(i)
@@ -44,19 +48,24 @@ def run(
             {name: confusion(truth, predicted, K) for name, predicted in labels.items()},
         )
 
-    for of_maps, of_labels in of_all_images("evaluate_masks", count, data, ctx):
+    for i, (of_maps, of_labels) in enumerate(of_all_images("evaluate_masks", count, data, ctx)):
         for of, counted in of_maps.items():
-            curves[of].include(*counted)
+            curves[of].include(*counted, half=i % 2)
+            images[f"{of}/{data.name}/miou"].append(ImageCounts.of_maps(*counted))
         for name, one in of_labels.items():
             counts[name] = counts.get(name, 0) + one
+            images[f"pseudo/{data.name}/{name}"].append(ImageCounts.of_labels(one))
 
     metrics: dict[str, float] = {}
+    chosen = dict.fromkeys(images, (0, 0))
     for of, curve in curves.items():
-        metrics |= reported(curve, options, data.name, of)[0]
-    metrics |= {f"pseudo/{data.name}/{name}": value for name, value in label_map_metrics(counts["masks"]).items()}
-    if "before" in counts:
-        metrics[f"pseudo/{data.name}/miou_before_crf"] = float(scores(counts["before"]).miou)
-    write_scores(metrics, scores(counts["masks"]).iou, data, ctx)
+        told, chosen[f"{of}/{data.name}/miou"] = reported(curve, options, data.name, of)
+        metrics |= told
+    metrics |= {f"pseudo/{data.name}/{name}": value for name, value in label_map_metrics(counts["miou"]).items()}
+    if BEFORE in counts:
+        metrics[f"pseudo/{data.name}/{BEFORE}"] = float(scores(counts[BEFORE]).miou)
+    write_scores(metrics, scores(counts["miou"]).iou, data, ctx)
+    write_image_counts({name: (of_images, chosen[name]) for name, of_images in images.items()}, data, ctx)
     _draw(config, data, links, ctx)
     return {"metrics": metrics}
 
@@ -82,12 +91,12 @@ class _Links:
         return found
 
     def labels_of(self, image_id: str, maps: dict[str, tuple[np.ndarray, Tensor]]) -> dict[str, np.ndarray]:
-        """The pseudo mask (H, W), and what it was "before" the CRF, by `maps_of` the image."""
-        found = {"masks": self.masks[image_id]}
+        """The pseudo mask (H, W), and by `maps_of` the image what it was before the CRF, by the names of the scores."""
+        found = {"miou": self.masks[image_id]}
         if "walk" in maps:
             classes, full = maps["walk"]
             index = np.array([0, *classes], dtype=np.uint8)
-            found["before"] = index[hard_labels(full, self.threshold).numpy()]
+            found[BEFORE] = index[hard_labels(full, self.threshold).numpy()]
         return found
 
 

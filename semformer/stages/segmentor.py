@@ -122,10 +122,10 @@ def map_probe(data: Split, config: Config, *, n_images: int = 64) -> Callable[[S
         was_training = model.training
         model.eval()
         curve = ThresholdCurve(len(data.classes), options.scored_thresholds(), erosion=options.erosion)
-        for i in indices:
+        for number, i in enumerate(indices):
             pixels, objects = data.pixels(i), data.objects(i)
             (maps,) = multi_scale_maps(model, [pixels], [objects], view, precision=config.precision)
-            curve.add(maps.full.cpu().numpy(), maps.classes, data.mask(i), name=data.ids[i])
+            curve.add(maps.full.cpu().numpy(), maps.classes, data.mask(i), name=data.ids[i], half=number % 2)
         model.train(was_training)
         return reported(curve, options, data.name)[0]
 

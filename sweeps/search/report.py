@@ -25,6 +25,7 @@ HEADERS = {
     "fn": "FN (%)",
     "miou_oracle": "mIoU, oracle threshold (%)",
     "miou_fixed": "mIoU, fixed threshold (%)",
+    "miou_heldout": "mIoU, held out threshold (%)",
 }
 GREY, BLUE, RED = "#9aa0a6", "#1f77b4", "#d62728"
 

@@ -26,7 +26,7 @@ STORAGE = "sqlite:///runs/studies.db"
 GPU_HOURS = "gpu_hours"
 """The objective beside the scores."""
 OBJECTIVES = tuple(name for name in scores.NAMES if name.rpartition("/")[2] not in (*COSINES, "threshold"))
-PROBED = ("miou", "miou_oracle", "miou_fixed", "fp", "fn")
+PROBED = ("miou", "miou_oracle", "miou_fixed", "miou_heldout", "fp", "fn")
 """Scores that can be measured after each epoch, by which poor trials may be stopped."""
 
 

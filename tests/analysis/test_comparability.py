@@ -88,6 +88,14 @@ def test_fixed_threshold_is_told_apart_from_oracle(sweep):
     assert note(text, "Supervision audit").endswith("stage evaluate alone, for the scores.")
 
 
+def test_a_threshold_chosen_on_other_images_is_told(sweep):
+    sweep.full(overrides={"evaluate.rule": "heldout"})
+    text = to_markdown(sweep.compiled())
+    told = "held-out: of each cell, for every second image the best of the others, and the other way round, chosen with"
+    assert note(text, "Threshold").startswith(told)
+    assert note(text, "Supervision audit").endswith("stage evaluate alone, for the scores and the held-out threshold.")
+
+
 def test_settings_other_than_the_presets_are_named(sweep):
     sweep.full(overrides={"segmentor.epochs": 1, "segmentor.sigma": 0.05})
     text = to_markdown(sweep.compiled())

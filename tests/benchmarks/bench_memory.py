@@ -1,6 +1,6 @@
 """The memory of each stage at preset paper, on a CPU: `python -m tests.benchmarks.bench_memory DEVKIT`, some minutes.
 
-The paper's networks with random weights, one epoch in batches of two photographs, which are the first of a devkit; each
+The paper's networks with random weights, one step on the first two photographs of a devkit; each
 stage in a process of its own. Its memory is the whole process, with PyTorch and the pack of the photographs.
 """
 
@@ -20,7 +20,7 @@ from tests.devkits import few_photographs
 
 TRAINED = ("caae", "segmentor", "affinity", "deeplab")
 OPTIONS = {"pretrained": False, "epochs": 1, "batch_size": 2}
-IMAGES = 4
+IMAGES = 2
 CPU = torch.device("cpu")
 
 

@@ -1,6 +1,6 @@
 """`make bench`: the tables of the README. Run it on an idle machine; compare ratios, not times.
 
-`bench_plan` (minutes) and `bench_schedule` (an hour) are run by their names.
+`bench_plan`, `bench_memory` (minutes) and `bench_schedule` (an hour) are run by their names.
 """
 
 import torch

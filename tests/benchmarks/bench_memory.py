@@ -1,7 +1,7 @@
 """The memory of each stage at preset paper, on a CPU: `python -m tests.benchmarks.bench_memory DEVKIT`, some minutes.
 
-The paper's networks with random weights, one step on the first two photographs of a devkit; each
-stage in a process of its own. Its memory is the whole process, with PyTorch and the pack of the photographs.
+The paper's networks with random weights, one step on the first two photographs of a devkit; each stage in a process of
+its own, whose memory is told: with PyTorch and the pack of the photographs.
 """
 
 import sys

@@ -1,5 +1,6 @@
 """From maps to a segmentation, in preset micro: what each stage makes of what, and how files take a stage's place."""
 
+import itertools
 import json
 import os
 import shutil
@@ -10,33 +11,40 @@ import threading
 import time
 import zipfile
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
-from semformer import pipeline
+from semformer import draw, pipeline
 from semformer.cli import _keep, main
 from semformer.config import load_config
 from semformer.crf import DenseCrf
 from semformer.data.augment import segmentor_crops
 from semformer.data.label_maps import write_label_maps
-from semformer.data.loading import Loader
+from semformer.data.loading import Batch, Loader
+from semformer.data.pixels import as_batch, normalized, resize
 from semformer.data.voc import IGNORE, open_devkit, voc_palette
-from semformer.errors import UserError
+from semformer.errors import MachineError, UserError
 from semformer.inference import Maps
-from semformer.metrics import confusion, label_map_metrics
-from semformer.stages import affinity, deeplab, evaluate_masks, segmentation, shards
+from semformer.keys import StageKey
+from semformer.metrics import ThresholdCurve, confusion, label_map_metrics, scores
+from semformer.random_walk import along_edges, line, neighbours
+from semformer.stages import affinity, deeplab, evaluate_masks, pseudo_masks, segmentation, shards
 from semformer.stages import walk as walk_stage
 from semformer.stages.affinity_labels import confident
 from semformer.stages.cams import MapFiles, foreign_maps
 from semformer.stages.context import Context
+from semformer.stages.evaluate import CLASS_IOU
 from semformer.stages.pack import packed
 from semformer.stages.walk import WalkedFiles, see, walk
-from semformer.store import Store
+from semformer.store import Artifact, Store
 from tests.pipelines import CPU, damage, label_maps, run, weights
 
 ALL = [stage.name for stage in pipeline.STAGES]
@@ -120,6 +128,15 @@ def test_labels_of_affinities_are_those_of_the_maps_and_the_crf(chain, split):
         expected[(refined[0] == 0) & (refined[1] > 0)] = IGNORE
         np.testing.assert_array_equal(found[image_id], expected)
 
+    shown = np.concatenate([found[image_id].ravel() for image_id in split.ids])
+    shares = {
+        "object": (shown % IGNORE > 0).mean(),
+        "background": (shown == 0).mean(),
+        "ignored": (shown == IGNORE).mean(),
+    }
+    assert chain[1]["affinity_labels"].artifact.info["shares"] == pytest.approx(shares)
+    assert all(shares.values())
+
 
 def test_where_the_thresholds_disagree_a_pixel_is_ignored(split):
     options = load_config(
@@ -157,14 +174,70 @@ def test_a_walk_starts_from_the_maps_and_ends_with_one_maximum(chain, split):
     torch.testing.assert_close(found, of_image.strided * (1 - see(model, [image], still)), atol=1e-6, rtol=1e-5)
 
 
-def test_edges_are_the_mean_of_an_image_and_its_mirror(chain, split):
-    config = load_config("micro")
+@pytest.mark.parametrize(("variant", "stride", "padded"), [("edge", 4, (48, 64)), ("feature", 8, (48, 56))])
+def test_edges_and_features_are_the_mean_of_an_image_and_its_mirror_padded_with_zeros(variant, stride, padded):
+    """Of an image that is lower than the network's crops, and wider; zeros are those of normalised images."""
+    options = {"affinity.variant": variant, "affinity.backbone": "resnet18"}
+    config = load_config("micro", options)
+    torch.manual_seed(0)
+    model = affinity.build(config.affinity).eval()
+    pixels = np.random.default_rng(0).integers(0, 256, (41, 53, 3), dtype=np.uint8)
+    found = []
+    for view in (pixels, pixels[:, ::-1]):
+        image = torch.zeros(1, 3, *padded)
+        normal = (view / 255 - np.array([0.485, 0.456, 0.406])) / np.array([0.229, 0.224, 0.225])
+        image[0, :, :41, :53] = torch.from_numpy(normal.transpose(2, 0, 1))
+        with torch.inference_mode():
+            found.append(model(image)[0, ..., : -(-41 // stride), : -(-53 // stride)])
+    mean = (found[0] + found[1].flip(-1)) / 2
+    expected = 1 / (1 + (-mean).exp()) if variant == "edge" else mean
+    together = see(model, [pixels, 255 - pixels], config)
+    torch.testing.assert_close(together[0], expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(together[1:], see(model, [255 - pixels], config), atol=1e-5, rtol=1e-4)
+
+
+def test_a_walk_has_the_radius_the_power_and_the_steps_of_its_options(chain, split):
+    options = {"walk.radius": 3, "walk.beta": 2.5, "walk.log2_steps": 3}
+    config = load_config("micro", options)
     model = affinity.load(config.affinity, chain[1]["affinity"].artifact, device=CPU)
-    image = split.pixels(0)[:, :40]
-    edges = see(model, [image, image[:, ::-1].copy()], config)
-    assert edges.shape == (2, 12, 10)
-    torch.testing.assert_close(edges[0], edges[1].flip(-1))
-    torch.testing.assert_close(edges[:1], see(model, [image], config), atol=1e-5, rtol=0)
+    image, maps = split.pixels(0), MapFiles(chain[1]["train_cams"].artifact)[split.ids[0]]
+    (found,) = walk(model, [image], [maps], config)
+    expected = along_edges(maps.strided[None], see(model, [image], config), radius=3, beta=2.5, steps=8)
+    torch.testing.assert_close(found, expected[0])
+
+
+def enlarged(maps: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """(..., h, w) -> (..., H, W), bilinearly: each pixel has its centre in its middle, edges go on outwards."""
+    for axis, n in zip((-2, -1), size, strict=True):
+        length = maps.shape[axis]
+        places = (np.arange(n) + 0.5) * length / n - 0.5
+        maps = np.apply_along_axis(partial(np.interp, places, range(length)), axis, maps)
+    return maps
+
+
+def test_walked_maps_are_enlarged_cut_and_divided_by_one_maximum(tmp_path):
+    """The maximum of all classes, of what has been cut."""
+    walked = 0.02 * np.random.default_rng(0).random((2, 3, 5)).astype(np.float32)
+    walked[1] /= 2
+    walked[1, :, 4] = 1
+    shards.write_tensors(
+        tmp_path / "0", {"a/classes": torch.tensor([3, 7]), "a/walked": torch.from_numpy(walked)}, ["a"]
+    )
+    artifact = Artifact(StageKey("walk", {}), tmp_path, {"stride": 4}, {"0": {}})
+    classes, found = WalkedFiles(artifact).full("a", (10, 15), CPU)
+    assert classes.tolist() == [3, 7]
+    expected = enlarged(walked, (12, 20))[:, :10, :15]
+    np.testing.assert_allclose(found.numpy(), expected / expected.max(), rtol=2e-6)
+    assert found[0].max() < 0.5
+
+
+def test_features_walk_at_their_own_stride(chain, shapes, split):
+    options = {"affinity.variant": "feature", "affinity.backbone": "resnet18", "affinity.radius": 3}
+    config = load_config("micro", options)
+    walked = WalkedFiles(run(config, shapes, chain[0], until="walk")["walk"].artifact)
+    _, full = walked.full(split.ids[0], (48, 48), CPU)
+    assert full.shape[1:] == (48, 48)
+    assert full.max().item() == pytest.approx(1)
 
 
 def test_pseudo_masks_are_pngs_in_vocs_palette(chain, split, tmp_path):
@@ -181,6 +254,81 @@ def test_pseudo_masks_are_pngs_in_vocs_palette(chain, split, tmp_path):
         assert set(np.unique(labels)) <= {0, *split.objects(i)}
 
 
+def test_pseudo_masks_are_those_of_the_walked_maps_and_the_crf(chain, shapes, split):
+    """With a threshold and a CRF of their own; so are the scores of what they were before it."""
+    options = {"threshold": 0.4, "crf.iterations": 2, "crf.bilateral_sxy": 4.0, "crf.gaussian_compat": 1.0}
+    config = load_config("micro", {f"pseudo_masks.{name}": value for name, value in options.items()})
+    runs = run(config, shapes, chain[0], until="evaluate_masks")
+    walked, found = WalkedFiles(runs["walk"].artifact), label_maps(runs["pseudo_masks"])
+    K = len(split.classes)
+    counts = {"before": np.zeros((K, K), dtype=np.int64), "after": np.zeros((K, K), dtype=np.int64)}
+    for i, image_id in enumerate(split.ids):
+        image = torch.from_numpy(split.pixels(i)).permute(2, 0, 1)
+        classes, full = walked.full(image_id, image.shape[1:], CPU)
+        hard = torch.where(full.amax(dim=0) > 0.4, 1 + full.argmax(dim=0), 0)
+        index = np.array([0, *classes], dtype=np.uint8)
+        expected = index[DenseCrf(image, config.pseudo_masks.crf).refine_labels(hard, len(index)).numpy()]
+        np.testing.assert_array_equal(found[image_id], expected)
+        counts["before"] += confusion(split.mask(i), index[hard.numpy()], K)
+        counts["after"] += confusion(split.mask(i), expected, K)
+    told = runs["evaluate_masks"].artifact.info["metrics"]
+    before, after = (label_map_metrics(one)["miou"] for one in counts.values())
+    assert before != after
+    assert (told["pseudo/train/miou_before_crf"], told["pseudo/train/miou"]) == (before, after)
+
+
+def test_maps_have_the_same_scores_where_they_are_evaluated_as_links(chain, shapes, split):
+    """The maps of a split by themselves, and beside its pseudo masks; the walk's by the same rules."""
+    options = {"erosion": 3, "thresholds": "0.1,0.9,0.1", "rule": "fixed", "fixed_threshold": 0.35}
+    overrides = {f"evaluate.{name}": value for name, value in options.items()}
+    config = load_config("micro", {"data.eval_split": "train", **overrides})
+    runs = run(config, shapes, chain[0], until=["evaluate", "evaluate_masks"])
+    of_maps, of_links = (runs[name].artifact.info["metrics"] for name in ("evaluate", "evaluate_masks"))
+    shared = {name: value for name, value in of_maps.items() if "cosine" not in name}
+    assert shared == {name: value for name, value in of_links.items() if name.startswith("cam/")}
+    curve = ThresholdCurve(len(split.classes), [0.35], erosion=3)
+    walked = WalkedFiles(runs["walk"].artifact)
+    for i, image_id in enumerate(split.ids):
+        classes, full = walked.full(image_id, split.mask(i).shape, CPU)
+        curve.add(full.numpy(), classes, split.mask(i))
+    assert of_links["walk/train/miou"] == curve.scores().miou[0] != of_links["cam/train/miou"]
+
+
+def class_iou(stage_run) -> list[float]:
+    return pq.read_table(stage_run.artifact.file(CLASS_IOU))["iou"].to_pylist()
+
+
+def picture(stage_run, image_id: str) -> np.ndarray:
+    with Image.open(stage_run.artifact.file(f"pictures/{image_id}.png")) as image:
+        return np.array(image)
+
+
+def test_pictures_show_each_link_of_each_class(chain, split, shapes):
+    config = load_config("micro", {"evaluate.pictures": 3})
+    made = run(config, shapes, chain[0], until=["evaluate_masks", "evaluate_seg"])
+    for name in ("evaluate_masks", "evaluate_seg"):
+        assert len([one for one in made[name].artifact.files if one.startswith("pictures/")]) == 3
+    i = next(i for i in range(3) if len(split.objects(i)) > 1)
+    image, image_id = split.pixels(i), split.ids[i]
+    links = {"Map": MapFiles(made["train_cams"].artifact)[image_id].full}
+    links["Random walk"] = WalkedFiles(made["walk"].artifact).full(image_id, image.shape[:2], CPU)[1]
+    masks = {"Pseudo mask": label_maps(made["pseudo_masks"])[image_id], "Ground Truth": split.mask(i)}
+    labels = [draw.Labels(*one) for one in masks.items()]
+    lines = [
+        draw.Line(
+            split.classes[k], image, [draw.Map(of, maps[row].numpy(), 0.25) for of, maps in links.items()], labels
+        )
+        for row, k in enumerate(split.objects(i))
+    ]
+    np.testing.assert_array_equal(picture(made["evaluate_masks"], image_id), np.array(draw.draw(lines)))
+
+    val = pipeline.open_data(load_config("micro"), shapes)["val"]
+    found = label_maps(made["segmentation"])[f"multi_crf/{val.ids[0]}"]
+    labels = [draw.Labels("Segmentation", found), draw.Labels("Ground Truth", val.mask(0))]
+    expected = draw.draw([draw.Line("", val.pixels(0), [], labels)])
+    np.testing.assert_array_equal(picture(made["evaluate_seg"], val.ids[0]), np.array(expected))
+
+
 def test_scores_are_those_of_the_label_maps(chain, split, shapes):
     K = len(split.classes)
     masks, counts = label_maps(chain[1]["pseudo_masks"]), np.zeros((K, K), dtype=np.int64)
@@ -188,12 +336,14 @@ def test_scores_are_those_of_the_label_maps(chain, split, shapes):
         counts += confusion(split.mask(i), masks[image_id], K)
     told = chain[1]["evaluate_masks"].artifact.info["metrics"]
     assert {f"pseudo/train/{name}": value for name, value in label_map_metrics(counts).items()}.items() <= told.items()
+    assert class_iou(chain[1]["evaluate_masks"]) == pytest.approx(scores(counts).iou.tolist())
 
     val = pipeline.open_data(load_config("micro"), shapes)["val"]
     found, told = label_maps(chain[1]["segmentation"]), chain[1]["evaluate_seg"].artifact.info["metrics"]
     for kind, ending in (("single", "_single"), ("single_crf", "_single_crf"), ("multi", ""), ("multi_crf", "_crf")):
         counts = sum(confusion(val.mask(i), found[f"{kind}/{val.ids[i]}"], K) for i in range(len(val)))
-        assert told[f"seg/val/miou{ending}"] == pytest.approx(label_map_metrics(counts)["miou"])
+        assert {f"seg/val/{n}{ending}": v for n, v in label_map_metrics(counts).items()}.items() <= told.items()
+    assert class_iou(chain[1]["evaluate_seg"]) == pytest.approx(scores(counts).iou.tolist()), "of what has all"
 
 
 @pytest.mark.parametrize(("stage", "n_scores"), [("evaluate", 1), ("evaluate_masks", 4), ("evaluate_seg", 4)])
@@ -245,6 +395,56 @@ def test_a_segmentation_takes_the_highest_softmax_of_all_views(chain, split):
     torch.testing.assert_close(alone(1).sum(dim=0), torch.ones(pixels.shape[:2]))
 
 
+def test_a_view_is_resized_and_its_logits_are_enlarged_before_the_softmax(chain, split):
+    config = load_config("micro", {"segmentation.scales": "0.5"})
+    model = deeplab.load(config.deeplab, chain[1]["deeplab"].artifact, device=CPU)
+    pixels = torch.from_numpy(split.pixels(0)[:44, :37])
+    small = normalized(resize(as_batch(pixels), (24, 24), "bilinear"))
+    with torch.inference_mode():
+        likely = np.exp(enlarged(model(small)[0].double().numpy(), (44, 37)))
+    found = segmentation.probabilities(model, pixels, config.segmentation, "float32")
+    np.testing.assert_allclose(found.numpy(), likely / likely.sum(axis=0), rtol=1e-4)
+
+
+def test_label_maps_are_the_likeliest_classes_before_and_after_the_crf(chain, split):
+    options = {"flip": True, "crf.iterations": 3, "crf.bilateral_sxy": 4.0, "crf.bilateral_srgb": 30.0}
+    config = load_config("micro", {f"segmentation.{name}": value for name, value in options.items()})
+    model = deeplab.load(config.deeplab, chain[1]["deeplab"].artifact, device=CPU)
+    pixels = torch.from_numpy(split.pixels(2))
+    found = segmentation.segment(model, split.pixels(2), config.segmentation, "float32")
+    field = DenseCrf(pixels.permute(2, 0, 1), config.segmentation.crf)
+    expected = {}
+    for kind, scales in (("single", (1.0,)), ("multi", (0.5, 1.0))):
+        views = config.segmentation.model_copy(update={"scales": scales})
+        likely = segmentation.probabilities(model, pixels, views, "float32")
+        expected |= {kind: likely.argmax(dim=0), f"{kind}_crf": field.refine(likely).argmax(dim=0)}
+    assert found.keys() == expected.keys()
+    for kind, labels in expected.items():
+        np.testing.assert_array_equal(found[kind], labels.numpy())
+    assert len({labels.tobytes() for labels in found.values()}) == 4
+
+
+def test_networks_are_loaded_as_they_are_used_and_compute_as_exactly_as_the_config_says(chain, split):
+    config = load_config("micro")
+    options, pixels = config.segmentation, split.pixels(0)
+    edges, segments = (
+        module.load(getattr(config, stage), chain[1][stage].artifact, device=CPU)
+        for stage, module in (("affinity", affinity), ("deeplab", deeplab))
+    )
+    for model in (edges, segments):
+        assert not any(module.training for module in model.modules())
+        assert not any(parameter.requires_grad for parameter in model.parameters())
+    rough, exact = (
+        (
+            see(edges, [pixels], config.model_copy(update={"precision": precision})),
+            segmentation.probabilities(segments, torch.from_numpy(pixels), options, precision),
+        )
+        for precision in ("bfloat16", "float32")
+    )
+    for one, other in zip(rough, exact, strict=True):
+        assert 0 < (one - other).abs().max() < 0.1
+
+
 def test_without_a_crf_there_are_no_scores_with_it(chain, shapes):
     runs = run(load_config("micro", {"segmentation.crf.iterations": 0}), shapes, chain[0], until="evaluate_seg")
     assert runs["deeplab"].found
@@ -256,6 +456,84 @@ def test_a_network_learns(shapes, tmp_path, stage):
     config = load_config("micro", {f"{stage}.epochs": 12, "data.shapes.train": 16})
     history = run(config, shapes, Store(tmp_path / "store"), until=stage)[stage].artifact.info["history"]["total"]
     assert history[-1] < history[0] - {"affinity": 0.03, "deeplab": 0.3}[stage], history
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+@pytest.mark.parametrize("stage", ["affinity", "deeplab"])
+def test_a_training_is_given_the_seed_the_label_maps_and_what_is_pretrained(
+    chain, split, tmp_path, monkeypatch, stage, pretrained
+):
+    module, before, side = {
+        "affinity": (affinity, "affinity_labels", 12),
+        "deeplab": (deeplab, "pseudo_masks", 48),
+    }[stage]
+    config = load_config("micro", {"seed": 3, "precision": "bfloat16", f"{stage}.backbone": "test_resnet"})
+    more = {} if stage == "affinity" else {"n_classes": 9}
+    if pretrained:
+        features = module.build(getattr(config, stage), **more).features
+        torch.save(features.backbone.state_dict(), tmp_path / "weights.pth")
+        with_weights = getattr(config, stage).model_copy(update={"weights": str(tmp_path / "weights.pth")})
+        config = config.model_copy(update={stage: with_weights})
+    labels, given, read = label_maps(chain[1][before]), {}, []
+
+    def train(model, **options):
+        assert read == [getattr(config, stage)]
+        given.update(options, model=model)
+        return {}
+
+    monkeypatch.setattr(module, "train", train)
+    ctx = Context(CPU, lambda told: None, tmp_path, tmp_path, have_read=read.append)
+    module.run(config, packed(split, ["images"], chain[0]), chain[1][before].artifact, ctx)
+    assert {name: given[name] for name in ("stage", "config", "seed", "precision")} == {
+        "stage": stage,
+        "config": getattr(config, stage),
+        "seed": 3,
+        "precision": "bfloat16",
+    }
+    assert given["pretrained"] is (given["model"].features if pretrained else None)
+    assert (given["loader"].seed, given["loader"].label_side) == (3, side)
+    for i, image_id in enumerate(split.ids):
+        np.testing.assert_array_equal(given["loader"].label_map(i), labels[image_id])
+    torch.manual_seed(3)
+    fresh = module.build(getattr(config, stage), **more).state_dict()
+    assert all(torch.equal(value, fresh[name]) for name, value in given["model"].state_dict().items())
+
+
+def batch_of(labels: np.ndarray) -> Batch:
+    """A batch of which the label maps (B, h, w) are all that matters."""
+    B = len(labels)
+    return Batch(torch.zeros(B, 3, 1, 1), torch.zeros(B, 4), torch.zeros(B, 9), torch.from_numpy(labels))
+
+
+def test_the_loss_of_affinities_is_that_of_brute_force():
+    rng, options = np.random.default_rng(0), load_config("micro", {"affinity.radius": 3}).affinity
+    logits = torch.from_numpy(rng.normal(size=(2, 6, 8))).requires_grad_()
+    labels = rng.choice(np.array([0, 1, 2, IGNORE], np.uint8), (2, 6, 8), p=(0.5, 0.2, 0.1, 0.2))
+    found = affinity.gradients(lambda images: logits, batch_of(labels), options)["total"]
+    edges = 1 / (1 + np.exp(-logits.detach().numpy()))
+    terms: dict[str, list[float]] = {"background": [], "objects": [], "different": []}
+    for b, y, x in itertools.product(range(2), range(4), range(2, 6)):
+        for dy, dx in neighbours(3):
+            a, c = labels[b, y, x], labels[b, y + dy, x + dx]
+            like = 1 - max(edges[b, y + i, x + j] for i, j in line(dy, dx))
+            if IGNORE not in (a, c):
+                kind = "different" if a != c else "objects" if a else "background"
+                terms[kind].append(-np.log(1.00001 - like) if a != c else -np.log(like + 0.00001))
+    background, objects, different = (sum(kind) / (len(kind) + 0.00001) for kind in terms.values())
+    assert found.item() == pytest.approx(((background + objects) / 2 + different) / 2, rel=1e-5)
+    assert logits.grad is not None
+
+
+def test_the_loss_of_a_segmentation_is_the_mean_over_labelled_pixels():
+    rng = np.random.default_rng(0)
+    logits = torch.from_numpy(rng.normal(size=(2, 4, 3, 5))).requires_grad_()
+    labels = rng.choice(np.array([0, 1, 2, 3, IGNORE], np.uint8), (2, 12, 17))
+    found = deeplab.gradients(lambda images: logits, batch_of(labels))["total"]
+    likely = np.exp(enlarged(logits.detach().numpy(), (12, 17)))
+    likely = (likely / likely.sum(axis=1, keepdims=True)).transpose(0, 2, 3, 1)
+    of_labels = [of[k] for of, k in zip(likely.reshape(-1, 4), labels.ravel(), strict=True) if k != IGNORE]
+    assert found.item() == pytest.approx(-np.log(of_labels).mean(), rel=1e-5)
+    assert logits.grad is not None
 
 
 @pytest.mark.parametrize("stage", ["affinity", "deeplab"])
@@ -383,6 +661,18 @@ def test_a_network_under_the_usual_names_is_imported(chain, shapes, tmp_path, mo
         run(config, shapes, Store(tmp_path / "store"), until="deeplab")
 
 
+def test_an_imported_network_segments_and_is_not_trained(chain, split, tmp_path, monkeypatch):
+    config, artifact = load_config("micro"), chain[1]["deeplab"].artifact
+    trained = load_file(artifact.file(deeplab.WEIGHTS))
+    config = config.model_copy(update={"deeplab": config.deeplab.model_copy(update={"checkpoint": "net.pth"})})
+    monkeypatch.setattr(deeplab, "load_published", lambda model, kind, path: model.load_state_dict(trained))
+    data = replace(packed(split, ["images"], chain[0]), ids=(), labels=np.zeros((0, 9), np.float32))
+    made = deeplab.run(config, data, None, Context(CPU, lambda told: None, tmp_path, tmp_path))
+    assert made == {"history": {}, "classes": list(split.classes)}
+    imported = load_file(tmp_path / deeplab.WEIGHTS)
+    assert all(torch.equal(imported[name], value) for name, value in trained.items())
+
+
 def test_a_folder_that_is_none_is_told(shapes):
     config = load_config("micro", {"pseudo_masks.folder": "nowhere"})
     with pytest.raises(UserError, match="cannot read nowhere: No such file"):
@@ -409,6 +699,24 @@ def test_thresholds_that_leave_no_object_are_told(chain, shapes):
     options = {"affinity_labels.foreground_threshold": 1.0, "affinity_labels.crf.iterations": 0}
     with pytest.raises(UserError, match=r"no pixel is confident object .*lower foreground_threshold"):
         run(load_config("micro", options), shapes, chain[0], until="affinity_labels")
+
+
+def test_thresholds_that_leave_no_background_are_told(chain, split, shapes, tmp_path):
+    for i, image_id in enumerate(split.ids):
+        np.save(tmp_path / f"{image_id}.npy", np.full((len(split.objects(i)), 48, 48), 0.9))
+    options = {"cams.folder": str(tmp_path), "affinity_labels.crf.iterations": 0}
+    with pytest.raises(UserError, match=r"no pixel is confident background .*raise background_threshold"):
+        run(load_config("micro", options), shapes, chain[0], until="affinity_labels")
+
+
+def test_a_mask_that_does_not_fit_into_memory_is_not_skipped(chain, shapes, monkeypatch):
+    def exhausted(*arguments):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(pseudo_masks, "refiner", exhausted)
+    config = load_config("micro", {"pseudo_masks.skip_failing": True})
+    with pytest.raises(MachineError, match="pseudo_masks: out of memory"):
+        run(config, shapes, chain[0], until="pseudo_masks")
 
 
 @pytest.mark.parametrize("stage", ["train_cams", "affinity_labels", "walk", "pseudo_masks", "segmentation"])
@@ -457,10 +765,13 @@ def test_files_that_are_there_count_whichever_they_are(chain, split, tmp_path, m
     out.mkdir()
     there.mkdir()
     write_label_maps(there / "00001.zip", ((name, np.zeros((2, 2), np.uint8)) for name in data.ids[4:8]))
-    ctx = Context(CPU, told.append, out, there)
+    calls = []
+    ctx = Context(CPU, told.append, out, there, lambda: calls.append("check"), lambda: calls.append("saved"))
     made = shards.make_label_maps("any", data, ctx, lambda i: {data.ids[i]: np.ones((2, 2), np.uint8)})
     assert [report.done for report in told] == [1, 2, 3, 4, *range(9, len(data) + 1)]
     assert [name for name in made if not made[name].any()] == list(data.ids[4:8])
+    assert calls == ["saved", "check", "check", "saved", "check", "saved", "check"]
+    assert {path.name for path in there.iterdir()} == {path.name for path in out.iterdir()}
 
 
 def test_of_images_at_once_each_has_one_thread(chain, split, tmp_path):

@@ -175,6 +175,34 @@ def test_a_network_without_batchnorms_is_divided():
     assert training.most_pieces(deeplab.build(options, n_classes=3), 8) == 8
 
 
+def test_the_head_has_the_width_and_the_dilation_of_the_options():
+    options = load_config("micro", {"deeplab.head_width": 5, "deeplab.head_dilation": 3}).deeplab
+    model = deeplab.build(options, n_classes=4)
+    for layer, channels in ((model.fc8_seg_conv1, 5), (model.fc8_seg_conv2, 4)):
+        assert (layer.out_channels, layer.dilation, layer.padding) == (channels, (3, 3), (3, 3))
+
+
+@pytest.mark.parametrize(
+    ("stage", "rates", "decays"),
+    [
+        ("affinity", {"weight": 0.1, "bias": 0.1, "features.weight": 0.1, "features.bias": 0.1}, (1e-4, 1e-4)),
+        ("deeplab", {"weight": 7e-3, "bias": 7e-3, "features.weight": 7e-4, "features.bias": 7e-4}, (1e-5, 0)),
+    ],
+)
+def test_rates_and_decays_of_preset_paper(stage, rates, decays):
+    """Of AffinityNet's parameters all are alike; DeepLab's new layers learn ten times as fast."""
+    options = getattr(load_config("paper"), stage).model_copy(update={"pretrained": False, "backbone": "test_resnet"})
+    options = options.model_copy(update={"frozen" if stage == "affinity" else "frozen_statistics": False})
+    model = affinity.build(options) if stage == "affinity" else deeplab.build(options, n_classes=21)
+    optimizer = training.build_optimizer(model, options.optimizer, model.features)
+    groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+    for name, parameter in model.named_parameters():
+        kind = "weight" if name.endswith("weight") else "bias"
+        rate = rates["features." * name.startswith("features.") + kind]
+        group = groups[id(parameter)]
+        assert (group["lr"], group["weight_decay"]) == pytest.approx((rate, decays[kind == "bias"])), name
+
+
 def test_the_variant_decides_what_the_network_s_output_is():
     """And not its class, which torch.compile hides."""
     options = load_config("micro").affinity

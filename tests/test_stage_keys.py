@@ -168,14 +168,22 @@ def test_where_there_is_a_file_whether_to_download_does_not_count(tmp_path):
     assert keys[2] != keys[3]
 
 
-def test_an_imported_caae_counts_by_all_that_decides_its_embeddings(tmp_path):
-    (file := tmp_path / "caae.pth").write_bytes(b"weights")
+@pytest.mark.parametrize(
+    ("network", "fields"),
+    [
+        ("caae", "class_dim merge reconstruction decoder_depth decoder_width image_size backbone"),
+        ("segmentor", "image_size backbone"),
+        ("deeplab", "head_width head_dilation image_size backbone"),
+    ],
+)
+def test_an_imported_network_counts_by_all_that_decides_what_it_computes(tmp_path, network, fields):
+    (file := tmp_path / "network.pth").write_bytes(b"weights")
 
     def key(**changes):
-        return load_config("micro", {"caae.checkpoint": str(file), **changes}).caae.key_parameters()
+        return getattr(load_config("micro", {f"{network}.checkpoint": str(file), **changes}), network).key_parameters()
 
-    for field in ("class_dim", "merge", "reconstruction", "decoder_depth", "decoder_width", "image_size", "backbone"):
-        assert key(**{f"caae.{field}": CHANGED["caae"][field]}) != key(), field
+    for field, value in CHANGED[network].items():
+        assert (key(**{f"{network}.{field}": value}) != key()) is (field in fields.split()), field
 
 
 def test_an_imported_network_counts_by_the_content_of_its_file_and_the_names_of_its_classes(folder, tmp_path):
@@ -209,6 +217,30 @@ def test_images_and_masks_are_in_the_keys_of_what_reads_them(folder):
     assert change("SegmentationClass", "train_000001.png", 0) == ["evaluate", "evaluate_masks"]
     assert change("SegmentationClass", "val_000001.png", 0) == READERS["segmentor"]
     assert change("JPEGImages", "val_000001.jpg", (1, 2, 3)) == READERS["segmentor"]
+
+
+def test_masks_that_are_learnt_from_are_in_the_key_of_what_learns(folder):
+    changes = {"deeplab__supervised": True, "data__selection_split": "val"}
+    before = keys(folder, **changes)
+    Image.new("L", (48, 48)).save(folder / "VOC2012" / "SegmentationClass" / "train_000001.png")
+    assert remade(before, keys(folder, **changes)) == ["evaluate_masks", *SEG]
+
+
+def test_each_stage_reads_the_split_that_is_meant_for_it():
+    names = {f"data.{name}_split": name for name in ("train", "eval", "selection", "mask", "test")}
+    config = load_config("micro", names | {"caae.selection": "best_ap", "segmentor.selection": "best_miou"})
+    images, masks, both = ["images"], ["masks"], ["images", "masks"]
+    assert {stage.name: stage.splits(config) for stage in pipeline.STAGES} == {
+        "caae": {"train": images, "selection": images},
+        "segmentor": {"train": images, "selection": both},
+        "cams": {"eval": images},
+        "evaluate": {"eval": masks},
+        **{name: {"train": images} for name in ("train_cams", "affinity_labels", "affinity", "walk", "pseudo_masks")},
+        "evaluate_masks": {"mask": both},
+        "deeplab": {"train": images},
+        "segmentation": {"test": images},
+        "evaluate_seg": {"test": both},
+    }
 
 
 def test_the_names_of_the_classes_count(folder):

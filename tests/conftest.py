@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 
+from semformer import pipeline
 from semformer.config import load_config
 from semformer.data.shapes import make_shapes
 from semformer.stages import training
@@ -69,10 +70,14 @@ def recorded(records, request) -> Recorded:
     return Recorded(records, request.node.name)
 
 
+def small_shapes(folder: Path) -> Path:
+    return make_shapes(folder, train=16, val=6, size=48)
+
+
 @pytest.fixture(scope="module")
 def shapes(tmp_path_factory) -> Path:
     """The embedded data set, small."""
-    return make_shapes(tmp_path_factory.mktemp("data") / "shapes", train=16, val=6, size=48)
+    return small_shapes(tmp_path_factory.mktemp("data") / "shapes")
 
 
 @pytest.fixture
@@ -99,6 +104,20 @@ def finished(shapes, tmp_path_factory):
     """A store in which the micro pipeline has run once, and what happened to each stage."""
     store = Store(tmp_path_factory.mktemp("finished") / "store")
     return store, run(load_config("micro"), shapes, store)
+
+
+@pytest.fixture(scope="session")
+def chain(tmp_path_factory):
+    """A store in which all stages have run once in preset micro, on the images of `shapes`; what happened to each."""
+    folder = tmp_path_factory.mktemp("chain")
+    store, until = Store(folder / "store"), [stage.name for stage in pipeline.STAGES]
+    return store, run(load_config("micro"), small_shapes(folder / "shapes"), store, until=until)
+
+
+@pytest.fixture(scope="module")
+def split(shapes):
+    """The images that networks of preset micro learn from."""
+    return pipeline.open_data(load_config("micro"), shapes)["train"]
 
 
 @pytest.fixture(scope="session")

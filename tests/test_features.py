@@ -1,16 +1,19 @@
 """Backbones as AffinityNet and DeepLab take them: strides, weights from files, what stays frozen, what is refused."""
 
+import numpy as np
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from semformer import pipeline
 from semformer.config import AffinityConfig, DeeplabConfig, load_config
 from semformer.errors import UserError
-from semformer.models.features import build_features, check_features
-from semformer.models.resnet38 import ResNet38
+from semformer.models.affinity import EdgeNet, FeatureNet
+from semformer.models.features import Features, build_features, check_features
+from semformer.models.resnet38 import Block, ResNet38
 from semformer.random_walk import edge_affinities
 from semformer.stages import affinity, deeplab, training
 from semformer.weights import load_published
@@ -48,6 +51,97 @@ def test_resnet38_takes_images_of_any_size():
         assert build("resnet38").eval()(torch.rand(1, 3, 41, 35))[-1].shape == (1, 4096, 6, 5)
 
 
+def test_resnet38_is_dilated_where_it_no_longer_shrinks():
+    at, model = {"b5": (1, 2), "b5_1": (2, 2), "b5_2": (2, 2), "b6": (1, 4, 1), "b7": (1, 4, 1)}, ResNet38()
+    for name, block in model.named_children():
+        if hasattr(block, "names"):
+            convolutions = [block.get_submodule(f"conv_branch{part}") for part in block.names]
+            dilations = at.get(name, (1,) * len(convolutions))
+            for convolution, dilation in zip(convolutions, dilations, strict=True):
+                assert convolution.dilation == (dilation, dilation), name
+                assert convolution.padding == ((dilation, dilation) if convolution.kernel_size == (3, 3) else (0, 0))
+
+
+@pytest.mark.parametrize(
+    ("widths", "stride", "dilations"), [((6, 6), 1, (1, 1)), ((5, 8), 2, (1, 2)), ((4, 5, 8), 1, (1, 4, 1))]
+)
+def test_a_block_adds_its_branch_to_its_input(widths, stride, dilations):
+    """To a 1x1 convolution of the normed input, where the shape changes."""
+    block = Block(6, *widths, stride=stride, dilations=dilations).eval()
+    for module in block.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+    x, own = torch.randn(2, 6, 9, 7), block.state_dict()
+    branch, first, step = x, None, stride
+    for part, dilation in zip(("2a", "2b1", "2b2"), dilations, strict=False):
+        of_norm = (own[f"bn_branch{part}.{name}"] for name in ("running_mean", "running_var", "weight", "bias"))
+        branch = F.batch_norm(branch, *of_norm).relu()
+        first = branch if first is None else first
+        kernel = own[f"conv_branch{part}.weight"]
+        branch = F.conv2d(branch, kernel, stride=step, dilation=dilation, padding=dilation * (kernel.shape[2] == 3))
+        step = 1
+    same = stride == 1 and widths[-1] == 6
+    beside = x if same else F.conv2d(first, own["conv_branch1.weight"], stride=stride)
+    found = block(x)
+    torch.testing.assert_close(found, (branch + beside, first))
+
+
+def enlarged(x: np.ndarray, times: int) -> np.ndarray:
+    """Maps (..., h, w), bilinear from corner to corner."""
+    for axis in (-2, -1):
+        n = x.shape[axis]
+        at = np.linspace(0, n - 1, n * times)
+        below = np.minimum(at.astype(int), max(n - 2, 0))
+        above, part = np.minimum(below + 1, n - 1), at - below
+        if axis == -2:
+            part = part[:, None]
+        x = x.take(below, axis) * (1 - part) + x.take(above, axis) * part
+    return x
+
+
+def of_channels(*maps: tuple[int, int, int]) -> tuple[Features, list[Tensor]]:
+    """Features whose maps are random, of so many channels and such sizes."""
+    made = [torch.randn(2, *shape) for shape in maps]
+    read = [one.clone() for one in made]
+    return Features(nn.Identity(), lambda *_: read, tuple(C for C, _, _ in maps), ()), made
+
+
+def test_edges_are_read_from_five_maps():
+    """Of an image of 40x54, whose maps at strides 8 and 16 are cut off after enlarging."""
+    features, maps = of_channels((3, 20, 27), (4, 10, 14), (5, 5, 7), (6, 3, 4), (7, 3, 4))
+    net = EdgeNet(features)
+    for norm in (tap[1] for tap in net.taps):
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    padded = F.pad(maps[0], (1, 1, 1, 1), value=-torch.inf)
+    maps[0] = torch.stack([padded[..., y : y + 19 + 1 : 2, x : x + 26 + 1 : 2] for y in range(3) for x in range(3)])
+    maps[0] = maps[0].amax(dim=0)
+    read = []
+    for (convolution, norm), one, times in zip(net.taps, maps, (1, 1, 2, 4, 4), strict=True):
+        grouped = torch.einsum("kc,bchw->bkhw", convolution.weight[..., 0, 0], one).unflatten(1, (4, 8))
+        variance, mean = torch.var_mean(grouped, dim=(2, 3, 4), keepdim=True, correction=0)
+        normed = ((grouped - mean) / (variance + 1e-5).sqrt()).flatten(1, 2)
+        normed = normed * norm.weight[:, None, None] + norm.bias[:, None, None]
+        read.append(enlarged(normed.detach().numpy(), times)[..., :10, :14].clip(min=0))
+    weight, bias = net.edge.weight.detach().numpy()[0, :, 0, 0], net.edge.bias.item()
+    expected = np.einsum("c,bchw->bhw", weight, np.concatenate(read, axis=1)) + bias
+    np.testing.assert_allclose(net(torch.zeros(2, 3, 40, 54)).detach(), expected, atol=1e-4)
+
+
+def test_features_of_pixels_are_read_from_the_last_three_maps():
+    features, maps = of_channels((2, 10, 14), (3, 5, 7), (4, 5, 7), (5, 5, 7))
+    net = FeatureNet(features)
+
+    def read(convolution: nn.Conv2d, x: Tensor) -> Tensor:
+        found = torch.einsum("kc,bchw->bkhw", convolution.weight[..., 0, 0], x)
+        return torch.where(found > 0, found, found.exp() - 1)
+
+    joined = torch.cat([read(tap, one) for tap, one in zip(net.taps, maps[1:], strict=True)], dim=1)
+    torch.testing.assert_close(net(torch.zeros(2, 3, 40, 56)), read(net.joined, joined), atol=1e-5, rtol=1e-4)
+    assert net(torch.zeros(2, 3, 40, 56)).shape == (2, 448, 5, 7)
+
+
 def test_a_gradient_reaches_every_parameter_of_resnet38():
     features = build("resnet38")
     features(torch.rand(1, 3, 16, 16))[-1].sum().backward()
@@ -65,7 +159,17 @@ def test_convolutions_are_dilated_unless_they_are_not_wanted_so():
         assert plain.eval()(torch.rand(1, 3, 64, 64))[-1].shape[2:] == (4, 4)
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet38"])
+@pytest.mark.parametrize("name", ["resnet18", "efficientnet_lite0"])
+def test_convolutions_that_are_not_dilated_are_those_of_the_plain_network(name):
+    """But for the strides: padded as there."""
+    plain, ours = timm.create_model(name), build(name, 16, dilated=False).backbone
+    for key, module in ours.named_modules():
+        if isinstance(module, nn.Conv2d):
+            own, there = ((one.kernel_size, one.padding, one.dilation) for one in (module, plain.get_submodule(key)))
+            assert own == there, key
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet38", "convnext_atto"])
 def test_a_classifiers_weights_are_taken_without_its_head(tmp_path, name):
     """As files have them: with a head, and after a conversion without the counters of BatchNorm."""
     model = ResNet38() if name == "resnet38" else timm.create_model(name)
@@ -75,7 +179,7 @@ def test_a_classifiers_weights_are_taken_without_its_head(tmp_path, name):
     torch.save(state, tmp_path / "weights.pth")
     features = build(name, weights=str(tmp_path / "weights.pth"), pretrained=True)
     own = features.backbone.state_dict()
-    kept = [key for key in state if not key.startswith("fc")]
+    kept = [key for key in state if not key.startswith(("fc", "head.fc"))]
     assert len(kept) == len([key for key in own if "num_batches_tracked" not in key])
     assert all(torch.equal(own[key], state[key]) for key in kept)
 

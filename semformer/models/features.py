@@ -144,9 +144,10 @@ def _timm_features(name: str, output_stride: int, field: str) -> tuple[tuple[int
 
 
 def _load(model: nn.Module, path: str, origin: str) -> None:
-    """Weights of a classifier, its head left out."""
-    heads = ("fc", "fc8", "head", "classifier")
-    state = {name: value for name, value in read_weights(Path(path)).items() if name.split(".")[0] not in heads}
+    """Weights of a classifier, its head left out: of ConvNeXt's, the norm before the classes is the model's."""
+    heads, own = ("fc", "fc8", "head", "classifier"), model.state_dict()
+    of_file = read_weights(Path(path)).items()
+    state = {name: value for name, value in of_file if name in own or name.split(".")[0] not in heads}
     load_state(model, batch_counters(model) | state, origin)
 
 

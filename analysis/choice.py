@@ -10,7 +10,7 @@ from typing import Any
 from analysis.runs import FIELDS, MASKS, NOBODY, Record, plain_text
 from semformer.config import Config, Goal, flatten
 from semformer.errors import UserError
-from sweeps.plan.protocol import PROTOCOL, of_scores
+from sweeps.plan.protocol import PROTOCOL, of_scores, of_stages, uses
 from sweeps.plan.scores import LINKS, furthest, goal_of_field, link_of
 from sweeps.plan.table import Metric, Table, resolve
 
@@ -50,8 +50,16 @@ class Candidate:
         return ", ".join(sorted(readers | self._stages(), key=lambda name: (name in scoring, name)))
 
     def lacks(self, name: str) -> bool:
-        """Whether its run has no stage that a setting of the protocol is of."""
-        return bool(self.record.stages) and name in PROTOCOL and name not in self.record.protocol
+        """Whether its run has no stage that one of others' `settings` is of, as far as is recorded."""
+        if not self.record.stages or name in self.settings:
+            return False
+        if name in PROTOCOL:
+            return name not in of_stages(self.record.stages, self.record.config)
+        return not self.uses(name)
+
+    def uses(self, field: str) -> bool:
+        """Whether its run has a stage with a use for a config field, as far as is recorded."""
+        return not self.record.stages or uses(field, self.record.stages, self.record.config)
 
     @property
     def goes_far_enough(self) -> bool:

@@ -62,14 +62,17 @@ class Protocol:
         return value if len(self.counts.get(name, ())) < 2 else f"{value} (not in all cells, see the daggers)"
 
     def usual(self, field: str) -> str:
-        """What most measured cells had in a config field; "" where it is not recorded."""
-        values = Counter(candidate.record.config.get(field, "") for candidate in self.measured)
-        return values.most_common(1)[0][0]
+        """What most measured cells that use a config field had in it; "" where it is not recorded."""
+        values = Counter(self._had(field))
+        return values.most_common(1)[0][0] if values else ""
 
     def parameter(self, field: str) -> str:
-        """The value of a config field if all measured cells have the same, else ""."""
-        values = {candidate.record.config.get(field, "") for candidate in self.measured}
+        """The value of a config field if all measured cells that use it have the same, else ""."""
+        values = {*self._had(field)}
         return values.pop() if len(values) == 1 else ""
+
+    def _had(self, field: str) -> list[str]:
+        return [candidate.record.config.get(field, "") for candidate in self.measured if candidate.uses(field)]
 
     def changed(self) -> list[str]:
         """The config fields in which most cells are not what was asked for."""
@@ -89,7 +92,7 @@ class Protocol:
     def missed(self, field: str) -> str:
         """What was asked for in a config field where most cells have another value, else ""."""
         wanted = [candidate.differs[field][1] for candidate in self.measured if field in candidate.differs]
-        return wanted[0] if 2 * len(wanted) > len(self.measured) else ""
+        return wanted[0] if 2 * len(wanted) > len(self._had(field)) else ""
 
 
 def notes_under(
@@ -171,6 +174,7 @@ def _as_published(table: Table, protocol: Protocol) -> str:
     names = AS_PUBLISHED | {field: name for field, name in titles.items() if field not in AS_PUBLISHED}
     beside = {setting.field for setting in PROTOCOL.values()} - {s.field for s in of_scores(links).values()}
     fields = [field for field in names if field not in varied and field not in beside]
+    fields = [field for field in fields if any(candidate.uses(field) for candidate in protocol.measured)]
     had = {field: protocol.usual(field) or "not recorded" for field in fields}
     differs = [
         f"{names[field]} {value} (there {wanted})"

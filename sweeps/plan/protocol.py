@@ -49,20 +49,32 @@ PROTOCOL = {
 
 
 def of_trial(config: Config, keys: Mapping[str, StageKey]) -> dict[str, Any]:
-    """The values of what matters to a trial's scores, as far as it has such stages: maps and masks from a folder have
-    no settings."""
-    measured = {word for word, link in LINKS.items() if link.stage in keys}
-    if config.pseudo_masks.folder:
-        measured -= {OF_TRAIN_MAPS, OF_WALK}
-    used = {name.removeprefix("train_") for name in keys} | {"data", "evaluate"}
-    used -= {group for group in ("cams", "pseudo_masks") if getattr(config, group).folder}
+    """The values of what matters to a trial's scores."""
     values, told = flatten(config), dict[str, Any]()
-    for name, setting in of_scores(measured).items():
-        if setting.images_of:
-            told[name] = keys[setting.images_of].spec["data"]["images"][:DIGITS]
-        elif setting.field.partition(".")[0] in used:
-            told[name] = values[setting.field]
+    for name, setting in of_stages(keys, values).items():
+        images = keys[setting.images_of].spec["data"]["images"][:DIGITS] if setting.images_of else ""
+        told[name] = images or values[setting.field]
     return told
+
+
+def of_stages(stages: Collection[str], values: Mapping[str, Any]) -> dict[str, Setting]:
+    """What matters to the scores of a run with some stages, by the values of its config's fields."""
+    measured = {word for word, link in LINKS.items() if link.stage in stages}
+    if values.get("pseudo_masks.folder"):
+        measured -= {OF_TRAIN_MAPS, OF_WALK}
+    return {
+        name: setting
+        for name, setting in of_scores(measured).items()
+        if setting.images_of or uses(setting.field, stages, values)
+    }
+
+
+def uses(field: str, stages: Collection[str], values: Mapping[str, Any]) -> bool:
+    """Whether a run with some stages has a use for a config field: what comes from a folder has no other settings."""
+    group = field.partition(".")[0]
+    if values.get(folder := f"{group}.folder"):
+        return field == folder
+    return group in {"precision", "data", "evaluate", *(name.removeprefix("train_") for name in stages)}
 
 
 def of_scores(links: Collection[str]) -> dict[str, Setting]:

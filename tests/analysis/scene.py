@@ -9,6 +9,7 @@ from mlflow.entities import Metric, Param
 
 from analysis.tables import compile_from_mlflow
 from semformer.config import flatten, load_config
+from sweeps.plan.protocol import of_stages, uses
 from sweeps.plan.table import load_table, resolve
 from sweeps.tracking import rows as row_tags
 
@@ -61,33 +62,33 @@ class Sweep:
         protocol=None,
         begun=True,
         ended="",
+        stages=(),
         **metrics,
     ):
         """Logs one run and returns its id; `tags` (None removes one), `protocol` and `metrics` add to the usual.
 
-        Runs of equal configs and protocols are of one trial. `ended` is MLflow's own status.
+        Runs of equal configs and protocols are of one trial. `ended` is MLflow's own status. With `stages`, it is told
+        which these are, and no settings but theirs; `metrics` by their full names are of others than the maps.
         """
         config = resolve(self.table, self.rows[row], self.preset, overrides or {}, seed)
         names = [f"{self.table.name}/{name}" for name in (rows or row).split(",")]
         usual = {"status": "finished", **row_tags.tags(names)} | (tags or {})
-        run = self.record(config, miou, usual, protocol or {}, begun, **metrics)
+        run = self.record(config, miou, usual, protocol or {}, begun, stages, **metrics)
         if ended := ended or ENDS.get(usual["status"], ""):
             self.client.set_terminated(run, ended)
         return run
 
-    def record(self, config, miou, tags, protocol, begun=True, **metrics):
-        split = config.data.eval_split
-        protocol = {
-            "eval_split": split,
-            "scales": config.cams.scales,
-            "flip": config.cams.flip,
-            "erosion": config.evaluate.erosion,
-            "rule": config.evaluate.rule,
-        } | protocol
-        fields = flatten(config)
+    def record(self, config, miou, tags, protocol, begun=True, stages=(), **metrics):
+        split, fields = config.data.eval_split, flatten(config)
+        if stages:
+            fields = {name: value for name, value in fields.items() if uses(name, stages, fields)}
+        settings = of_stages(stages or ("cams", "evaluate"), fields)
+        protocol = {name: fields[setting.field] for name, setting in settings.items() if setting.field} | protocol
+        key = hashlib.sha256(json.dumps([fields, config.seed, protocol]).encode()).hexdigest()
         usual = {
             "kind": "trial",
-            "trial_key": hashlib.sha256(json.dumps([fields, protocol]).encode()).hexdigest(),
+            "trial_key": key,
+            "stage_keys": json.dumps({name: f"{name} of {key}" for name in stages}) if stages else None,
             "seed": str(config.seed),
             "preset": self.preset,
             "commit": "0123abcd",
@@ -97,7 +98,8 @@ class Sweep:
         told = {name if "." in name else f"semformer.{name}": text for name, text in usual.items() if text is not None}
         run = self.client.create_run(self.id, tags=told).info.run_id
         values = {"miou": miou, "threshold": 0.31, **metrics}
-        logged = [Metric(f"cam/{split}/{m}", v, 0, 0) for m, v in values.items() if v is not None]
+        named = {name if "/" in name else f"cam/{split}/{name}": value for name, value in values.items()}
+        logged = [Metric(name, value, 0, 0) for name, value in named.items() if value is not None]
         params = [Param(name, value if isinstance(value, str) else json.dumps(value)) for name, value in fields.items()]
         self.client.log_batch(run, logged, params * begun)
         return run

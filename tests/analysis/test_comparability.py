@@ -1,5 +1,6 @@
 """What is compared and averaged is comparable; the rest is told."""
 
+import json
 import re
 import shlex
 import statistics
@@ -64,6 +65,52 @@ def test_a_deviating_cell_is_marked_and_never_the_best(sweep, overrides, protoco
     assert ours[7] == "**66.0**"
     assert footnote(text, "†") == f"not comparable: {says}"
     assert text.count("not comparable") == 1
+
+
+MAPS = ("caae", "segmentor", "cams", "evaluate")
+WITH_MASKS = (*MAPS, "train_cams", "affinity_labels", "affinity", "walk", "pseudo_masks", "evaluate_masks")
+THEIRS = ("pseudo_masks", "evaluate_masks", "deeplab", "segmentation", "evaluate_seg")
+WITH_SEGMENTATION = (*WITH_MASKS, *THEIRS[2:])
+
+
+def test_what_a_run_has_not_recorded_is_not_taken_for_equal(sweep):
+    """A version that knew less of the protocol: its runs tell their stages as well."""
+    sweep.full(OURS[:7], stages=MAPS)
+    old = {"eval_split": "val", "scales": TINY.cams.scales, "flip": True, "erosion": 0}
+    sweep.trial("CF-CB-AS-AC", 99.9, stages=MAPS, tags={"protocol": json.dumps(old)})
+    text = to_markdown(sweep.compiled())
+    assert grid(text)["mIoU (%) ours"][7:] == ["**66.0**", "99.9†"]
+    assert footnote(text, "†") == "not comparable: rule = not recorded (otherwise oracle)"
+
+
+@pytest.mark.parametrize("preset", ["tiny", "paper"])
+def test_settings_of_stages_that_other_rows_do_without_are_told_as_of_those_that_have_them(tmp_path, preset):
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "name: mine\ntitle: t\nmetrics: [{name: seg/miou, header: seg}]\nrows:\n"
+        "  - {id: ours, label: ours, paper: {seg/miou: 73.7}}\n"
+        "  - {id: theirs, label: theirs, set: {pseudo_masks.folder: a}}\n"
+        "  - {id: others, label: others, set: {pseudo_masks.folder: b}}\n"
+    )
+    sweep, data = Sweep(tmp_path, path, preset=preset), {"data": "VOC 2012 (1464 images, 1)"}
+    for row, stages in (("ours", WITH_SEGMENTATION), ("theirs", THEIRS), ("others", THEIRS)):
+        sweep.trial(
+            row,
+            stages=stages,
+            overrides={"segmentor.epochs": 1},
+            protocol=data,
+            tags={"masks_read_by": '["evaluate_seg"]'},
+            **{"seg/val/miou": 50.0},
+        )
+    text = to_markdown(sweep.compiled())
+    assert "†" not in text
+    assert note(text, "Ours").startswith(f"preset {preset}, segmentor.epochs = 1; ")
+    assert note(text, "Final map") == "activation map times class-relative attention."
+    asked = note(to_markdown(sweep.compiled(overrides={"segmentor.epochs": "2"})), "Ours")
+    assert asked.startswith(f"preset {preset}, segmentor.epochs = 1 (asked for: 2); ")
+    assert "not recorded" not in text
+    if preset == "paper":
+        assert "Measured by the protocol of preset paper: VOC 2012, epoch last." in note(text, "Paper")
 
 
 def test_supervision_is_audited_cell_by_cell(sweep):

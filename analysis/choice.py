@@ -98,17 +98,23 @@ def choose(table: Table, records: Sequence[Record], preset: str, overrides: Mapp
 
     Raises UserError when no trial is of a row of the table.
     """
-    candidates = _furthest(list(_candidates(table, records, preset, overrides)))
+    candidates = list(_candidates(table, records, preset, overrides))
     if not candidates:
         raise UserError(f"no run is of a row of {table.path}: have the rows been renamed since the sweep?")
-    data = _data(table, candidates)
-    comparable = [candidate for candidate in candidates if candidate.record.data == data[candidate.row]]
+    furthest = _furthest(candidates)
+    data = _data(table, furthest)
+    comparable = [candidate for candidate in furthest if candidate.record.data == data[candidate.row]]
     cells = Counter(settings for _, settings in {(c.row, _frozen(c)) for c in comparable if c.record.finished})
     rows = [[candidate for candidate in comparable if candidate.row == row.id] for row in table.rows]
     shown = tuple(candidate for own in rows if own for candidate in _of_row(own, cells))
     ids = {(candidate.row, candidate.record.run_id) for candidate in shown}
-    told = {(c.row, c.measured) for c in shown if c.measured and c.record.finished}
-    left = [c for c in candidates if (c.row, c.record.run_id) not in ids and (c.row, c.measured) not in told]
+    told = {(c.row, stage) for c in shown if c.record.finished for stage in c.measured}
+    left = [
+        c
+        for c in candidates
+        if (c.row, c.record.run_id) not in ids
+        and not (c.measured and told.issuperset((c.row, stage) for stage in c.measured))
+    ]
     sentences = tuple(_sentences(table, left, {candidate.row: candidate for candidate in shown}))
     seeds: dict[str, set[int]] = {}
     for candidate in left:
@@ -131,9 +137,11 @@ def _candidates(
 
 
 def _furthest(candidates: Sequence[Candidate]) -> list[Candidate]:
-    """Without those that have fewer scores, in rows of which there are others that have all."""
+    """Without those that have no scores, in rows of which there are others that are to have all, and without those that
+    have some, where others are finished."""
     rows = {candidate.row for candidate in candidates if candidate.goes_far_enough}
-    return [candidate for candidate in candidates if candidate.goes_far_enough or candidate.row not in rows]
+    full = {candidate.row for candidate in candidates if candidate.goes_far_enough and candidate.record.finished}
+    return [c for c in candidates if c.goes_far_enough or c.row not in (full if c.measured else rows)]
 
 
 def _texts(config: Config) -> dict[str, str]:
@@ -221,6 +229,8 @@ def _reason(candidate: Candidate, shown: Candidate | None) -> tuple[str, str]:
         return "not begun", ""
     if candidate.agrees_with(shown):
         return "another version of a stage", ""
+    if candidate.goes_far_enough != shown.goes_far_enough:
+        return f"{'with all' if candidate.goes_far_enough else 'without some'} of the scores", ""
     told = {field: value for field, (value, _) in candidate.differs.items()}
     options = "" if candidate.varied & set(told) else " ".join(_option(*item) for item in told.items())
     if not told:

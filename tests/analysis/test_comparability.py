@@ -350,3 +350,40 @@ def test_masks_by_preset_paper_are_told_by_their_own_protocol(tmp_path):
     assert "beta 8.0 (there 10.0)" in notes["Paper"]
     assert "threshold rule" not in notes["Paper"]
     assert "images of mask_split 0a1b2c3d" in notes["Protocol"]
+
+
+@pytest.fixture
+def grown(tmp_path):
+    """A sweep of two seeds to their maps, whose table has got a score of masks since."""
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "name: mine\ntitle: t\nmetrics: [{name: miou, header: maps}, {name: pseudo/miou, header: masks}]\n"
+        "rows: [{id: a, label: a}]\n"
+    )
+    sweep = Sweep(tmp_path, path)
+    for seed in (0, 1):
+        sweep.trial("a", 60.0 + seed, seed=seed, stages=MAPS)
+    return sweep
+
+
+def test_runs_of_other_seeds_that_have_fewer_scores_are_told(grown):
+    further = {name: f"{name} of seed 0" for name in WITH_MASKS}
+    grown.trial("a", 62.0, stages=WITH_MASKS, tags={"stage_keys": json.dumps(further)}, **{"pseudo/train/miou": 70.0})
+    compiled = grown.compiled()
+    assert cells(compiled)["a"].mean == 62.0
+    assert cells(compiled, "pseudo/miou")["a"].mean == 70.0
+    told = "2 other runs left out: without some of the scores, maps 60.0 to 61.0."
+    assert note(to_markdown(compiled), "Runs") == told
+
+
+@pytest.mark.parametrize("status", ["failed", "queued"])
+def test_runs_that_are_to_have_more_scores_take_no_cell_from_finished_ones(grown, status):
+    grown.trial("a", stages=WITH_MASKS, tags={"status": status}, begun=status != "queued")
+    compiled = grown.compiled()
+    assert cells(compiled)["a"].mean == 60.5
+    assert cells(compiled, "pseudo/miou")["a"].mean is None
+    what = {"failed": "with all of the scores", "queued": "not begun"}[status]
+    assert note(to_markdown(compiled), "Runs") == f"1 other run left out: {what}, {status}."
+    grown.table.path.write_text(grown.table.text.replace("{name: miou, header: maps}, ", ""))
+    (trial,) = grown.compiled().trials
+    assert trial.status == status

@@ -194,6 +194,21 @@ def test_mistakes_are_told_with_their_line(mine, old, new, line, told):
     assert told in str(error.value)
 
 
+@pytest.mark.parametrize("value", ["2020-13-45", "0x_", "!!bool maybe", "!!timestamp soon"])
+def test_a_value_that_is_none_of_its_type_is_told(mine, value):
+    path = mine("A table of my own", value)
+    with pytest.raises(UserError, match=rf"{path}: a value is none of its type: .*quote it"):
+        load_table(path)
+
+
+def test_a_mistake_in_the_only_metric_is_told_once(mine):
+    with pytest.raises(UserError) as error:
+        load_table(mine(", header: mIoU}", "}"))
+    assert str(error.value).endswith("mine.yaml:3: metrics.0.header is missing")
+    with pytest.raises(UserError, match=r"metrics = .*at least 1 item"):
+        load_table(mine("[{name: miou, header: mIoU}]", "[]"))
+
+
 def test_the_papers_values_may_be_left_out(mine):
     assert load_table(mine()).paper_metrics == frozenset()
     assert load_table(mine("    paper: {miou: null}\n")).paper_metrics == frozenset()

@@ -157,7 +157,8 @@ def load_table(name_or_path: str | Path) -> Table:
     try:
         table = Table.model_validate(data)
     except ValidationError as error:
-        raise UserError("\n".join(_explain(item, path, lines, data) for item in error.errors())) from error
+        told = [item for item in error.errors() if item["type"] != "too_short" or not item["input"]]
+        raise UserError("\n".join(_explain(item, path, lines, data) for item in told)) from error
     table._path, table._text, table._lines = path, text, lines
     if mistakes := list(_mistakes(table)):
         raise UserError("\n".join(mistakes))
@@ -261,6 +262,8 @@ def _parse(text: str, path: Path) -> tuple[Any, dict[Location, int]]:
         raise UserError(f"{path}:{line}: this is no YAML: {error.problem}") from error
     except RecursionError:
         raise UserError(f"{path}: an anchor contains itself") from None
+    except (ValueError, LookupError, AttributeError) as error:  # of yaml: there is no month 13
+        raise UserError(f"{path}: a value is none of its type: {error}; quote it where text is meant") from error
     return data, lines
 
 

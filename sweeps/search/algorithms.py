@@ -47,7 +47,7 @@ class Named:
                 raise UserError(f"{option} {text}: write NAME:OPTION=VALUE,OPTION=VALUE")
             try:
                 options[key.strip()] = yaml.safe_load(value)
-            except yaml.YAMLError:
+            except (yaml.YAMLError, ValueError, LookupError, AttributeError):  # of yaml's own readers
                 raise UserError(f"{option} {text}: the value of {key.strip()} cannot be read: {value}") from None
         return cls(option, name.strip(), options)
 

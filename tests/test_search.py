@@ -151,6 +151,7 @@ def test_a_sampler_of_optuna_is_chosen_by_name_with_options(search, sampler):
         ("tpi", "did you mean tpe"),
         ("tpe:n_startup=3", "unknown option 'n_startup': there are .*, n_startup_trials, "),
         ("tpe:3", "write NAME:OPTION=VALUE"),
+        ("tpe:n_startup_trials=2020-13-45", "the value of n_startup_trials cannot be read: 2020-13-45"),
         ("tpe:gamma=3", "--sampler tpe cannot search this: 'int' object is not callable"),
         ("nsgaii:population_size=1", "--sampler nsgaii: ValueError: `population_size`"),
     ],
@@ -278,6 +279,16 @@ def test_a_report_holds_what_there_is_enough_for(search, tmp_path):
     run_all(one)
     assert [file.name for file in write(one, tmp_path / "report")] == ["best.yaml", "history.png"]
     assert [row.id for row in load_table(tmp_path / "report" / "best.yaml").rows] == ["start"]
+
+
+def test_the_best_of_another_seed_can_be_run(search, tmp_path):
+    one = search("sigma", trials=3, overrides={"seed": "3"})
+    run_all(one)
+    write(one, tmp_path)
+    table = load_table(tmp_path / "best.yaml")
+    assert table.source.endswith("--preset micro --seeds 3")
+    keys = pipeline.stage_keys(resolve(table, table.rows[0], "micro", {}, 3), one.data)
+    assert keys["evaluate"].digest == one.start_key
 
 
 # Bad input

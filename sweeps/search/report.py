@@ -69,11 +69,13 @@ def best_table(search: "Search") -> str:
         if trial.user_attrs["trial_key"] != search.start_key:
             fields = search.fields(trial.params)
             rows.append(row(f"trial-{trial.number}", f"trial {trial.number}", trial.params, fields))
+    baseline = {name: value for name, value in search.overrides.items() if name != "seed"}
+    options = f"--preset {search.preset}" + (f" --seeds {search.own.seed}" if "seed" in search.overrides else "")
     table = {
         "name": f"{search.name}-best",  # a sweep of its rows is not the search's own
         "title": f"Best of a {search.title}",
-        "source": f"Optuna study {search.name}; the rows are meant for --preset {search.preset}",
-        "baseline": dict(search.overrides),
+        "source": f"Optuna study {search.name}; the rows are meant for {options}",
+        "baseline": baseline,
         "metrics": [
             {"name": name, "header": HEADERS.get(name, f"{name} (%)"), "best": "min" if is_low(name) else "max"}
             for name in search.scores

@@ -113,10 +113,12 @@ def estimate(
         for key in wanted:
             if key.digest in taken:
                 estimates[key.digest] = Estimate(taken[key.digest], "measured")
-            elif (known := slowness.get(work.has_network(key))) is not None:
-                estimates[key.digest] = Estimate(known * _at_full_speed(work.of(key), tflops), "similar")
+                continue
+            todo = work.of(key)
+            if (known := slowness.get(_has_network(todo))) is not None:
+                estimates[key.digest] = Estimate(known * _at_full_speed(todo, tflops), "similar")
             else:
-                estimates[key.digest] = Estimate(work.counted_seconds(key, tflops), "counted")
+                estimates[key.digest] = Estimate(_counted_seconds(todo, tflops), "counted")
     return estimates
 
 
@@ -211,23 +213,15 @@ class _Work:
         """Raises KeyError where an input, or the images, are unknown."""
         return Work() if _is_import(key) else stage_work(key.stage, *self._config_and_images(key))
 
-    def counted_seconds(self, key: StageKey, tflops: float) -> float:
-        """From the work alone; raises KeyError as `of` does."""
-        work = self.of(key)
-        return max(_at_full_speed(work, tflops), _at_full_speed(work, math.inf) + work.passes * SECONDS_A_PASS)
-
-    def has_network(self, key: StageKey) -> bool:
-        """Maps from a folder go through none. Raises KeyError as `of` does."""
-        return self.of(key).flops > 0
-
     def slowness(self, artifacts: Iterable[Artifact], tflops: float) -> dict[bool, float]:
         """By how much artifacts of a stage, on the trials' images, took longer than at full speed, in the median: of
         those with a network, and of those without."""
         taken: dict[bool, list[float]] = defaultdict(list)
         for artifact in artifacts:
             with suppress(KeyError, ValidationError, UserError):  # on other images, or by a version that knew others
-                if seconds := _at_full_speed(self.of(artifact.key), tflops):
-                    taken[self.has_network(artifact.key)].append(artifact.info["seconds"] / seconds)
+                work = self.of(artifact.key)
+                if seconds := _at_full_speed(work, tflops):
+                    taken[_has_network(work)].append(artifact.info["seconds"] / seconds)
         return {with_network: statistics.median(ratios) for with_network, ratios in taken.items()}
 
     def _config_and_images(self, key: StageKey) -> tuple[Config, Images]:
@@ -249,6 +243,16 @@ def _sample(stage: str, own: Sequence[str], store: Store, work: _Work) -> list[A
     found = [one for one in read.values() if isinstance(one, Artifact)]
     work.specs |= {artifact.key.digest: artifact.key.spec for artifact in found}
     return [artifact for artifact in found if artifact.key.stage == stage]
+
+
+def _has_network(work: Work) -> bool:
+    """Maps from a folder go through none."""
+    return work.flops > 0
+
+
+def _counted_seconds(work: Work, tflops: float) -> float:
+    """From the work alone."""
+    return max(_at_full_speed(work, tflops), _at_full_speed(work, math.inf) + work.passes * SECONDS_A_PASS)
 
 
 def _at_full_speed(work: Work, tflops: float) -> float:

@@ -279,6 +279,18 @@ def test_a_network_without_batchnorms_is_divided():
     assert training.most_pieces(deeplab.build(options, n_classes=3), 8) == 8
 
 
+@pytest.mark.parametrize(
+    ("variant", "strides", "dilations"),
+    [("edge", (2, 4, 8, 16, 16), {(1, 1)}), ("feature", (2, 4, 8, 8, 8), {(1, 1), (2, 2), (4, 4)})],
+)
+def test_affinity_net_has_the_strides_of_its_variant(variant, strides, dilations):
+    """Edges: the last stage has stride 1, undilated as published."""
+    features = affinity.build(AffinityConfig(variant=variant, backbone="resnet18", pretrained=False)).features
+    assert features.strides == strides
+    found = {module.dilation for module in features.modules() if isinstance(module, nn.Conv2d)}
+    assert found == dilations
+
+
 def test_the_head_has_the_width_and_the_dilation_of_the_options():
     options = load_config("micro", {"deeplab.head_width": 5, "deeplab.head_dilation": 3}).deeplab
     model = deeplab.build(options, n_classes=4)

@@ -107,7 +107,16 @@ def test_files_that_are_there_count_whichever_they_are(chain, split, tmp_path, m
     assert [report.done for report in told] == [1, 2, 3, 4, *range(9, len(data) + 1)]
     assert [name for name in made if not made[name].any()] == list(data.ids[4:8])
     assert calls == ["saved", "check", "check", "saved", "check", "saved", "check"]
-    assert {path.name for path in there.iterdir()} == {path.name for path in out.iterdir()}
+    names = {path.name for path in out.iterdir()}
+    assert names == {path.name for path in there.iterdir()}
+
+    def fail(i: int) -> dict[str, np.ndarray]:
+        raise UserError("no mask")
+
+    (there / "00000.zip").unlink()
+    with pytest.raises(UserError, match="no mask"):
+        shards.make_label_maps("any", data, ctx, fail)
+    assert names - {"00000.zip"} == {path.name for path in there.iterdir()}
 
 
 def test_of_images_at_once_each_has_one_thread(chain, split, tmp_path):

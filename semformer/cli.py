@@ -483,7 +483,8 @@ class _Display:
         self._print(f"data: {done}/{total} images", at_once=done == total)
 
     def stage(self, report) -> None:
-        losses = " ".join(f"{name} {report.values[name]:.3f}" for name in LOSSES if name in report.values)
+        names = [name for name in LOSSES if name in report.values] or ["total"] * ("total" in report.values)
+        losses = " ".join(f"{name} {report.values[name]:.3f}" for name in names)
         epoch = f"epoch {report.epoch}/{report.epochs}" if report.epochs else f"{report.done}/{report.total}"
         rate = report.images_per_second
         speed = f"{rate:.{0 if rate >= 10 else 1}f} img/s, {report.seconds_left:.0f} s left"

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from safetensors.torch import load_file
@@ -19,9 +20,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError as error:
         raise UserError(f"no weights file {path}") from error
     except Exception as error:
+        # PyTorch's text for an UnpicklingError advises to run the file's code
+        told = "" if isinstance(error, UnpicklingError) else f" ({type(error).__name__}: {first_line(error)})"
         raise UserError(
-            f"cannot read weights from {path}: it is no .safetensors and no PyTorch file of tensors "
-            f"({type(error).__name__}: {first_line(error)})"
+            f"cannot read weights from {path}: it is no .safetensors and no PyTorch file of tensors{told}"
         ) from error
     for wrapper in ("model", "state_dict"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):

@@ -1,6 +1,7 @@
 """From maps to a segmentation, in preset micro: what each stage makes of what."""
 
 import json
+import re
 import shutil
 import zipfile
 from dataclasses import replace
@@ -85,6 +86,16 @@ def test_the_command_tells_the_scores_of_each_link(chain, shapes, capsys):
     assert "mIoU: " + " -> ".join(f"{part} {value:.1f}" for part, value in parts) in told.err
     assert main(command) == 0
     assert not [name for name in json.loads(capsys.readouterr().out)["metrics"] if not name.startswith("cam/val/")]
+
+
+def test_the_command_tells_the_loss_of_each_epoch(chain, shapes, tmp_path, capsys):
+    store = shutil.copytree(chain[0].root, tmp_path / "store")
+    for stage in ALL[ALL.index("affinity") :]:
+        shutil.rmtree(store / stage)
+    assert main(["run", "--preset", "micro", "--data", str(shapes), "--store", str(store), "--until", "deeplab"]) == 0
+    told = capsys.readouterr().err
+    for stage in ("affinity", "deeplab"):
+        assert re.search(rf"{stage}: epoch 1/1 total \d+\.\d+ [\d.]+ img/s", told)
 
 
 def test_labels_of_affinities_are_those_of_the_maps_and_the_crf(chain, split):

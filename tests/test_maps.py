@@ -280,6 +280,21 @@ def test_pictures_show_each_image_with_its_maps_at_the_reported_threshold(finish
             assert np.array_equal(picture, drawn)
 
 
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_maps_of_every_kind_are_those_that_would_be_final(precision):
+    model, image = small_segmentor(), np.random.default_rng(0).integers(0, 256, (40, 56, 3), dtype=np.uint8)
+    options = load_config("micro").cams
+    found = maps_of_every_kind(model, image, [1, 3], options, precision=precision)
+    assert list(found) == ["activation", "attention", "both"]
+    for kind, maps in found.items():
+        final = options.model_copy(update={"final_map": kind})
+        (alone,) = multi_scale_maps(model, [image], [[1, 3]], final, precision=precision)
+        assert torch.equal(maps, alone.full)
+        assert all(other == kind or not torch.equal(found[other], maps) for other in found)
+    (other,) = multi_scale_maps(model, [image], [[1, 3]], options.model_copy(update={"final_map": "activation"}))
+    assert torch.equal(found["activation"], other.full) is (precision == "float32")
+
+
 def test_a_split_smaller_than_the_number_of_pictures_is_drawn_whole(tmp_path):
     config = load_config("micro", {"evaluate.pictures": 4})
     data = pipeline.open_data(config, make_shapes(tmp_path / "shapes", train=8, val=1, size=48))

@@ -30,7 +30,7 @@ class Batches:
             yield Batch(torch.zeros(IMAGES, 3, 2, 2), torch.zeros(IMAGES, 4), torch.ones(IMAGES, 2))
 
 
-def learn(folder, *, loss=lambda step, weight: weight, progress=lambda told: None):
+def learn(folder, *, loss=lambda step, weight: weight, progress=lambda told: None, optimizer=PLAIN):
     model, steps = nn.Linear(1, 1, bias=False), iter(range(1000))
     nn.init.ones_(model.weight)
 
@@ -39,7 +39,7 @@ def learn(folder, *, loss=lambda step, weight: weight, progress=lambda told: Non
         total.backward()
         return {"total": total.detach()}
 
-    config = CaaeConfig(epochs=EPOCHS, batch_size=IMAGES, optimizer=PLAIN)
+    config = CaaeConfig(epochs=EPOCHS, batch_size=IMAGES, optimizer=optimizer)
     history = train(
         model,
         stage="caae",
@@ -70,6 +70,12 @@ def test_a_training_tells_how_far_it_is_and_how_fast(tmp_path, monkeypatch):
         assert set(one.values) == {"total", "lr", "pieces", "images_per_second"}
         assert one.values["images_per_second"] == one.images_per_second == pytest.approx(IMAGES / seconds)
         assert one.seconds_left == pytest.approx((one.total - one.done) * seconds)
+
+
+def test_the_rate_of_an_epoch_is_that_of_its_last_step(tmp_path):
+    _, history = learn(tmp_path, optimizer=PLAIN.model_copy(update={"power": 1.0}))
+    last = [epoch * STEPS - 1 for epoch in (1, 2, 3)]
+    assert history["lr"] == pytest.approx([0.1 * (1 - step / (EPOCHS * STEPS)) for step in last])
 
 
 @pytest.mark.parametrize(("size", "diverges"), [(0.999 * training.DIVERGED, False), (training.DIVERGED, True)])

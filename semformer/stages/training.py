@@ -64,8 +64,8 @@ def train(
     measures the model on `ctx.selection`, where there is one, by one named value after each epoch; the weights are in
     the end those of the (first) epoch with the highest. Where a batch does not fit into memory it is taken in pieces
     from then on, which changes the result by rounding only; not where BatchNorms learn, which look at the whole batch.
-    Raises TrainingDiverged, what `ctx.check` raises, and
-    torch's error where not even the smallest pieces fit into memory.
+    Raises TrainingDiverged, what `ctx.check` raises, and torch's error where not even the smallest pieces fit into
+    memory.
     """
     optimizer = build_optimizer(model, config.optimizer, pretrained)
     with Checkpoint(ctx.checkpoints, ctx.saved) as checkpoint:

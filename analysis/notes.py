@@ -132,6 +132,7 @@ def notes_under(
     if "scales" in protocol.names or FIELDS["scales"] in protocol.measured[0].varied:  # some maps are ours
         yield "Final map", f"{FINAL_MAPS.get(final_map, final_map) or 'differs from row to row'}."
     others = [f"{name} {protocol.shown(name)}" for name in protocol.names if name not in (*SPLITS, "data", "rule")]
+    others += _varied(table, protocol)
     if others:
         yield "Protocol", f"{'; '.join(others)}."
     yield "Supervision audit", _supervision_note(protocol)
@@ -145,6 +146,18 @@ def _splits(protocol: Protocol) -> str:
     if [*splits] == [SPLITS["eval_split"]]:
         return f"measured on split {splits[SPLITS['eval_split']]}"
     return f"measured are {', '.join(f'{what} on split {split}' for what, split in splits.items())}"
+
+
+def _varied(table: Table, protocol: Protocol) -> Iterable[str]:
+    """What rows set of the protocol and no mark shows, as `erosion 0 (weak), 7 (strong)`."""
+    first, marked = protocol.measured[0], {mark.field for mark in table.layout.marks}
+    for name, setting in of_scores(first.links).items():
+        if setting.field in first.varied - marked:
+            rows: dict[str, dict[str, None]] = {}
+            for candidate in protocol.measured:
+                rows.setdefault(candidate.record.protocol.get(name, "not recorded"), {})[candidate.row] = None
+            told = [f"{value} ({', '.join(own)})" for value, own in rows.items()]
+            yield f"{name} {', '.join(told)}"
 
 
 def _settings(protocol: Protocol, overrides: Mapping[str, Any]) -> Iterable[str]:

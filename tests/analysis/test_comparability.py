@@ -387,3 +387,19 @@ def test_runs_that_are_to_have_more_scores_take_no_cell_from_finished_ones(grown
     grown.table.path.write_text(grown.table.text.replace("{name: miou, header: maps}, ", ""))
     (trial,) = grown.compiled().trials
     assert trial.status == status
+
+
+def test_what_rows_vary_of_the_protocol_and_no_mark_shows_is_told(tmp_path):
+    table = tmp_path / "own.yaml"
+    table.write_text(
+        "name: own\ntitle: t\nmetrics: [{name: miou, header: maps}]\n"
+        "layout: {marks: [{name: flip, header: flip, field: cams.flip}]}\n"
+        "rows:\n"
+        "  - {id: a, label: A, set: {cams.flip: false}, marks: {flip: false}}\n"
+        "  - {id: b, label: B, set: {evaluate.erosion: 7}, marks: {flip: true}}\n"
+        "  - {id: c, label: C, set: {data.eval_split: train}, marks: {flip: true}}\n"
+    )
+    sweep = Sweep(tmp_path, table)
+    sweep.full((50.0, 60.0, 70.0))
+    told = note(to_markdown(sweep.compiled()), "Protocol")
+    assert told == f"scales {SCALES}; eval_split val (a, b), train (c); erosion 0 (a, c), 7 (b)."

@@ -156,8 +156,8 @@ def _add_configs(parser: argparse.ArgumentParser, *, seeds: bool = True) -> None
     parser.add_argument("--data", type=Path, metavar="DIR", help=data)
     parser.add_argument("--store", default=STORE, metavar="DIR", help="of artifacts: a folder, or s3://BUCKET/PREFIX")
     until = (
-        "how far trials go: cams, the activation maps; pseudo_masks; deeplab, the segmentation (default: as far as the "
-        "scores that are asked for)"
+        "how far trials go at least: cams, the activation maps; pseudo_masks; deeplab, the segmentation (default: as "
+        "far as the scores that are asked for, which they do in any case)"
     )
     parser.add_argument("--until", default="cams", choices=GOALS, help=until)
     weights = (

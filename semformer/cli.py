@@ -200,7 +200,7 @@ def _run(options: argparse.Namespace) -> int:
     for one in evaluated:
         for name in sorted(name for name in one.files if name.startswith("pictures/")):
             _tell(f"picture {one.file(name)}")
-    if config.deeplab.supervised and options.until == "deeplab":
+    if config.deeplab.supervised and not config.deeplab.checkpoint and options.until == "deeplab":
         _tell(f"the segmentation has learnt from the pixel masks of {config.data.train_split}: an upper bound")
     if chain := _chain(metrics, config.data.mask_split, config.data.test_split):
         _tell(f"mIoU: {chain}")

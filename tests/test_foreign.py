@@ -1,5 +1,6 @@
 """Maps, masks and networks of others in the place of stages."""
 
+import json
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,8 @@ from semformer.stages.cams import MapFiles, foreign_maps
 from semformer.stages.context import Context
 from semformer.stages.pack import packed
 from semformer.store import Store
-from tests.pipelines import CPU, label_maps, run
+from semformer.weights import RULES
+from tests.pipelines import CPU, label_maps, run, weights
 
 ALL = [stage.name for stage in pipeline.STAGES]
 
@@ -110,6 +112,17 @@ def test_an_imported_network_segments_and_is_not_trained(chain, split, tmp_path,
     assert made == {"history": {}, "classes": list(split.classes)}
     imported = load_file(tmp_path / deeplab.WEIGHTS)
     assert all(torch.equal(imported[name], value) for name, value in trained.items())
+
+
+def test_what_an_imported_network_has_learnt_from_is_not_told(chain, shapes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(RULES, "deeplab", ((r"(.*)", r"\1"),))  # of a ViT, there are no published names
+    torch.save(weights(chain[1]["deeplab"]), tmp_path / "net.pth")
+    command = ["run", "--preset", "micro", "--data", str(shapes), "--store", str(tmp_path / "store"), "--json"]
+    options = ["--set", f"deeplab.checkpoint={tmp_path / 'net.pth'}", "--set", "deeplab.supervised=true"]
+    assert main([*command, "--until", "deeplab", *options]) == 0
+    told = capsys.readouterr()
+    assert json.loads(told.out)["metrics"] == chain[1]["evaluate_seg"].artifact.info["metrics"]
+    assert "has learnt" not in told.err
 
 
 def test_a_folder_that_is_none_is_told(shapes):

@@ -184,10 +184,26 @@ def test_a_classifiers_weights_are_taken_without_its_head(tmp_path, name):
     assert all(torch.equal(own[key], state[key]) for key in kept)
 
 
+def test_a_vits_weights_are_taken_and_its_positions_are_those_of_the_images(tmp_path):
+    learnt = timm.create_model("vit_shapes_patch8_64")
+    torch.save(learnt.state_dict(), tmp_path / "weights.pth")
+    taken = build("vit_shapes_patch8_64", weights=str(tmp_path / "weights.pth"), image_size=48).backbone
+    assert torch.equal(taken.blocks[0].attn.qkv.weight, learnt.blocks[0].attn.qkv.weight)
+    assert taken.pos_embed.shape[1] == 36
+
+
 def test_weights_of_another_backbone_are_refused(tmp_path):
     save_file(timm.create_model("resnet18").state_dict(), tmp_path / "weights.safetensors")
-    with pytest.raises(UserError, match=r"weights\.safetensors, read as test_resnet, is of another architecture"):
-        build("test_resnet", weights=str(tmp_path / "weights.safetensors"))
+    for name, told in (("test_resnet", ", read as test_resnet,"), ("resnet38", "")):
+        with pytest.raises(UserError, match=rf"weights\.safetensors{told} is of another architecture"):
+            build(name, weights=str(tmp_path / "weights.safetensors"))
+    with pytest.raises(UserError, match=r"affinity\.backbone resnet38 has features of stride 8, not 16"):
+        build("resnet38", 16, field="affinity")
+
+
+def test_nothing_is_frozen_at_first():
+    norms = [module for module in build("test_resnet").train().modules() if isinstance(module, nn.BatchNorm2d)]
+    assert {norm.training for norm in norms} == {True}
 
 
 def test_what_is_frozen_does_not_change_in_training():

@@ -71,6 +71,14 @@ def test_a_goal_ends_with_its_scores(goal, last):
     )
 
 
+def test_of_two_scores_of_one_name_the_first_counts(chain):
+    first, second = (
+        replace(chain[1]["evaluate"].artifact, info={"metrics": metrics})
+        for metrics in ({"a": 1.0, "b": 2.0}, {"b": 3.0, "c": 4.0})
+    )
+    assert pipeline.scores([first, chain[1]["cams"].artifact, second]) == {"a": 1.0, "b": 2.0, "c": 4.0}
+
+
 def test_the_command_tells_the_scores_of_each_link(chain, shapes, capsys):
     store, made = chain
     command = ["run", "--preset", "micro", "--data", str(shapes), "--store", str(store.root), "--json"]

@@ -15,7 +15,7 @@ from semformer import pipeline
 from semformer.cli import main
 from semformer.config import load_config
 from semformer.errors import UserError
-from semformer.stages import deeplab
+from semformer.stages import deeplab, pseudo_masks
 from semformer.stages.cams import MapFiles, foreign_maps
 from semformer.stages.context import Context
 from semformer.stages.pack import packed
@@ -74,6 +74,10 @@ def test_masks_of_others_take_the_place_of_pseudo_masks(chain, split, shapes, tm
     for stage, name in (("evaluate_masks", "pseudo/train/miou"), ("evaluate_seg", "seg/val/miou_crf")):
         ours, theirs = (r[stage].artifact.info["metrics"][name] for r in (runs, chain[1]))
         assert ours == theirs
+    read = []
+    ctx = Context(CPU, lambda told: None, tmp_path, tmp_path, have_read=read.append)
+    pseudo_masks.run(config, packed(split, ["images"], chain[0]), None, ctx)
+    assert read == [config.pseudo_masks]
     (folder / f"{split.ids[3]}.png").unlink()
     with pytest.raises(UserError, match=rf"has no {split.ids[3]}\.png, the mask of an image of split 'train'"):
         run(config, shapes, Store(tmp_path / "another"), until="deeplab")

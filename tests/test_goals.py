@@ -11,7 +11,7 @@ import pytest
 
 from analysis.cli import main as tables
 from semformer import pipeline
-from semformer.config import field_names, load_config
+from semformer.config import field_names, flatten, load_config
 from semformer.data.voc import open_devkit
 from semformer.errors import UserError
 from semformer.store import Store
@@ -21,6 +21,7 @@ from sweeps.plan.trials import make_plan
 from sweeps.search.space import read_objectives
 from tests.records import record
 from tests.searches import open_search
+from tests.test_stage_keys import FIELDS
 from tests.workplace import Workplace
 
 STAGES = [stage.name for stage in pipeline.STAGES]
@@ -39,6 +40,11 @@ rows:
   - {id: own, label: own, marks: {beta: 10}}
   - {id: near, label: near, marks: {beta: 4}, set: {walk.beta: 4.0}}
 """
+OF_MAPS = ["eval_split", "scales", "flip", "erosion", "rule"]
+OF_WALK = ["radius of the walk", "beta", "log2 of the steps"]
+OF_MASKS = ["threshold of the masks", "CRF iterations of the masks"]
+OF_SEGMENTATION = [f"{name} of the segmentation" for name in ("scales", "flip", "CRF iterations")]
+"""Names of the protocol's settings."""
 
 
 @pytest.fixture(scope="module")
@@ -268,10 +274,60 @@ def test_every_score_that_can_be_asked_for_is_measured(place, swept):
 
 
 def test_protocols_are_of_fields_and_of_what_a_score_comes_from():
-    assert {setting.field for setting in protocol.PROTOCOL.values() if not setting.images_of} <= set(field_names())
-    assert [*protocol.of_scores(["cam"])] == ["eval_split", "scales", "flip", "erosion", "rule"]
-    assert "rule" not in protocol.of_scores(["seg"])
-    assert "supervised" not in protocol.of_scores(["pseudo"])
+    """What changes the key of the stage that makes what is scored matters to the score."""
+    fields = {setting.field for setting in protocol.PROTOCOL.values() if not setting.images_of}
+    assert fields <= set(field_names())
+    changed = {field: stages for field, _, stages in FIELDS}
+    for field in fields:
+        if field.startswith(("data.", "evaluate.")):
+            continue
+        (setting,) = (one for one in protocol.PROTOCOL.values() if one.field == field)
+        assert set(setting.of) == {word for word, link in scores.LINKS.items() if link.made_by in changed[field]}, field
+    assert [*protocol.of_scores(["cam"])] == OF_MAPS
+    for word in ("train_cam", "walk"):
+        assert {"erosion", "rule", "mask_split", "images of mask_split"} <= protocol.of_scores([word]).keys()
+    for word in ("pseudo", "seg"):
+        assert not {"erosion", "rule"} & protocol.of_scores([word]).keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "goal", "without"),
+    [
+        ({}, "deeplab", set()),
+        ({}, "pseudo_masks", {"test_split", "images of test_split", "supervised", *OF_SEGMENTATION}),
+        ({"pseudo_masks.folder": True}, "deeplab", {*OF_MAPS, *OF_WALK, *OF_MASKS}),
+        ({"cams.folder": True}, "deeplab", {"scales", "flip"}),
+        (
+            {"deeplab.supervised": True},
+            "deeplab",
+            {*OF_MAPS, *OF_WALK, *OF_MASKS, "mask_split", "images of mask_split"},
+        ),
+    ],
+)
+def test_a_trial_records_the_settings_of_the_stages_that_it_has(shapes, tmp_path, changes, goal, without):
+    (tmp_path / "a").touch()
+    folders = {name: str(tmp_path) if name.endswith("folder") else value for name, value in changes.items()}
+    config = load_config("micro", {"data.mask_split": "train", "data.test_split": "val", **folders})
+    keys = pipeline.stage_keys(config, pipeline.open_data(config, shapes), pipeline.ends(config, goal))
+    told, values = protocol.of_trial(config, keys), flatten(config)
+    assert told.keys() == protocol.PROTOCOL.keys() - without
+    for name, value in told.items():
+        setting = protocol.PROTOCOL[name]
+        if setting.field:
+            assert value == values[setting.field]
+        else:
+            stage = {"images of mask_split": "evaluate_masks", "images of test_split": "evaluate_seg"}[name]
+            assert value == keys[stage].spec["data"]["images"][:8]
+
+
+def test_a_field_matters_from_the_first_goal_that_has_a_stage_of_it():
+    config = load_config("micro")
+    stages = {g: {s.name for s in pipeline.needed_stages(config, pipeline.ends(config, g))} for g in scores.GOALS}
+    for field, _, changed in FIELDS:
+        first = next(goal for goal in scores.GOALS if stages[goal] & set(changed))
+        assert scores.goal_of_field(field) == first, field
+    of_splits = {"train": "cams", "eval": "cams", "selection": "cams", "mask": "pseudo_masks", "test": "deeplab"}
+    assert {name: scores.goal_of_field(f"data.{name}_split") for name in of_splits} == of_splits
 
 
 def test_an_unknown_score_is_refused(tmp_path):

@@ -17,7 +17,7 @@ from semformer.data.label_maps import write_label_maps
 from semformer.errors import MachineError, UserError
 from semformer.stages import pseudo_masks, shards
 from semformer.stages import walk as walk_stage
-from semformer.stages.context import Context
+from semformer.stages.context import Context, Progress
 from semformer.stages.pack import packed
 from semformer.store import Store
 from tests.pipelines import CPU, damage, label_maps, run, weights
@@ -105,6 +105,9 @@ def test_files_that_are_there_count_whichever_they_are(chain, split, tmp_path, m
     ctx = Context(CPU, told.append, out, there, lambda: calls.append("check"), lambda: calls.append("saved"))
     made = shards.make_label_maps("any", data, ctx, lambda i: {data.ids[i]: np.ones((2, 2), np.uint8)})
     assert [report.done for report in told] == [1, 2, 3, 4, *range(9, len(data) + 1)]
+    told.append(Progress.of_images("any", 3, len(data), time.monotonic() - 1))
+    for report in told:
+        assert report.seconds_left * report.images_per_second == pytest.approx(len(data) - report.done)
     assert [name for name in made if not made[name].any()] == list(data.ids[4:8])
     assert calls == ["saved", "check", "check", "saved", "check", "saved", "check"]
     names = {path.name for path in out.iterdir()}

@@ -1,6 +1,7 @@
 """Every field and every file that can change a result is in the keys of what it changes, and of nothing else."""
 
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -132,6 +133,14 @@ def remade(before: dict[str, str], after: dict[str, str]) -> list[str]:
 @pytest.mark.parametrize(("field", "value", "stages"), FIELDS)
 def test_a_field_is_in_the_key_of_its_stage_and_of_those_after_it(shapes, field, value, stages):
     assert remade(keys(shapes), keys(shapes, **{field: value})) == stages
+
+
+@pytest.mark.parametrize("name", ["affinity", "walk", "deeplab"])
+def test_the_version_of_a_stage_is_in_the_key_of_it_and_of_those_after_it(shapes, monkeypatch, name):
+    before = keys(shapes)
+    raised = [replace(stage, version=stage.version + (stage.name == name)) for stage in pipeline.STAGES]
+    monkeypatch.setattr(pipeline, "STAGES", tuple(raised))
+    assert remade(before, keys(shapes)) == READERS[name]
 
 
 def test_no_field_has_been_forgotten_above():

@@ -20,18 +20,18 @@ IMAGES = tuple(name for name, setting in PROTOCOL.items() if setting.images_of)
 @dataclass(frozen=True)
 class Candidate:
     """A trial that fills a row. `differs` has the config fields in which it is not what was asked for: its value, and
-    the wanted one. `varied` are the fields that the table is about, `links` what its scores are of (`scores.LINKS`)."""
+    the wanted one. `varied` are the fields that the table is about, `scores` its values."""
 
     row: str
     record: Record
     differs: Mapping[str, tuple[str, str]]
     varied: frozenset[str]
-    links: frozenset[str]
+    scores: tuple[str, ...]
 
     @cached_property
     def settings(self) -> dict[str, str]:
         """What must agree with others for a comparison: its protocol, and all fields that are not as asked for."""
-        matters = of_scores(self.links)
+        matters = of_scores(self.scores)
         told = {n: text for n, text in self.record.protocol.items() if n not in PROTOCOL or n in matters}
         protocol = {n: text for n, text in told.items() if FIELDS.get(n) not in self.varied}
         protocol[MASKS] = self._masks_read_by()
@@ -67,7 +67,7 @@ class Candidate:
         return not self.record.stages or self._stages() <= self.record.stages.keys()
 
     def _stages(self) -> set[str]:
-        return {LINKS[word].stage for word in self.links}
+        return {LINKS[link_of(name)].stage for name in self.scores}
 
     @property
     def measured(self) -> frozenset[tuple[str, str]]:
@@ -129,11 +129,11 @@ def _candidates(
     """Rows that share a trial may differ in fields that do not count; the nearest row tells what was asked for."""
     wanted = {row.id: _texts(resolve(table, row, preset, overrides, 0)) for row in table.rows}
     varied = frozenset(field for field in next(iter(wanted.values())) if _overlaps(field, table.varied))
-    links = frozenset(link_of(metric.name) for metric in table.metrics)
+    scores = tuple(metric.name for metric in table.metrics)
     for record in records:
         rows = [row for row in record.rows_of(table.name) if row in wanted]
         differs = min((_differences(record, wanted[row], table.goal) for row in rows), key=len, default={})
-        yield from (Candidate(row, record, differs, varied, links) for row in rows)
+        yield from (Candidate(row, record, differs, varied, scores) for row in rows)
 
 
 def _furthest(candidates: Sequence[Candidate]) -> list[Candidate]:

@@ -151,7 +151,7 @@ def _splits(protocol: Protocol) -> str:
 def _varied(table: Table, protocol: Protocol) -> Iterable[str]:
     """What rows set of the protocol and no mark shows, as `erosion 0 (weak), 7 (strong)`."""
     first, marked = protocol.measured[0], {mark.field for mark in table.layout.marks}
-    for name, setting in of_scores(first.links).items():
+    for name, setting in of_scores(first.scores).items():
         if setting.field in first.varied - marked:
             rows: dict[str, dict[str, None]] = {}
             for candidate in protocol.measured:
@@ -182,10 +182,10 @@ def _paper_note(table: Table, protocol: Protocol, preset: str) -> str:
 def _as_published(table: Table, protocol: Protocol) -> str:
     """What of the protocol is not that of preset paper (and of the table file, which has the paper's values)."""
     paper = flatten(resolve(table, table.rows[0], "paper", {}, 0))
-    links, varied = protocol.measured[0].links, protocol.measured[0].varied
+    scores, varied = protocol.measured[0].scores, protocol.measured[0].varied
     titles = {setting.field: name for name, setting in PROTOCOL.items() if setting.field}
     names = AS_PUBLISHED | {field: name for field, name in titles.items() if field not in AS_PUBLISHED}
-    beside = {setting.field for setting in PROTOCOL.values()} - {s.field for s in of_scores(links).values()}
+    beside = {setting.field for setting in PROTOCOL.values()} - {s.field for s in of_scores(scores).values()}
     fields = [field for field in names if field not in varied and field not in beside]
     fields = [field for field in fields if any(candidate.uses(field) for candidate in protocol.measured)]
     had = {field: protocol.usual(field) or "not recorded" for field in fields}

@@ -192,6 +192,10 @@ def _run(options: argparse.Namespace) -> int:
         until = pipeline.ends(config, options.until)
         keys = list(pipeline.stage_keys(config, data, until).values())
         _keep(store, "run", keys, {"preset": options.preset})
+        used = {stage.group for stage in pipeline.needed_stages(config, until)}
+        for field in parse_overrides(options.set):
+            if field.partition(".")[0] in {stage.group for stage in pipeline.STAGES} - used:
+                _tell(f"--set {field} changes nothing of a run --until {options.until} with these settings")
         runs = _make(config, data, store, device, until, display)
     evaluated = [run.artifact for run in runs if "metrics" in run.artifact.info]
     metrics = pipeline.scores(evaluated)

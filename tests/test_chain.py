@@ -79,6 +79,17 @@ def test_of_two_scores_of_one_name_the_first_counts(chain):
     assert pipeline.scores([first, chain[1]["cams"].artifact, second]) == {"a": 1.0, "b": 2.0, "c": 4.0}
 
 
+def test_the_command_tells_which_options_have_no_use(chain, shapes, capsys):
+    command = ["run", "--preset", "micro", "--data", str(shapes), "--store", str(chain[0].root)]
+    idle = ["--set", "walk.beta=4", "--set", "deeplab.supervised=true"]
+    assert main([*command, *idle, "--set", "evaluate.pictures=2"]) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "changes nothing" in line]
+    assert told == [
+        f"--set {name} changes nothing of a run --until cams with these settings"
+        for name in ("walk.beta", "deeplab.supervised")
+    ]
+
+
 def test_the_command_tells_the_scores_of_each_link(chain, shapes, capsys):
     store, made = chain
     command = ["run", "--preset", "micro", "--data", str(shapes), "--store", str(store.root), "--json"]

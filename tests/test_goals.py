@@ -283,11 +283,32 @@ def test_protocols_are_of_fields_and_of_what_a_score_comes_from():
             continue
         (setting,) = (one for one in protocol.PROTOCOL.values() if one.field == field)
         assert set(setting.of) == {word for word, link in scores.LINKS.items() if link.made_by in changed[field]}, field
-    assert [*protocol.of_scores(["cam"])] == OF_MAPS
+    assert [*protocol.of_scores(["miou"])] == OF_MAPS
     for word in ("train_cam", "walk"):
-        assert {"erosion", "rule", "mask_split", "images of mask_split"} <= protocol.of_scores([word]).keys()
+        of_word = protocol.of_scores([f"{word}/miou"]).keys()
+        assert {"erosion", "rule", "mask_split", "images of mask_split"} <= of_word
     for word in ("pseudo", "seg"):
-        assert not {"erosion", "rule"} & protocol.of_scores([word]).keys()
+        assert not {"erosion", "rule"} & protocol.of_scores([f"{word}/miou"]).keys()
+
+
+@pytest.mark.parametrize(
+    ("setting", "idle", "others"),
+    [
+        (
+            "CRF iterations of the segmentation",
+            ["seg/miou", "seg/recall_single"],
+            ["seg/miou_crf", "seg/miou_single_crf"],
+        ),
+        ("CRF iterations of the masks", ["pseudo/miou_before_crf"], ["pseudo/miou", "seg/miou"]),
+        ("rule", ["miou_oracle", "walk/miou_fixed", "miou_heldout"], ["miou", "train_cam/threshold", "fp"]),
+    ],
+)
+def test_what_changes_nothing_of_a_score_is_not_of_its_protocol(setting, idle, others):
+    for name in idle:
+        assert setting not in protocol.of_scores([name])
+        assert setting in protocol.of_scores([name, others[0]])
+    for name in others:
+        assert setting in protocol.of_scores([name])
 
 
 @pytest.mark.parametrize(
@@ -417,6 +438,9 @@ def test_an_axis_that_changes_nothing_is_refused(tmp_path, shapes):
         ("thresholds", "seg/val/miou"),
         ("mask_crf", "walk/train/miou"),
         ("beta", "cam/train/miou"),
+        ("seg_crf", "seg/val/miou"),
+        ("mask_crf", "pseudo/train/miou_before_crf"),
+        ("thresholds", "cam/val/miou_oracle"),
     ],
 )
 def test_an_axis_of_what_comes_after_or_beside_a_score_is_refused(tmp_path, shapes, axis, objective):

@@ -6,7 +6,17 @@ from typing import Any
 
 from semformer.config import Config, flatten
 from semformer.keys import StageKey
-from sweeps.plan.scores import LINKS, OF_MAPS, OF_MASKS, OF_SEGMENTATION, OF_TRAIN_MAPS, OF_WALK
+from sweeps.plan.scores import (
+    LINKS,
+    NAMES,
+    OF_MAPS,
+    OF_MASKS,
+    OF_SEGMENTATION,
+    OF_TRAIN_MAPS,
+    OF_WALK,
+    is_idle,
+    link_of,
+)
 
 DIGITS = 8
 """Of a digest, that are recorded."""
@@ -59,9 +69,10 @@ def of_trial(config: Config, keys: Mapping[str, StageKey]) -> dict[str, Any]:
 
 def of_stages(stages: Collection[str], values: Mapping[str, Any]) -> dict[str, Setting]:
     """What matters to the scores of a run with some stages, by the values of its config's fields."""
-    measured = {word for word, link in LINKS.items() if link.stage in stages}
+    links = {word for word, link in LINKS.items() if link.stage in stages}
     if values.get("pseudo_masks.folder"):
-        measured -= {OF_TRAIN_MAPS, OF_WALK}
+        links -= {OF_TRAIN_MAPS, OF_WALK}
+    measured = [name for name in NAMES if link_of(name) in links]
     return {
         name: setting
         for name, setting in of_scores(measured).items()
@@ -77,6 +88,10 @@ def uses(field: str, stages: Collection[str], values: Mapping[str, Any]) -> bool
     return group in {"precision", "data", "evaluate", *(name.removeprefix("train_") for name in stages)}
 
 
-def of_scores(links: Collection[str]) -> dict[str, Setting]:
-    """What matters to scores, by words of `scores.LINKS`."""
-    return {name: setting for name, setting in PROTOCOL.items() if set(setting.of) & set(links)}
+def of_scores(names: Collection[str]) -> dict[str, Setting]:
+    """What matters to some of `scores.NAMES`."""
+    return {
+        told: setting
+        for told, setting in PROTOCOL.items()
+        if any(link_of(name) in setting.of and not is_idle(setting.field, name) for name in names)
+    }

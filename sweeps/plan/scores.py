@@ -1,6 +1,6 @@
 """The scores that tables and searches ask for: their names, where runs record them, and how far a run goes for them."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -53,6 +53,16 @@ BEYOND: dict[Goal, tuple[str, ...]] = {
 }
 """The fields, or groups of them, that matter only to runs that go so far."""
 
+IDLE: dict[str, Callable[[str], bool]] = {
+    "segmentation.crf": lambda name: link_of(name) == OF_SEGMENTATION and not name.endswith("_crf"),
+    "pseudo_masks.crf": lambda name: name == "pseudo/miou_before_crf",
+    "evaluate.rule": lambda name: name.endswith(("_oracle", "_fixed", "_heldout")),
+    "evaluate.thresholds": lambda name: name.endswith("_fixed"),
+    "evaluate.fixed_threshold": lambda name: name.endswith(("_oracle", "_heldout")),
+}
+"""The scores of which a field, or a group of them, changes nothing, though it is an option of what makes or scores
+them."""
+
 
 def link_of(name: str) -> str:
     """The word of LINKS: "pseudo/miou" -> "pseudo", "miou" -> "cam"."""
@@ -67,6 +77,11 @@ def full_name(name: str, split: str) -> str:
 def recorded(name: str, config: Config) -> str:
     """As runs of a config record it."""
     return full_name(name, getattr(config.data, LINKS[link_of(name)].split))
+
+
+def is_idle(field: str, name: str) -> bool:
+    """Whether a config field changes nothing of a score, see IDLE."""
+    return any(of(name) for part, of in IDLE.items() if field == part or field.startswith(f"{part}."))
 
 
 def is_low(name: str) -> bool:

@@ -337,7 +337,8 @@ class Search:
 
     def _check_matter(self) -> None:
         """Raises UserError for an axis that changes nothing of what is searched for."""
-        links = {scores.link_of(name) for name in scores_of(self.objectives, self.own)}
+        names = scores_of(self.objectives, self.own)
+        links = {scores.link_of(name) for name in names}
         makers = {scores.LINKS[link].made_by for link in links}
         if GPU_HOURS in self.objectives:
             makers |= {*pipeline.ends(self.own, self.until)}
@@ -345,7 +346,8 @@ class Search:
         groups |= {"evaluate"} if links & {*SCORED_BY_THRESHOLD} else set()
         for name, axis in self.axes.items():
             group, _, field = axis.field.partition(".")
-            if field and group not in groups:
+            idle = names and GPU_HOURS not in self.objectives and all(scores.is_idle(axis.field, n) for n in names)
+            if field and (idle or group not in groups):
                 example = scores.recorded(scores.MAIN[scores.goal_of_field(axis.field)], self.own)
                 raise UserError(
                     f"--axes: {name} ({axis.field}) changes nothing of {', '.join(self.objectives)}: name an objective "

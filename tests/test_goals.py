@@ -44,6 +44,7 @@ OF_MAPS = ["eval_split", "scales", "flip", "erosion", "rule"]
 OF_WALK = ["radius of the walk", "beta", "log2 of the steps"]
 OF_MASKS = ["threshold of the masks", "CRF iterations of the masks"]
 OF_SEGMENTATION = [f"{name} of the segmentation" for name in ("scales", "flip", "CRF iterations")]
+BEFORE_DEEPLAB = {*OF_MAPS, *OF_WALK, *OF_MASKS, "mask_split", "images of mask_split"}
 """Names of the protocol's settings."""
 
 
@@ -318,17 +319,15 @@ def test_what_changes_nothing_of_a_score_is_not_of_its_protocol(setting, idle, o
         ({}, "pseudo_masks", {"test_split", "images of test_split", "supervised", *OF_SEGMENTATION}),
         ({"pseudo_masks.folder": True}, "deeplab", {*OF_MAPS, *OF_WALK, *OF_MASKS}),
         ({"cams.folder": True}, "deeplab", {"scales", "flip"}),
-        (
-            {"deeplab.supervised": True},
-            "deeplab",
-            {*OF_MAPS, *OF_WALK, *OF_MASKS, "mask_split", "images of mask_split"},
-        ),
+        ({"deeplab.supervised": True}, "deeplab", BEFORE_DEEPLAB),
+        ({"deeplab.checkpoint": True}, "deeplab", {*BEFORE_DEEPLAB, "supervised"}),
     ],
 )
 def test_a_trial_records_the_settings_of_the_stages_that_it_has(shapes, tmp_path, changes, goal, without):
     (tmp_path / "a").touch()
-    folders = {name: str(tmp_path) if name.endswith("folder") else value for name, value in changes.items()}
-    config = load_config("micro", {"data.mask_split": "train", "data.test_split": "val", **folders})
+    paths = {"pseudo_masks.folder": tmp_path, "cams.folder": tmp_path, "deeplab.checkpoint": tmp_path / "a"}
+    fields = {name: str(paths.get(name, value)) for name, value in changes.items()}
+    config = load_config("micro", {"data.mask_split": "train", "data.test_split": "val", **fields})
     keys = pipeline.stage_keys(config, pipeline.open_data(config, shapes), pipeline.ends(config, goal))
     told, values = protocol.of_trial(config, keys), flatten(config)
     assert told.keys() == protocol.PROTOCOL.keys() - without

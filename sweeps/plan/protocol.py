@@ -81,10 +81,13 @@ def of_stages(stages: Collection[str], values: Mapping[str, Any]) -> dict[str, S
 
 
 def uses(field: str, stages: Collection[str], values: Mapping[str, Any]) -> bool:
-    """Whether a run with some stages has a use for a config field: what comes from a folder has no other settings."""
-    group = field.partition(".")[0]
+    """Whether a run with some stages has a use for a config field: what comes from a folder has no other settings, and
+    how an imported network has learnt is not known."""
+    group, _, name = field.partition(".")
     if values.get(folder := f"{group}.folder"):
         return field == folder
+    if values.get(f"{group}.checkpoint") and name in ("supervised", "selection"):
+        return False
     return group in {"precision", "data", "evaluate", *(name.removeprefix("train_") for name in stages)}
 
 

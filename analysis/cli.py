@@ -1,30 +1,33 @@
 """The paper's tables with measured values, read from MLflow."""
 
 import argparse
-import os
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
-from typing import NoReturn, TextIO
+from typing import NoReturn
 
 from analysis.compiled import CompiledTable
-from semformer.config import PRESETS, parse_overrides
+from analysis.options import add_source, compile_tables, read_tables, say
 from semformer.errors import UserError
 from semformer.secrets import without_password
-from sweeps.plan.table import Table, load_all_tables, load_tables
+from sweeps.plan.table import Table
 
-DATABASE = "sqlite:///mlflow.db"
+COMMANDS: dict[str, str] = {}
+"""What else it can do -> a line about it. Each is a module of this package, with `add_arguments` and `run`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status: 2 when there are no tables, 1 when they could not be kept in MLflow."""
-    options = _parser().parse_args(arguments)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    parser, run = _parser_of(arguments[0] if arguments else "")
+    options = parser.parse_args(arguments[1:] if run != _tables else arguments)
     try:
-        return _tables(options)
+        return run(options)
     except UserError as error:
-        _say(f"error: {error}", options, sys.stderr)
+        say(f"error: {error}", options, sys.stderr)
         return 2
 
 
@@ -33,71 +36,54 @@ class Parser(argparse.ArgumentParser):
         super().error(without_password(message))
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="semformer-tables", description=__doc__, allow_abbrev=False)
+def _parser_of(word: str) -> tuple[Parser, Callable[[argparse.Namespace], int]]:
+    """Of a command, or of the tables themselves."""
+    if word in COMMANDS:
+        command = import_module(f"analysis.{word}")
+        parser = Parser(prog=f"semformer-tables {word}", description=command.__doc__, allow_abbrev=False)
+        command.add_arguments(parser)
+        return parser, command.run
+    others = "".join(f"\n  semformer-tables {name:9} {about}" for name, about in COMMANDS.items())
+    parser = Parser(
+        prog="semformer-tables",
+        description=__doc__,
+        epilog=f"others (each has --help):{others}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add("--version", action="version", version=f"%(prog)s {version('semformer-sweeps')}")
-    add("tables", nargs="*", metavar="TABLE", help="table03, or the path of a table file of your own")
-    add("--all", action="store_true", help="the paper's tables, instead of TABLE...")
-    add("--preset", default="tiny", choices=tuple(PRESETS), help="default: %(default)s")
-    add(
-        "--tracking-uri",
-        default=os.environ.get("MLFLOW_TRACKING_URI") or DATABASE,
-        metavar="URI",
-        help=f"default: $MLFLOW_TRACKING_URI, else {DATABASE}",
-    )
-    add("--experiment", action="append", default=[], metavar="NAME", help="may be repeated; default: all experiments")
-    add("--data", metavar="NAME", help="the data set, or how its name begins (default: that of most cells)")
-    add("--seed", type=int, help="one seed only (default: mean and deviation over all)")
-    add("--set", action="append", default=[], metavar="FIELD=VALUE", help="as in the sweep, if it has several settings")
+    add_source(parser)
     add("--format", default="markdown", choices=("markdown", "latex", "both"), help="default: %(default)s")
     add("--agreement", action="store_true", help="also tell which pairs of rows are ordered as in the paper")
     add("--out", type=Path, metavar="DIR", help="also write TABLE.md, .tex and .parquet (all cells)")
     add("--log", action="store_true", help="also keep the tables in MLflow, with the sweep's parent run")
-    return parser
+    return parser, _tables
 
 
 def _tables(options: argparse.Namespace) -> int:
-    if options.all == bool(options.tables):
-        raise UserError("which tables? Name some (table03 table08), or give --all alone")
-    tables = load_all_tables() if options.all else load_tables(options.tables)
+    tables = read_tables(options)
     if options.agreement and options.out and any(table.name == "agreement" for table in tables):
         raise UserError("--agreement --out writes agreement.md, which would be your table's: give it another name")
     from analysis import agreement
     from analysis.render import to_latex, to_markdown, write_files, write_text
-    from analysis.tables import compile_from_mlflow
 
-    compiled = compile_from_mlflow(
-        tables,
-        preset=options.preset,
-        tracking_uri=options.tracking_uri,
-        experiments=options.experiment,
-        data=options.data,
-        seed=options.seed,
-        overrides=parse_overrides(options.set),
-    )
+    compiled = compile_tables(options, tables)
     _check_some_finished(compiled)
     renderers = {"markdown": [to_markdown], "latex": [to_latex], "both": [to_markdown, to_latex]}
-    _say("\n".join(renderer(table) for table in compiled for renderer in renderers[options.format]).rstrip(), options)
+    say("\n".join(renderer(table) for table in compiled for renderer in renderers[options.format]).rstrip(), options)
     if len(tables) > 1:
-        _say(f"\n{'% ' * (options.format != 'markdown')}{_count(tables, compiled)}", options)
+        say(f"\n{'% ' * (options.format != 'markdown')}{_count(tables, compiled)}", options)
     agreed = agreement.to_markdown(compiled) if options.agreement else ""
     if agreed:
         comment = "% " * (options.format != "markdown")
-        _say("\n" + "\n".join(f"{comment}{line}" for line in agreed.splitlines()), options)
+        say("\n" + "\n".join(f"{comment}{line}" for line in agreed.splitlines()), options)
     if options.out:
         for path in (path for table in compiled for path in write_files(table, options.out)):
-            _say(f"wrote {path}", options, sys.stderr)
+            say(f"wrote {path}", options, sys.stderr)
         if agreed:
-            _say(f"wrote {write_text(options.out / 'agreement.md', agreed)}", options, sys.stderr)
+            say(f"wrote {write_text(options.out / 'agreement.md', agreed)}", options, sys.stderr)
     return _log(options, compiled) if options.log else 0
-
-
-def _say(text: str, options: argparse.Namespace, file: TextIO | None = None) -> None:
-    try:
-        print(without_password(text, options.tracking_uri), file=file, flush=True)
-    except BrokenPipeError:  # who read it has seen enough, as `| head` does: the files are written all the same
-        os.dup2(os.open(os.devnull, os.O_WRONLY), (file or sys.stdout).fileno())
 
 
 def _check_some_finished(compiled: Sequence[CompiledTable]) -> None:
@@ -130,7 +116,7 @@ def _log(options: argparse.Namespace, compiled: Sequence[CompiledTable]) -> int:
             texts = {f"{name}.md": to_markdown(table), f"{name}.tex": to_latex(table)}
             log_texts(options.tracking_uri, sorted({trial.parent_run_id for trial in table.trials} - {""}), texts)
     except UserError as error:
-        _say(f"error: the tables could not be kept in MLflow: {error}", options, sys.stderr)
+        say(f"error: the tables could not be kept in MLflow: {error}", options, sys.stderr)
         return 1
     return 0
 

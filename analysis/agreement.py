@@ -9,15 +9,13 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy import stats
-
 from analysis.compiled import CompiledTable, Line, Trial
 from analysis.render import markdown, markdown_grid
+from analysis.stats import over_seeds
 
 NOISE = 2.1
 """Points between sum and mean in Table 5, which are the same maps but for a factor: what chance does to the paper's
 values."""
-CONFIDENCE = 0.95
 
 
 @dataclass(frozen=True)
@@ -78,14 +76,6 @@ def tau(pairs: Sequence[Pair], seed: int) -> float | None:
     return 2 * statistics.fmean(ordered) - 1 if ordered else None
 
 
-def interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Of the mean of normally distributed values (Student's t)."""
-    if len(values) < 2:
-        return None
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * statistics.stdev(values) / len(values) ** 0.5
-    return statistics.fmean(values) - half, statistics.fmean(values) + half
-
-
 def to_markdown(compiled: Sequence[CompiledTable]) -> str:
     """Counts by table, tau of all pairs and of those that the paper tells apart by more than its noise, all pairs."""
     pairs = find_pairs(compiled)
@@ -135,6 +125,6 @@ def _tau(pairs: Sequence[Pair], seeds: Sequence[int]) -> str:
 def _told(values: Sequence[float], form: str) -> str:
     if not values:
         return "not measured"
-    between = interval(values)
+    between = over_seeds(values)
     told = f" ({between[0]:{form}} to {between[1]:{form}})" if between else ""
     return f"{statistics.fmean(values):{form}}{told}"

@@ -1,9 +1,10 @@
 """What a compiled table holds: lines of cells, measured beside published, and the runs that they come from."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from analysis.stats import Interval
 from sweeps.plan.table import Table
 
 
@@ -53,6 +54,35 @@ class Cell:
 
 
 @dataclass(frozen=True)
+class Gap:
+    """What a row has more than another, in points: mean over the n seeds that both have, and intervals of it."""
+
+    mean: float
+    images: Interval | None
+    seeds: Interval | None
+    n: int
+
+    @property
+    def is_clear(self) -> bool:
+        """Whether neither source of chance explains it: no interval that is known has 0 in it."""
+        known = [interval for interval in (self.images, self.seeds) if interval]
+        return bool(known) and not any(interval.has_zero for interval in known)
+
+
+@dataclass(frozen=True)
+class Chance:
+    """Intervals of a row's first metric, see `stats.py`; None where they are not known.
+
+    `from_first` and `from_best`: what it has more than the table's first comparable row, and than the best one.
+    """
+
+    images: Interval | None
+    seeds: Interval | None
+    from_first: Gap | None
+    from_best: Gap | None
+
+
+@dataclass(frozen=True)
 class Line:
     """A row of the table file, or (`ours` false) one that only the paper has.
 
@@ -85,16 +115,28 @@ class Line:
 
 @dataclass(frozen=True)
 class CompiledTable:
-    """`notes` are (heading, text) pairs that belong under the table."""
+    """`notes` are (heading, text) pairs that belong under the table.
+
+    `chances` are of measured rows, by id, as far as they were asked for (`chance.with_chance`); `best` is the row that
+    is best in the first metric, "" where that was not.
+    """
 
     table: Table
     preset: str
     lines: tuple[Line, ...]
     notes: tuple[tuple[str, str], ...]
+    chances: Mapping[str, Chance] = field(default_factory=dict)
+    best: str = ""
 
     @property
     def trials(self) -> list[Trial]:
         return [trial for line in self.lines for trial in line.trials]
+
+    def is_tied(self, line: Line) -> bool:
+        """Whether chance explains what the best row has more in the first metric."""
+        chance = self.chances.get(line.id)
+        gap = chance.from_best if chance else None
+        return gap is not None and bool(gap.images or gap.seeds) and not gap.is_clear
 
     @property
     def experiments(self) -> list[str]:

@@ -47,9 +47,10 @@ def read_tables(options: argparse.Namespace) -> list[Table]:
 
 def compile_tables(options: argparse.Namespace, tables: list[Table]) -> "list[CompiledTable]":
     """Those of the tables that there are runs of. Raises UserError as `compile_from_mlflow` does."""
+    from analysis.chance import with_chance
     from analysis.tables import compile_from_mlflow
 
-    return compile_from_mlflow(
+    compiled = compile_from_mlflow(
         tables,
         preset=options.preset,
         tracking_uri=options.tracking_uri,
@@ -58,6 +59,7 @@ def compile_tables(options: argparse.Namespace, tables: list[Table]) -> "list[Co
         seed=options.seed,
         overrides=parse_overrides(options.set),
     )
+    return with_chance(compiled, options.tracking_uri)
 
 
 def say(text: str, options: argparse.Namespace, file: TextIO | None = None) -> None:

@@ -7,12 +7,12 @@ the paper is shown twice, like a metric: ours, then the paper's.
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pandas as pd
 
-from analysis.compiled import Cell, CompiledTable, Line, mark_text
+from analysis.compiled import Cell, Chance, CompiledTable, Gap, Line, mark_text
 from analysis.runs import SHORT
 from semformer.errors import UserError
 from sweeps.plan.scores import link_of
@@ -29,6 +29,7 @@ class Entry:
     text: str
     latex: str = ""
     bold: bool = False
+    italic: bool = False
     symbols: str = ""
     """Of its footnotes."""
 
@@ -69,6 +70,8 @@ def to_markdown(compiled: CompiledTable) -> str:
             f"(filter: `tags.\"{TAG}trial_key\" LIKE 'KEY%'`):"
         )
         parts.append(markdown_grid([[markdown(text) for text in line] for line in runs]))
+    if chances := _chance_lines(compiled):
+        parts += ["How far chance goes:", markdown_grid([[markdown(text) for text in line] for line in chances])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -178,7 +181,8 @@ def _entries(compiled: CompiledTable, footnotes: Footnotes) -> tuple[list[list[E
         told = [entry for mark in marks for entry in _mark_entries(line, mark, compiled)]
         values = []
         for metric in metrics:
-            values.append(_measured(line, line.cells[metric.name], several, footnotes))
+            entry = _measured(line, line.cells[metric.name], several, footnotes)
+            values.append(replace(entry, italic=metric == metrics[0] and compiled.is_tied(line)))
             values += [_paper(line.cells[metric.name])] * (metric.name in table.paper_metrics)
         columns.append([Entry(line.label)] * labelled + told + values)
     if not transposed:
@@ -262,13 +266,41 @@ def _run_lines(compiled: CompiledTable, length: int | None) -> list[list[str]]:
     return [heads, *lines] if lines else []
 
 
+def _chance_lines(compiled: CompiledTable) -> list[list[str]]:
+    """A heading and one line per measured row: its first metric, and what it has more than the first row and than the
+    best one, each with its intervals. Empty if none is known."""
+    metric = compiled.table.metrics[0]
+    told = [(line, compiled.chances[line.id]) for line in compiled.lines if line.id in compiled.chances]
+    first = next((line.label for line, _ in told if not line.cells[metric.name].deviations), "")
+    best = next((line.label for line, _ in told if line.id == compiled.best), "")
+    lines = [
+        [
+            line.label,
+            f"{line.cells[metric.name].mean:.1f}{_intervals(chance)}",
+            *(
+                f"{gap.mean:+z.1f}{_intervals(gap)}" if gap else NO_VALUE
+                for gap in (chance.from_first, chance.from_best)
+            ),
+        ]
+        for line, chance in told
+    ]
+    heads = ["row", metric.header, f"more than {first}", f"more than {best} (the best)"]
+    return [heads, *lines] if any(chance.images or chance.seeds for _, chance in told) else []
+
+
+def _intervals(of: Chance | Gap) -> str:
+    known = [("images", of.images), ("seeds", of.seeds)]
+    told = [f"{name} {interval.low:z.1f} to {interval.high:z.1f}" for name, interval in known if interval]
+    return f" ({', '.join(told)})" if told else ""
+
+
 def _number(value: float | None, digits: int) -> str:
     return "" if value is None else f"{value:.{digits}f}"
 
 
 def _markdown_entry(entry: Entry) -> str:
     text = markdown(entry.text)
-    text = f"**{text}**" if entry.bold else text
+    text = f"**{text}**" if entry.bold else f"*{text}*" if entry.italic else text
     return f"{text} {entry.symbols}" if entry.symbols.startswith("[") else text + entry.symbols
 
 
@@ -326,5 +358,6 @@ def _latex_line(line: Sequence[Entry]) -> list[str]:
             return [*texts, rf"\multicolumn{{{len(line) - i}}}{{c}}{{{_latex(OURS)}}}"]
         text = entry.latex or _latex(entry.text)
         text = "{}" + text if i == 0 and text[:1] in ("[", "*") else text
-        texts.append((rf"\textbf{{{text}}}" if entry.bold else text) + _latex_symbols(entry.symbols))
+        text = rf"\textbf{{{text}}}" if entry.bold else rf"\textit{{{text}}}" if entry.italic else text
+        texts.append(text + _latex_symbols(entry.symbols))
     return texts

@@ -10,7 +10,7 @@ import pytest
 from scipy.stats import kendalltau, ttest_1samp
 
 from analysis import agreement
-from analysis.agreement import find_pairs, interval, tau
+from analysis.agreement import find_pairs, tau
 from sweeps.plan.table import load_table
 from tests.analysis.scene import CRA, OURS, PAPER, Sweep, grid
 
@@ -103,12 +103,6 @@ def test_seeds_are_paired_and_pooled(sweep):
     assert "| table03" in text
     assert re.search(r"\| CF → CF \+ AS .*\| 1 of 1 +\|$", text, re.MULTILINE), "measured in one of the three seeds"
     assert "tau (1: all, -1: none): 0.56" in text, "1, 1 and, of CF < CB, CF < AS, CB > AS, -1/3"
-
-
-def test_interval_is_students():
-    values = [57.5, 59.2, 59.3, 55.2]
-    assert interval(values) == pytest.approx(tuple(ttest_1samp(values, 0).confidence_interval()))
-    assert interval([1.0]) is None
 
 
 def test_only_pairs_beyond_the_papers_noise_count_as_far(sweep):

@@ -49,7 +49,7 @@ def find_pairs(compiled: Iterable[CompiledTable]) -> list[Pair]:
             ours: dict[int, float] = {}
             untold = []
             for seed in sorted(a.keys() & b.keys()):
-                runs = (seed, frozenset(one.measured or one.trial_key for one in (a[seed], b[seed])))
+                runs = (seed, frozenset(one.measured or one.record.trial_key for one in (a[seed], b[seed])))
                 if runs in seen and len(runs[1]) > 1:
                     continue
                 seen.add(runs)

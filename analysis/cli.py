@@ -114,7 +114,9 @@ def _log(options: argparse.Namespace, compiled: Sequence[CompiledTable]) -> int:
         for table in compiled:
             name = table.table.name
             texts = {f"{name}.md": to_markdown(table), f"{name}.tex": to_latex(table)}
-            log_texts(options.tracking_uri, sorted({trial.parent_run_id for trial in table.trials} - {""}), texts)
+            log_texts(
+                options.tracking_uri, sorted({trial.record.parent_run_id for trial in table.trials} - {""}), texts
+            )
     except UserError as error:
         say(f"error: the tables could not be kept in MLflow: {error}", options, sys.stderr)
         return 1

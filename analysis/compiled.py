@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from analysis.runs import Record
 from analysis.stats import Interval
 from sweeps.plan.table import Table
 
@@ -13,22 +14,28 @@ class Trial:
     """One run of one row. `values` has the finite values by metric name; `thresholds` what those of maps were scored
     at, by words of `scores.LINKS`; `measured` tells the stages that measured them, "" where that is not recorded.
 
-    `parent_run_id` is the sweep's, "" where there is none; `experiment` is MLflow's.
-
-    `deviations` tells what its protocol or settings have other than most cells.
+    `reason` is the record's, cut for people; `deviations` tells what its protocol or settings have other than most
+    cells.
     """
 
-    seed: int
-    run_id: str
-    parent_run_id: str
-    experiment: str
-    trial_key: str
-    status: str
+    record: Record
     reason: str
     values: Mapping[str, float]
     thresholds: Mapping[str, float]
     deviations: tuple[str, ...]
     measured: str = ""
+
+    @property
+    def seed(self) -> int:
+        return self.record.seed
+
+    @property
+    def run_id(self) -> str:
+        return self.record.run_id
+
+    @property
+    def status(self) -> str:
+        return self.record.status
 
     @property
     def threshold(self) -> float | None:
@@ -141,7 +148,7 @@ class CompiledTable:
     @property
     def experiments(self) -> list[str]:
         """Where its trials were found."""
-        return list(dict.fromkeys(trial.experiment for trial in self.trials))
+        return list(dict.fromkeys(trial.record.experiment for trial in self.trials))
 
 
 def mark_text(value: bool | int | float | str) -> str:

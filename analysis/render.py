@@ -122,7 +122,7 @@ def to_frame(compiled: CompiledTable) -> pd.DataFrame:
                     {
                         "table": compiled.table.name,
                         "preset": compiled.preset,
-                        "experiment": trial.experiment if trial else "",
+                        "experiment": trial.record.experiment if trial else "",
                         "row": line.id,
                         "label": line.label,
                         "settings": "; ".join(f"{mark} = {value}" for mark, value in line.settings.items()),
@@ -135,7 +135,7 @@ def to_frame(compiled: CompiledTable) -> pd.DataFrame:
                         "paper": line.cells[metric.name].paper,
                         "deviations": "; ".join(trial.deviations) if trial else "",
                         "run_id": trial.run_id if trial else "",
-                        "trial_key": trial.trial_key if trial else "",
+                        "trial_key": trial.record.trial_key if trial else "",
                     }
                 )
     types = {"seed": "Int64", "value": "float64", "threshold": "float64", "paper": "float64"}
@@ -256,9 +256,9 @@ def _run_lines(compiled: CompiledTable, length: int | None) -> list[list[str]]:
             trial.status,
             *(_number(trial.values.get(metric.name), 2) for metric in metrics),
             _number(trial.threshold, 2),
-            *[trial.experiment] * several,
+            *[trial.record.experiment] * several,
             trial.run_id[:length],
-            trial.trial_key[:length],
+            trial.record.trial_key[:length],
         ]
         for line in compiled.lines
         for trial in line.trials

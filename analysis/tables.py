@@ -125,12 +125,7 @@ def _trial(candidate: Candidate, table: Table, protocol: Protocol) -> Trial:
     thresholds = {word: record.score(f"{word}/threshold") for word in of_maps}
     reason = re.sub(r"\x1b\[[0-9;]*m", "", record.reason) or "no reason recorded"
     return Trial(
-        seed=record.seed,
-        run_id=record.run_id,
-        parent_run_id=record.parent_run_id,
-        experiment=record.experiment,
-        trial_key=record.trial_key,
-        status=record.status,
+        record,
         reason=textwrap.shorten(reason, 200, placeholder=" ..."),
         values={name: score for name, score in scores.items() if score is not None},
         thresholds={word: value for word, value in thresholds.items() if value is not None},

@@ -133,6 +133,6 @@ def test_the_printed_filter_finds_the_run(sweep):
     runs = sweep.full()
     compiled = sweep.compiled()
     query = re.search(r"filter: `(.*)`", to_markdown(compiled))[1]
-    key = compiled.lines[-1].trials[0].trial_key[:8]
+    key = compiled.lines[-1].trials[0].record.trial_key[:8]
     found = sweep.client.search_runs([sweep.id], query.replace("KEY", key))
     assert [run.info.run_id for run in found] == [runs[-1]]

@@ -16,6 +16,7 @@ from analysis.stats import over_seeds
 NOISE = 2.1
 """Points between sum and mean in Table 5, which are the same maps but for a factor: what chance does to the paper's
 values."""
+HEADING = "Pairs of rows that are ordered as in the paper"
 
 
 @dataclass(frozen=True)
@@ -76,36 +77,65 @@ def tau(pairs: Sequence[Pair], seed: int) -> float | None:
     return 2 * statistics.fmean(ordered) - 1 if ordered else None
 
 
-def to_markdown(compiled: Sequence[CompiledTable]) -> str:
-    """Counts by table, tau of all pairs and of those that the paper tells apart by more than its noise, all pairs."""
+@dataclass(frozen=True)
+class Agreement:
+    """Tables of text, each with its heading first: `counts` by table, of all, and of those that the paper tells apart
+    by more than its noise; and `every` pair that is told. Sentences on them."""
+
+    counts: list[list[str]]
+    every: list[list[str]]
+    how_counted: str
+    taus: str
+    gains: str
+
+    @property
+    def n_tables(self) -> int:
+        """Lines of `counts` that are of one table."""
+        return len(self.counts) - 3
+
+
+def agreement_of(compiled: Sequence[CompiledTable]) -> Agreement | None:
+    """None where there is no pair."""
     pairs = find_pairs(compiled)
-    heading = "### Pairs of rows that are ordered as in the paper"
     if not pairs:
-        return f"{heading}\n\nNo two rows have measured values and different values of the paper.\n"
+        return None
     seeds = sorted({seed for pair in pairs for seed in (*pair.ours, *pair.untold)})
     by_table = {name: list(own) for name, own in itertools.groupby(pairs, key=lambda pair: pair.table)}
     counts = [["table", "pairs", *(f"as in the paper, seed {seed}" for seed in seeds)]]
     counts += [[name, str(len(own)), *(_count(own, seed) for seed in seeds)] for name, own in by_table.items()]
     far = [pair for pair in pairs if abs(pair.paper) > NOISE]
     for name, some in (("all", pairs), (f"all that differ by more than {NOISE} in the paper", far)):
-        counts.append([f"**{name}**", str(len(some)), *(_count(some, seed) for seed in seeds)])
+        counts.append([name, str(len(some)), *(_count(some, seed) for seed in seeds)])
     every = [["table", "rows", "paper", "ours", "seeds as in the paper"]]
     for pair in (pair for pair in pairs if pair.ours):
         ordered = sum(map(pair.is_ordered, pair.ours))
         rows, ours = f"{pair.rows[0]} → {pair.rows[1]}", _told(list(pair.ours.values()), "+z.1f")
-        every.append([pair.table, markdown(rows), f"{pair.paper:+.1f}", ours, f"{ordered} of {len(pair.ours)}"])
-    told = [
-        heading,
-        markdown_grid(counts),
+        every.append([pair.table, rows, f"{pair.paper:+.1f}", ours, f"{ordered} of {len(pair.ours)}"])
+    how_counted = (
         "Of each table its first metric; a pair of runs that several pairs of rows show counts in the first. "
         f"{NOISE} points: by so much the paper's sum and mean differ in Table 5, which are the same maps but for a "
-        f"factor. Not counted, as both rows are one run or equal as printed: {_untold(pairs, seeds)}.",
+        f"factor. Not counted, as both rows are one run or equal as printed: {_untold(pairs, seeds)}."
+    )
+    taus = (
         f"Kendall's tau (1: all, -1: none): {_tau(pairs, seeds)}; of those that differ by more than {NOISE} points "
-        f"in the paper: {_tau(far, seeds)}.",
-    ]
-    if len(every) > 1:
-        over = " (interval of 95 % over seeds)" * (len(seeds) > 1)
-        told += [f"What a row has more than another, in points{over}:", markdown_grid(every)]
+        f"in the paper: {_tau(far, seeds)}"
+    )
+    over = " (interval of 95 % over seeds)" * (len(seeds) > 1)
+    return Agreement(counts, every, how_counted, taus, gains=f"What a row has more than another, in points{over}:")
+
+
+def to_markdown(compiled: Sequence[CompiledTable]) -> str:
+    """Counts by table, tau of all pairs and of those that the paper tells apart by more than its noise, all pairs."""
+    agreement = agreement_of(compiled)
+    heading = f"### {HEADING}"
+    if agreement is None:
+        return f"{heading}\n\nNo two rows have measured values and different values of the paper.\n"
+    names = [f"**{line[0]}**" if i > agreement.n_tables else line[0] for i, line in enumerate(agreement.counts)]
+    counts = [[name, *line[1:]] for name, line in zip(names, agreement.counts, strict=True)]
+    told = [heading, markdown_grid(counts), agreement.how_counted, f"{agreement.taus}."]
+    if len(agreement.every) > 1:
+        every = [[line[0], markdown(line[1]), *line[2:]] for line in agreement.every]
+        told += [agreement.gains, markdown_grid(every)]
     return "\n\n".join(told) + "\n"
 
 

@@ -18,16 +18,18 @@ def fetch(tracking_uri: str, wanted: Iterable[tuple[str, str]], folder: Path) ->
     """The files among `wanted` (run id, name) that are there: where each now lies, in `folder` if it is not on this
     machine anyway. Raises UserError if MLflow or its artifacts cannot be read."""
     client = MlflowClient(tracking_uri)
+    asked = list(dict.fromkeys(wanted))
+    folders = list(dict.fromkeys((run_id, name.rpartition("/")[0]) for run_id, name in asked))
 
-    def load(run_id: str, name: str) -> Path | None:
-        there = {file.path for file in client.list_artifacts(run_id, name.rpartition("/")[0] or None)}
-        if name not in there:
-            return None
+    def names_in(run_id: str, name: str) -> set[str]:
+        return {file.path for file in client.list_artifacts(run_id, name or None)}
+
+    def load(run_id: str, name: str) -> Path:
         own = folder / run_id
         own.mkdir(parents=True, exist_ok=True)
         return Path(client.download_artifacts(run_id, name, str(own)))
 
-    asked = list(dict.fromkeys(wanted))
     with connecting(tracking_uri), ThreadPoolExecutor(AT_ONCE) as threads:
-        found = threads.map(lambda one: load(*one), asked)
-        return {one: path for one, path in zip(asked, found, strict=True) if path is not None}
+        names = dict(zip(folders, threads.map(lambda one: names_in(*one), folders), strict=True))
+        there = [(run_id, name) for run_id, name in asked if name in names[run_id, name.rpartition("/")[0]]]
+        return dict(zip(there, threads.map(lambda one: load(*one), there), strict=True))

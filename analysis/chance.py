@@ -1,7 +1,8 @@
 """How far chance goes in a table's first metric: intervals of its rows, and of what a row has more than another."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from statistics import fmean
 from tempfile import TemporaryDirectory
@@ -40,7 +41,7 @@ class _Images:
 def with_chance(compiled: Sequence[CompiledTable], tracking_uri: str) -> list[CompiledTable]:
     """The tables, with what is known of the chance in them. Raises UserError if MLflow's files cannot be read."""
     wanted = {
-        (trial.run_id, _folder(table.table.metrics[0]) + name)
+        (trial.run_id, _folder(table.table.metrics[0].name) + name)
         for table in compiled
         for trial in table.trials
         if table.table.metrics[0].name in trial.values
@@ -48,20 +49,29 @@ def with_chance(compiled: Sequence[CompiledTable], tracking_uri: str) -> list[Co
     }
     with TemporaryDirectory() as folder:
         files = fetch(tracking_uri, wanted, Path(folder))
-        return [_of_table(table, files) for table in compiled]
+
+        @cache
+        def images(run_id: str, metric: str, value: float) -> _Images | None:
+            return _images(run_id, metric, value, files)
+
+        return [_of_table(table, images) for table in compiled]
 
 
-def _folder(metric: Metric) -> str:
+def _folder(metric: str) -> str:
     """That the files of the stage which measures it are in."""
-    word = link_of(metric.name)
+    word = link_of(metric)
     return "" if word == OF_MAPS else f"{LINKS[word].stage}/"
 
 
-def _of_table(compiled: CompiledTable, files: Mapping[tuple[str, str], Path]) -> CompiledTable:
+def _of_table(compiled: CompiledTable, images_of: Callable[[str, str, float], _Images | None]) -> CompiledTable:
     metric = compiled.table.metrics[0]
     lines = [line for line in compiled.lines if line.cells[metric.name].mean is not None]
     comparable = [line for line in lines if not line.cells[metric.name].deviations]
-    images = {trial.run_id: _images(metric, trial, files) for line in lines for trial in line.trials}
+    images = {
+        trial.run_id: images_of(trial.run_id, metric.name, trial.values[metric.name])
+        for line in lines
+        for trial in _by_seed(metric, line).values()
+    }
     best = max(comparable, key=lambda line: _goodness(metric, line), default=None)
     chances = {}
     for line in lines:
@@ -117,16 +127,16 @@ def _gap(metric: Metric, first: Line, second: Line, images: Mapping[str, _Images
     return Gap(fmean(gains), paired, over_seeds(gains), len(seeds))
 
 
-def _images(metric: Metric, trial: Trial, files: Mapping[tuple[str, str], Path]) -> _Images | None:
+def _images(run_id: str, metric: str, value: float, files: Mapping[tuple[str, str], Path]) -> _Images | None:
     """None where its pixels are not known: it has no such file, or its metric is no mean IoU."""
-    counts, classes = (files.get((trial.run_id, _folder(metric) + name)) for name in (IMAGE_COUNTS, CLASS_IOU))
-    if metric.name not in trial.values or counts is None or classes is None:
+    counts, classes = (files.get((run_id, _folder(metric) + name)) for name in (IMAGE_COUNTS, CLASS_IOU))
+    if counts is None or classes is None:
         return None
     try:
-        ids, pixels = read_pixels(counts, classes, f"{LINKS[link_of(metric.name)].of}/", metric.name.rpartition("/")[2])
+        ids, pixels = read_pixels(counts, classes, f"{LINKS[link_of(metric)].of}/", metric.rpartition("/")[2])
     except (OSError, ValueError, KeyError, pa.ArrowException) as error:
-        raise UserError(f"run {trial.run_id}: its {counts.name} or {classes.name} cannot be read: {error}") from error
-    if not ids or round(float(mean_iou(pixels.sum(axis=0))) - trial.values[metric.name], DIGITS):
+        raise UserError(f"run {run_id}: its {counts.name} or {classes.name} cannot be read: {error}") from error
+    if not ids or round(float(mean_iou(pixels.sum(axis=0))) - value, DIGITS):
         return None
     return _Images(ids, resampled(pixels))
 

@@ -32,6 +32,8 @@ class Entry:
     italic: bool = False
     symbols: str = ""
     """Of its footnotes."""
+    row: str = ""
+    """The id of the row whose measured value it is."""
 
 
 class Footnotes:
@@ -58,8 +60,8 @@ class Footnotes:
 def to_markdown(compiled: CompiledTable) -> str:
     """The table, what its numbers are, and where each comes from (ids shortened)."""
     footnotes = Footnotes()
-    entries, _ = _entries(compiled, footnotes)
-    grid = [[_markdown_entry(entry) for entry in line] for line in entries]
+    lines, _ = entries(compiled, footnotes)
+    grid = [[_markdown_entry(entry) for entry in line] for line in lines]
     under = [f"- {symbol} {markdown(text)}" for symbol, text in footnotes.items()]
     under += [f"- **{heading}:** {markdown(text)}" for heading, text in compiled.notes]
     parts = [f"### {compiled.table.name}: {markdown(compiled.table.title)}", markdown_grid(grid), "\n".join(under)]
@@ -70,7 +72,7 @@ def to_markdown(compiled: CompiledTable) -> str:
             f"(filter: `tags.\"{TAG}trial_key\" LIKE 'KEY%'`):"
         )
         parts.append(markdown_grid([[markdown(text) for text in line] for line in runs]))
-    if chances := _chance_lines(compiled):
+    if chances := chance_lines(compiled):
         parts += ["How far chance goes:", markdown_grid([[markdown(text) for text in line] for line in chances])]
     return "\n\n".join(parts) + "\n"
 
@@ -78,10 +80,10 @@ def to_markdown(compiled: CompiledTable) -> str:
 def to_latex(compiled: CompiledTable) -> str:
     """A table environment; the document loads booktabs and amssymb. Full run ids and trial keys stand in comments."""
     footnotes = Footnotes()
-    entries, rules = _entries(compiled, footnotes)
-    width = len(entries[0])
+    lines, rules = entries(compiled, footnotes)
+    width = len(lines[0])
     body = []
-    for i, line in enumerate(entries):
+    for i, line in enumerate(lines):
         body.append(" & ".join(_latex_line(line)) + r" \\")
         if i in rules:
             body.append(r"\midrule")
@@ -164,7 +166,7 @@ def write_text(path: Path, text: str) -> Path:
     return path
 
 
-def _entries(compiled: CompiledTable, footnotes: Footnotes) -> tuple[list[list[Entry]], set[int]]:
+def entries(compiled: CompiledTable, footnotes: Footnotes) -> tuple[list[list[Entry]], set[int]]:
     """The lines of the table, the heading first, and after which of them a rule belongs."""
     table, lines = compiled.table, compiled.lines
     marks, metrics, transposed = table.layout.marks, table.metrics, table.layout.transposed
@@ -181,18 +183,18 @@ def _entries(compiled: CompiledTable, footnotes: Footnotes) -> tuple[list[list[E
         told = [entry for mark in marks for entry in _mark_entries(line, mark, compiled)]
         values = []
         for metric in metrics:
-            entry = _measured(line, line.cells[metric.name], several, footnotes)
-            values.append(replace(entry, italic=metric == metrics[0] and compiled.is_tied(line)))
+            entry, row = _measured(line, line.cells[metric.name], several, footnotes), line.id if line.ours else ""
+            values.append(replace(entry, italic=metric == metrics[0] and compiled.is_tied(line), row=row))
             values += [_paper(line.cells[metric.name])] * (metric.name in table.paper_metrics)
         columns.append([Entry(line.label)] * labelled + told + values)
     if not transposed:
         return columns, {0}
-    entries = [list(line) for line in zip(*columns, strict=True)]
+    grid = [list(line) for line in zip(*columns, strict=True)]
     if labelled and marks:
         ours = [i for i, line in enumerate(lines, start=1) if line.ours]
         for i in ours:
-            entries[0][i] = Entry(OURS if i == ours[0] else "")
-    return entries, rules
+            grid[0][i] = Entry(OURS if i == ours[0] else "")
+    return grid, rules
 
 
 def _has_two_values(mark: Mark, compiled: CompiledTable) -> bool:
@@ -266,7 +268,7 @@ def _run_lines(compiled: CompiledTable, length: int | None) -> list[list[str]]:
     return [heads, *lines] if lines else []
 
 
-def _chance_lines(compiled: CompiledTable) -> list[list[str]]:
+def chance_lines(compiled: CompiledTable) -> list[list[str]]:
     """A heading and one line per measured row: its first metric, and what it has more than the first row and than the
     best one, each with its intervals. Empty if none is known."""
     metric = compiled.table.metrics[0]

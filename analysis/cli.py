@@ -15,7 +15,7 @@ from semformer.errors import UserError
 from semformer.secrets import without_password
 from sweeps.plan.table import Table
 
-COMMANDS: dict[str, str] = {}
+COMMANDS = {"figures": "draws them: curves, IoU of each class, training, cost"}
 """What else it can do -> a line about it. Each is a module of this package, with `add_arguments` and `run`."""
 
 

@@ -1,0 +1,1 @@
+"""What figures show: one module for each kind, with a function that draws it of compiled tables."""

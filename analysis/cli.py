@@ -2,8 +2,10 @@
 
 import argparse
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
+from datetime import datetime
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -15,8 +17,14 @@ from semformer.errors import UserError
 from semformer.secrets import without_password
 from sweeps.plan.table import Table
 
-COMMANDS = {"figures": "draws them: curves, IoU of each class, training, cost"}
+COMMANDS = {
+    "figures": "draws them: curves, IoU of each class, training, cost",
+    "report": "all of it, figures as well, as one HTML file",
+}
 """What else it can do -> a line about it. Each is a module of this package, with `add_arguments` and `run`."""
+
+EVERY = 60.0
+"""Seconds after which `--watch` looks again."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -29,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except UserError as error:
         say(f"error: {error}", options, sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        return 130
 
 
 class Parser(argparse.ArgumentParser):
@@ -58,6 +68,7 @@ def _parser_of(word: str) -> tuple[Parser, Callable[[argparse.Namespace], int]]:
     add("--agreement", action="store_true", help="also tell which pairs of rows are ordered as in the paper")
     add("--out", type=Path, metavar="DIR", help="also write TABLE.md, .tex and .parquet (all cells)")
     add("--log", action="store_true", help="also keep the tables in MLflow, with the sweep's parent run")
+    add("--watch", action="store_true", help="again whenever a trial has got further, until none runs or waits")
     return parser, _tables
 
 
@@ -65,11 +76,35 @@ def _tables(options: argparse.Namespace) -> int:
     tables = read_tables(options)
     if options.agreement and options.out and any(table.name == "agreement" for table in tables):
         raise UserError("--agreement --out writes agreement.md, which would be your table's: give it another name")
+    if options.watch:
+        return _watch(options, tables)
+    compiled = compile_tables(options, tables)
+    _check_some_finished(compiled)
+    return _show(options, tables, compiled)
+
+
+def _watch(options: argparse.Namespace, tables: Sequence[Table]) -> int:
+    """Once there are trials, an MLflow that does not answer is waited for."""
+    compiled, shown, status = compile_tables(options, tables), None, 0
+    while True:
+        states = {(t.run_id, t.status, *sorted(t.values.items())) for table in compiled for t in table.trials}
+        if states != shown:
+            shown = states
+            say(f"{datetime.now():%H:%M:%S}", options)
+            status = _show(options, tables, compiled)
+        if not any(state in ("queued", "running") for _, state, *_ in states):
+            return status
+        time.sleep(EVERY)
+        try:
+            compiled = compile_tables(options, tables)
+        except UserError as error:
+            say(f"still waiting: {error}", options, sys.stderr)
+
+
+def _show(options: argparse.Namespace, tables: Sequence[Table], compiled: Sequence[CompiledTable]) -> int:
     from analysis import agreement
     from analysis.render import to_latex, to_markdown, write_files, write_text
 
-    compiled = compile_tables(options, tables)
-    _check_some_finished(compiled)
     renderers = {"markdown": [to_markdown], "latex": [to_latex], "both": [to_markdown, to_latex]}
     say("\n".join(renderer(table) for table in compiled for renderer in renderers[options.format]).rstrip(), options)
     if len(tables) > 1:

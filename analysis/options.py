@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TextIO
 
 from semformer.config import PRESETS, parse_overrides
@@ -45,7 +46,7 @@ def read_tables(options: argparse.Namespace) -> list[Table]:
     return load_all_tables() if options.all else load_tables(options.tables)
 
 
-def compile_tables(options: argparse.Namespace, tables: list[Table]) -> "list[CompiledTable]":
+def compile_tables(options: argparse.Namespace, tables: Sequence[Table]) -> "list[CompiledTable]":
     """Those of the tables that there are runs of. Raises UserError as `compile_from_mlflow` does."""
     from analysis.chance import with_chance
     from analysis.tables import compile_from_mlflow

@@ -209,3 +209,43 @@ def test_who_reads_no_further_is_no_error(sweep):
         told = process.stderr.read()
     assert "Traceback" not in told
     assert process.returncode == 0
+
+
+def test_watching_ends_when_nothing_runs_and_prints_what_has_changed(sweep, monkeypatch, capsys):
+    """While it sleeps, the sweep goes on: a trial is measured, nothing happens, MLflow is away, the last one fails."""
+    first, second = sweep.trial("CF", tags={"status": "running"}), sweep.trial("CF-CB", tags={"status": "queued"})
+    split, connect = "val", MlflowClient.search_runs
+
+    def measured():
+        sweep.client.log_metric(first, f"cam/{split}/miou", 41.5)
+        sweep.client.set_tag(first, "semformer.status", "finished")
+        sweep.client.set_terminated(first)
+
+    def away():
+        def fail(*_, **__):
+            raise ConnectionError("nobody there")
+
+        monkeypatch.setattr(MlflowClient, "search_runs", fail)
+
+    def failed():
+        monkeypatch.setattr(MlflowClient, "search_runs", connect)
+        sweep.client.set_tag(second, "semformer.status", "failed")
+        sweep.client.set_tag(second, "semformer.reason", "it diverged")
+        sweep.client.set_terminated(second, "FAILED")
+
+    events = [measured, lambda: None, away, failed]
+    monkeypatch.setattr("analysis.cli.time.sleep", lambda seconds: events.pop(0)())
+    assert main(["table03", "--tracking-uri", sweep.uri, "--watch"]) == 0
+    assert events == []
+    told = capsys.readouterr()
+    printed = [re.search(r"(?m)^\| mIoU \(%\) ours .*", text)[0] for text in told.out.split("### table03")[1:]]
+    assert len(printed) == 3
+    assert [line.count("41.5") for line in printed] == [0, 1, 1]
+    assert "it diverged" in told.out.split("### table03")[-1]
+    assert told.err.count("nobody there") == 1
+
+
+def test_watching_what_is_not_there_is_an_error(sweep, capsys):
+    sweep.trial("CF", 41.5)
+    assert main(["table05", "--tracking-uri", sweep.uri, "--watch"]) == 2
+    assert "has no trial of table05" in capsys.readouterr().err

@@ -7,9 +7,7 @@ from pathlib import Path
 
 os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
 
-from mlflow import MlflowClient
-
-from sweeps.tracking.connection import connecting
+from sweeps.tracking.connection import connecting, reading_client
 
 AT_ONCE = 16
 
@@ -17,7 +15,7 @@ AT_ONCE = 16
 def fetch(tracking_uri: str, wanted: Iterable[tuple[str, str]], folder: Path) -> dict[tuple[str, str], Path]:
     """The files among `wanted` (run id, name) that are there: where each now lies, in `folder` if it is not on this
     machine anyway. Raises UserError if MLflow or its artifacts cannot be read."""
-    client = MlflowClient(tracking_uri)
+    client = reading_client(tracking_uri)
     asked = list(dict.fromkeys(wanted))
     folders = list(dict.fromkeys((run_id, name.rpartition("/")[0]) for run_id, name in asked))
 

@@ -6,7 +6,6 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -19,7 +18,7 @@ from semformer.errors import UserError
 from sweeps.plan import scores
 from sweeps.plan.protocol import PROTOCOL
 from sweeps.tracking import rows
-from sweeps.tracking.connection import TAG, connecting
+from sweeps.tracking.connection import TAG, connecting, reading_client
 
 SHORT = 8
 """Characters of a run id or trial key that are printed."""
@@ -99,7 +98,7 @@ def read_trials(tracking_uri: str, preset: str, experiments: Sequence[str] = ())
     Raises UserError if one of `experiments` is not there, or MLflow cannot be read.
     """
     with connecting(tracking_uri):
-        client = _client(tracking_uri)
+        client = reading_client(tracking_uri)
         names = _experiments(client, experiments)
         runs = _trial_runs(client, names, f"tags.`{TAG}preset` = '{preset}'")
     records, unusable = [], []
@@ -118,7 +117,7 @@ def read_trials(tracking_uri: str, preset: str, experiments: Sequence[str] = ())
 def contents(tracking_uri: str, experiments: Sequence[str] = ()) -> str:
     """ "there are trials of ...": tables, each with a preset. Raises UserError as `read_trials` does."""
     with connecting(tracking_uri):
-        client = _client(tracking_uri)
+        client = reading_client(tracking_uri)
         tags = [_tags(run) for run in _trial_runs(client, _experiments(client, experiments))]
     there = {(row.partition("/")[0], tag.get("preset", "")) for tag in tags for row in rows.read(tag)}
     told = ", ".join(f"{table} {preset}" for table, preset in sorted(there))
@@ -128,22 +127,10 @@ def contents(tracking_uri: str, experiments: Sequence[str] = ()) -> str:
 def log_texts(tracking_uri: str, run_ids: Iterable[str], texts: Mapping[str, str]) -> None:
     """Keep text files, by name, with some runs. Raises UserError if MLflow or its artifacts cannot be used."""
     with connecting(tracking_uri):
-        client = _client(tracking_uri)
+        client = reading_client(tracking_uri)
         for run_id in run_ids:
             for name, text in texts.items():
                 client.log_text(run_id, text, name)
-
-
-def _client(tracking_uri: str) -> MlflowClient:
-    """Reading must not leave a trace, but MLflow creates an sqlite database that is not there."""
-    if tracking_uri.startswith("sqlite:///"):
-        path = Path(tracking_uri.removeprefix("sqlite:///").partition("?")[0])
-        if not path.is_file():
-            raise UserError(
-                f"there is no MLflow database {path}: run a sweep first (semformer-sweep run), or name the "
-                "database with --tracking-uri"
-            )
-    return MlflowClient(tracking_uri)
 
 
 def _experiments(client: MlflowClient, wanted: Sequence[str]) -> dict[str, str]:

@@ -6,9 +6,12 @@ import logging
 import os
 import re
 import shlex
+import signal
 import sys
+import webbrowser
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
 from dataclasses import asdict, fields
 from hashlib import sha256
 from importlib.metadata import version
@@ -130,6 +133,11 @@ def _parser() -> argparse.ArgumentParser:
     sync = command("sync", _sync, "deliver the records that MLflow was not there to take")
     _add_sweep(sync)
     sync.add_argument("--tracking-uri", metavar="URI", help="of MLflow (default: the sweep's)")
+
+    ui = command("ui", _ui, "open MLflow on the columns that tell a sweep's story; of a database, until Ctrl-C")
+    ui.add_argument("--tracking-uri", default=_tracking_uri(), metavar="URI", help=f"default: {TRACKING_DEFAULT}")
+    ui.add_argument("--experiment", default="", metavar="NAME", help="default: the newest sweep's")
+    ui.add_argument("--port", type=_positive(int), default=5000, metavar="N", help="of a server (default: %(default)s)")
 
     gc = command("gc", _gc, "delete from a store what no sweep and no run reaches; without --apply, tell what that is")
     gc.add_argument("--store", default=STORE, metavar="DIR", help="a folder, or s3://BUCKET/PREFIX")
@@ -480,6 +488,20 @@ def _sync(options: argparse.Namespace, console: Console) -> int:
     console.print(f"{count} records delivered", highlight=False)
     if options.json:
         print(json.dumps({"sweep": folder.name, "delivered": count}))
+    return 0
+
+
+def _ui(options: argparse.Namespace, console: Console) -> int:
+    from sweeps.tracking.ui import experiment_of, page
+
+    with page(options.tracking_uri, experiment_of(options.tracking_uri, options.experiment), options.port) as address:
+        console.print(address, highlight=False, markup=False, soft_wrap=True)
+        if options.json:
+            print(json.dumps({"url": address}), flush=True)
+        webbrowser.open(address)
+        if not options.tracking_uri.startswith("http"):
+            with suppress(KeyboardInterrupt):
+                signal.pause()
     return 0
 
 

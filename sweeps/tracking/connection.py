@@ -30,6 +30,18 @@ def connecting(uri: str) -> Iterator[None]:
         raise UserError(without_password(told, uri)) from error
 
 
+def reading_client(uri: str) -> MlflowClient:
+    """Reading must not leave a trace, but MLflow creates an sqlite database that is not there: a UserError."""
+    if uri.startswith("sqlite:///"):
+        path = Path(uri.removeprefix("sqlite:///").partition("?")[0])
+        if not path.is_file():
+            raise UserError(
+                f"there is no MLflow database {path}: run a sweep first (semformer-sweep run), or name the "
+                "database with --tracking-uri"
+            )
+    return MlflowClient(uri)
+
+
 def open_experiment(client: MlflowClient, name: str) -> str:
     """The id of an experiment, made where there is none. Raises UserError if it was deleted."""
     experiment = client.get_experiment_by_name(name)

@@ -41,7 +41,7 @@ def find_pairs(compiled: Iterable[CompiledTable]) -> list[Pair]:
     pairs: list[Pair] = []
     seen: set[tuple[int, frozenset[str]]] = set()
     for table in compiled:
-        metric = table.table.metrics[0].name
+        metric = table.table.measured[0].name
         measured = [(line, _by_seed(line, metric)) for line in table.lines if line.cells[metric].paper is not None]
         for (first, a), (second, b) in itertools.combinations(measured, 2):
             paper = _rounded(_rounded(second.cells[metric].paper) - _rounded(first.cells[metric].paper))

@@ -129,7 +129,7 @@ def _candidates(
     """Rows that share a trial may differ in fields that do not count; the nearest row tells what was asked for."""
     wanted = {row.id: _texts(resolve(table, row, preset, overrides, 0)) for row in table.rows}
     varied = frozenset(field for field in next(iter(wanted.values())) if _overlaps(field, table.varied))
-    scores = tuple(metric.name for metric in table.metrics)
+    scores = tuple(metric.name for metric in table.measured)
     for record in records:
         rows = [row for row in record.rows_of(table.name) if row in wanted]
         differs = min((_differences(record, wanted[row], table.goal) for row in rows), key=len, default={})
@@ -217,7 +217,7 @@ def _sentences(table: Table, left: Iterable[Candidate], shown: Mapping[str, Cand
     for (what, how), group in groups.items():
         n = len({candidate.record.run_id for candidate in group})
         hint = f" ({how} shows {'it' if n == 1 else 'them'})" if how else ""
-        yield f"{n} other run{'s' * (n > 1)} left out: {what}{_scores(table.metrics[0], group)}{hint}."
+        yield f"{n} other run{'s' * (n > 1)} left out: {what}{_scores(table.measured[0], group)}{hint}."
 
 
 def _reason(candidate: Candidate, shown: Candidate | None) -> tuple[str, str]:

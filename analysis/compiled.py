@@ -47,7 +47,7 @@ class Trial:
 class Cell:
     """A measured value, in percent: mean and sample standard deviation over n seeds, beside the paper's.
 
-    None where there is no value; `remarks` then say why.
+    None where there is no value; `remarks` then say why. With `elsewhere`, no run of ours measures it.
     """
 
     mean: float | None
@@ -58,6 +58,7 @@ class Cell:
     deviations: tuple[str, ...] = ()
     best: bool = False
     paper_best: bool = False
+    elsewhere: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,8 +117,8 @@ class Line:
 
     @property
     def is_filled(self) -> bool:
-        """Whether every metric has a measured value."""
-        return all(cell.mean is not None for cell in self.cells.values())
+        """Whether every metric that runs of ours measure has a value."""
+        return all(cell.mean is not None or cell.elsewhere for cell in self.cells.values())
 
 
 @dataclass(frozen=True)

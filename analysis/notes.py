@@ -117,10 +117,11 @@ def notes_under(
         yield "Paper", _paper_note(table, protocol, preset)
     elif table.source:
         yield "Source", f"{table.source}."
-    if any(cell.best for line in lines for cell in line.cells.values()):
+    if any(cell.best or cell.paper_best for line in lines for cell in line.cells.values()):
         where = "line" if table.layout.transposed else "column"
+        alike = next((f" at equal {m.header}" for m in table.layout.marks if m.name == table.layout.compared), "")
         daggers = any(cell.deviations for line in lines for cell in line.cells.values())
-        yield "Bold", f"the best of its {where}{'; cells with a dagger are not compared' * daggers}."
+        yield "Bold", f"the best of its {where}{alike}{'; cells with a dagger are not compared' * daggers}."
     counts = {cell.n for line in lines for cell in line.cells.values() if cell.n}
     if max(counts, default=0) > 1:
         text = "a ± s (n) is the mean and the sample standard deviation over n seeds."
@@ -175,7 +176,9 @@ def _paper_note(table: Table, protocol: Protocol, preset: str) -> str:
     else:
         text += f" {_as_published(table, protocol)}"
     if table.paper_only:
-        text += f" Nothing of ours is measured for {', '.join(row.label for row in table.paper_only)}."
+        first, *others = (row.label for row in table.paper_only)
+        whom = f"the {1 + len(others)} others, {first} to {others[-1]}" if others else first
+        text += f" Nothing of ours is measured for {whom}."
     return text
 
 

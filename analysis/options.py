@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TextIO
 from semformer.config import PRESETS, parse_overrides
 from semformer.errors import UserError
 from semformer.secrets import without_password
+from sweeps.plan.scores import GOALS
 from sweeps.plan.table import Table, load_all_tables, load_tables
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def read_tables(options: argparse.Namespace) -> list[Table]:
     """Raises UserError if none is named, or a table file is wrong."""
     if options.all == bool(options.tables):
         raise UserError("which tables? Name some (table03 table08), or give --all alone")
-    return load_all_tables() if options.all else load_tables(options.tables)
+    return load_all_tables(GOALS[-1]) if options.all else load_tables(options.tables)
 
 
 def compile_tables(options: argparse.Namespace, tables: Sequence[Table]) -> "list[CompiledTable]":

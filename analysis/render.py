@@ -60,8 +60,11 @@ class Footnotes:
 def to_markdown(compiled: CompiledTable) -> str:
     """The table, what its numbers are, and where each comes from (ids shortened)."""
     footnotes = Footnotes()
-    lines, _ = entries(compiled, footnotes)
+    lines, rules = entries(compiled, footnotes)
     grid = [[_markdown_entry(entry) for entry in line] for line in lines]
+    if not compiled.table.layout.transposed:
+        for i in rules - {0}:
+            grid.insert(i + 1, [""] * len(grid[0]))  # Markdown has no other rules
     under = [f"- {symbol} {markdown(text)}" for symbol, text in footnotes.items()]
     under += [f"- **{heading}:** {markdown(text)}" for heading, text in compiled.notes]
     parts = [f"### {compiled.table.name}: {markdown(compiled.table.title)}", markdown_grid(grid), "\n".join(under)]
@@ -188,7 +191,7 @@ def entries(compiled: CompiledTable, footnotes: Footnotes) -> tuple[list[list[En
             values += [_paper(line.cells[metric.name])] * (metric.name in table.paper_metrics)
         columns.append([Entry(line.label)] * labelled + told + values)
     if not transposed:
-        return columns, {0}
+        return columns, {0, sum(not line.ours for line in lines)}
     grid = [list(line) for line in zip(*columns, strict=True)]
     if labelled and marks:
         ours = [i for i, line in enumerate(lines, start=1) if line.ours]
@@ -229,7 +232,8 @@ def _measured(line: Line, cell: Cell, several: bool, footnotes: Footnotes) -> En
         return Entry(NO_VALUE)
     symbols = footnotes.symbols(cell)
     if cell.mean is None:
-        return Entry(line.status if line.trials and line.status != "finished" else MISSING, symbols=symbols)
+        is_told = line.trials and line.status != "finished" and not cell.elsewhere
+        return Entry(line.status if is_told else MISSING, symbols=symbols)
     mean, latex = f"{cell.mean:.1f}", ""
     spread = [] if cell.spread is None else [f"± {cell.spread:.1f}"]
     if several:
@@ -246,7 +250,7 @@ def _paper(cell: Cell) -> Entry:
 def _run_lines(compiled: CompiledTable, length: int | None) -> list[list[str]]:
     """A heading and one line per trial; ids cut to `length`. Empty if there is no trial."""
     several = len(compiled.experiments) > 1
-    metrics = compiled.table.metrics
+    metrics = compiled.table.measured
     marks = [mark for mark in compiled.table.layout.marks if _has_two_values(mark, compiled)]
     heads = ["row", *(f"{mark.header} ours" for mark in marks), "seed", "status"]
     heads += [*(metric.header for metric in metrics), "threshold", *["experiment"] * several, "MLflow run", "trial key"]

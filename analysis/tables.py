@@ -3,6 +3,7 @@
 `compile_table` makes plain data; what only writes it down is in `render.py`.
 """
 
+import itertools
 import re
 import statistics
 import textwrap
@@ -85,7 +86,7 @@ def compile_table(
         cells = {m.name: _cell(m, row.paper.get(m.name), runs, seeds, left_out) for m in table.metrics}
         settings = _settings(table, row, own, preset, overrides)
         lines.append(Line(row.id, row.label, True, row.marks, settings, runs, cells))
-    lines = _with_best(table.metrics, lines)
+    lines = _with_best(table, lines)
     notes = [*notes_under(table, lines, protocol, preset, overrides, seeds)]
     notes += [("Runs", text) for text in choice.sentences]
     if n := len({candidate.record.trial_key for candidate in choice.shown} & trials.repeated):
@@ -96,7 +97,7 @@ def compile_table(
 
 
 def _is_measured(record: Record, table: Table) -> bool:
-    return record.finished and any(record.score(metric.name) is not None for metric in table.metrics)
+    return record.finished and any(record.score(metric.name) is not None for metric in table.measured)
 
 
 def _settings(
@@ -119,7 +120,7 @@ def _settings(
 
 def _trial(candidate: Candidate, table: Table, protocol: Protocol) -> Trial:
     record = candidate.record
-    scores = {metric.name: record.score(metric.name) for metric in table.metrics}
+    scores = {metric.name: record.score(metric.name) for metric in table.measured}
     links = set(map(link_of, candidate.scores))
     of_maps = [word for word in SCORED_BY_THRESHOLD if word in links]
     thresholds = {word: record.score(f"{word}/threshold") for word in of_maps}
@@ -137,6 +138,8 @@ def _trial(candidate: Candidate, table: Table, protocol: Protocol) -> Trial:
 def _cell(
     metric: Metric, paper: float | None, trials: Sequence[Trial], seeds: Sequence[int], left_out: Collection[int]
 ) -> Cell:
+    if metric.elsewhere:
+        return Cell(None, None, 0, paper, remarks=(f"{metric.header} is measured {metric.elsewhere}",), elsewhere=True)
     measured = [trial for trial in trials if metric.name in trial.values]
     values = [trial.values[metric.name] for trial in measured]
     return Cell(
@@ -176,14 +179,15 @@ def _without_value(metric: Metric, trial: Trial) -> str:
     return f"still {trial.status} when the table was made"
 
 
-def _with_best(metrics: Sequence[Metric], lines: Sequence[Line]) -> list[Line]:
+def _with_best(table: Table, lines: Sequence[Line]) -> list[Line]:
     """Marks the best values as they are printed: of the measured ones under the common protocol, and of the paper's."""
     cells = [dict(line.cells) for line in lines]
-    for metric in metrics:
+    compared = [line.marks.get(table.layout.compared) for line in lines]
+    for metric, group in itertools.product(table.metrics, dict.fromkeys(compared)):
         best = max if metric.best == "max" else min
-        ours = {i: round(c.mean, 1) for i, row in enumerate(cells) if (c := row[metric.name]).mean is not None}
-        ours = {i: value for i, value in ours.items() if not cells[i][metric.name].deviations}
-        paper = {i: c.paper for i, row in enumerate(cells) if (c := row[metric.name]).paper is not None}
+        own = {i: row[metric.name] for i, row in enumerate(cells) if compared[i] == group}
+        ours = {i: round(c.mean, 1) for i, c in own.items() if c.mean is not None and not c.deviations}
+        paper = {i: c.paper for i, c in own.items() if c.paper is not None}
         for i in _best_of(ours, best):
             cells[i][metric.name] = replace(cells[i][metric.name], best=True)
         for i in _best_of(paper, best):

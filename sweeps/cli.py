@@ -152,7 +152,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_tables(parser: argparse.ArgumentParser) -> None:
     known = ", ".join(name.partition("_")[0] for name in table_names())
     parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"{known}, or a YAML file of your own")
-    parser.add_argument("--all", action="store_true", help="all tables of the paper")
+    parser.add_argument("--all", action="store_true", help="the paper's tables, as far as --until")
     parser.add_argument("--seeds", type=_seeds, default=(0,), metavar="N,N...", help="repeat every row; default: 0")
 
 
@@ -255,7 +255,7 @@ def _seeds(text: str) -> tuple[int, ...]:
 def _make_plan(options: argparse.Namespace, console: Console) -> "tuple[Plan, Store]":
     if options.all == bool(options.tables):
         raise UserError("name one or more tables, or give --all")
-    tables = load_all_tables() if options.all else load_tables(options.tables)
+    tables = load_all_tables(options.until) if options.all else load_tables(options.tables)
     overrides = parse_overrides(options.set)
     from semformer.store import open_store
     from sweeps.plan.trials import make_plan

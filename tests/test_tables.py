@@ -7,7 +7,7 @@ from semformer.errors import UserError
 from sweeps.plan.table import load_all_tables, load_table, load_tables, resolve
 from sweeps.plan.trials import make_plan
 
-ROWS = {3: 8, 4: 2, 5: 3, 6: 3, 7: 4, 8: 4, 10: 4, 11: 2, 12: 2, 13: 7, 14: 2, 15: 3, 16: 3, 17: 4}
+ROWS = {1: 1, 2: 1, 3: 8, 4: 2, 5: 3, 6: 3, 7: 4, 8: 4, 10: 4, 11: 2, 12: 2, 13: 7, 14: 2, 15: 3, 16: 3, 17: 4}
 BEST = 63.7
 """Percent mIoU of the full method, which all ablations but Table 3 end with."""
 
@@ -72,15 +72,42 @@ def test_a_number_without_a_table_is_told(name):
         load_table(name)
 
 
+def test_what_runs_do_not_measure_is_no_score_of_theirs(mine):
+    elsewhere = "[{name: miou, header: mIoU}, {name: test, header: test, elsewhere: by a server}]"
+    table = load_table(mine("[{name: miou, header: mIoU}]", elsewhere))
+    assert ([metric.name for metric in table.measured], table.goal) == (["miou"], "cams")
+
+
 # ---- the paper's tables ----
 
 
 def test_every_table_has_the_papers_rows_and_name():
-    tables = load_all_tables()
+    tables = load_all_tables("deeplab")
     assert {table.name: len(table.rows) for table in tables} == {f"table{n:02}": rows for n, rows in ROWS.items()}
     for table in tables:
         assert table.path.stem.startswith(f"{table.name}_")
         assert table.source.startswith(f"Table {int(table.name[5:])} (")
+
+
+@pytest.mark.parametrize(("until", "first"), [("cams", "table03"), ("pseudo_masks", "table01"), ("deeplab", "table01")])
+def test_all_tables_are_those_that_runs_fill_which_go_so_far(until, first):
+    names = [table.name for table in load_all_tables(until)]
+    assert names[0] == first
+    assert ("table02" in names) == (until == "deeplab")
+    assert names[-14:] == [f"table{n:02}" for n in sorted(ROWS)[2:]]
+
+
+def test_the_methods_own_rows_beside_others_are_the_presets_own():
+    for name, values in (("table01", [63.7, 73.2]), ("table02", [74.3, 74.0])):
+        (row,) = load_table(name).rows
+        assert resolve(load_table(name), row, "paper", {}, 0) == load_config("paper")
+        assert [*row.paper.values()] == values
+
+
+def test_no_upper_bound_can_pass_for_learning_from_labels():
+    table = load_table("table02")
+    with pytest.raises(UserError, match=r"--set deeplab.supervised: row 'SemFormer' of table02 is about this very"):
+        resolve(table, table.rows[0], "tiny", {"deeplab.supervised": True}, 0)
 
 
 def test_tables_give_equal_configs_the_papers_equal_scores():
@@ -183,6 +210,9 @@ def test_a_preset_replaces_what_the_row_sets(mine):
             "needs a value",
         ),
         ("field: caae.class_dim", "field: caae", 6, "mark 'D': unknown field 'caae'"),
+        ("mIoU}]", "mIoU, elsewhere: by a server}]", 3, "'miou' is measured by runs, not elsewhere"),
+        ("name: miou, header: mIoU}]", "name: test, header: test, elsewhere: by a server}]", 3, "name one that runs"),
+        ("layout:", "layout:\n  compared: E", 5, "compared = 'E' is none of the marks (D)"),
         ("name: mine", "name: tables", 1, "'tables' is the name of sweeps of several tables"),
     ],
 )

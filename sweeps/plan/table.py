@@ -35,11 +35,13 @@ class Spec(BaseModel):
 
 
 class Metric(Spec):
-    """`name`: one of `scores.NAMES`, in percent."""
+    """`name`: one of `scores.NAMES`, in percent; another one for what no run of ours measures, with `elsewhere`: who
+    does."""
 
     name: str
     header: str
     best: Literal["max", "min"] = "max"
+    elsewhere: str = ""
 
 
 class Mark(Spec):
@@ -55,9 +57,13 @@ class Mark(Spec):
 
 
 class Layout(Spec):
-    """`transposed`: one column per row of `rows`, marks and metrics below each other."""
+    """`transposed`: one column per row of `rows`, marks and metrics below each other.
+
+    `compared` names a mark: the best value is that of the rows which have the same there; without one, of all.
+    """
 
     transposed: bool = False
+    compared: str = ""
     marks: Annotated[tuple[Mark, ...], Field(strict=False)] = ()
 
 
@@ -109,9 +115,14 @@ class Table(Spec):
         return self._text
 
     @property
+    def measured(self) -> tuple[Metric, ...]:
+        """The metrics that runs of ours measure."""
+        return tuple(metric for metric in self.metrics if not metric.elsewhere)
+
+    @property
     def goal(self) -> Goal:
         """How far its runs go."""
-        return scores.goal_of(metric.name for metric in self.metrics)
+        return scores.goal_of(metric.name for metric in self.measured)
 
     @cached_property
     def positions(self) -> dict[str, int]:
@@ -177,9 +188,9 @@ def load_tables(names: Sequence[str | Path]) -> list[Table]:
     return list(tables.values())
 
 
-def load_all_tables() -> list[Table]:
-    """The built-in tables, in the paper's order."""
-    return load_tables(table_names())
+def load_all_tables(until: Goal = "cams") -> list[Table]:
+    """The built-in tables that are filled by runs that go so far, in the paper's order."""
+    return [table for table in load_tables(table_names()) if scores.furthest([table.goal, until]) == until]
 
 
 def resolve(table: Table, row: Row, preset: str, overrides: Mapping[str, Any], seed: int) -> Config:
@@ -305,10 +316,17 @@ def _mistakes(table: Table) -> Iterator[str]:
     for section, names in (("metrics", metrics), ("layout", marks)):
         if twice := next((name for name in names if names.count(name) > 1), None):
             yield f"{table.where(section)}: {section}: {twice!r} is there twice"
-    for i, name in enumerate(metrics):
-        if name not in scores.NAMES:
-            place = table.where("metrics", i, "name")
+    for i, metric in enumerate(table.metrics):
+        place, name = table.where("metrics", i, "name"), metric.name
+        if metric.elsewhere and name in scores.NAMES:
+            yield f"{place}: metrics: {name!r} is measured by runs, not elsewhere: give it another name"
+        elif not metric.elsewhere and name not in scores.NAMES:
             yield f"{place}: metrics: {name!r} is none of {', '.join(scores.NAMES)}"
+    if not table.measured:
+        yield f"{table.where('metrics')}: metrics: all are measured elsewhere: name one that runs measure"
+    if (name := table.layout.compared) and name not in marks:
+        known = ", ".join(marks) or "none"
+        yield f"{table.where('layout', 'compared')}: layout: compared = {name!r} is none of the marks ({known})"
     for i, mark in enumerate(table.layout.marks):
         if mark.field and mark.field not in field_names():
             place = table.where("layout", "marks", i, "field")

@@ -163,7 +163,7 @@ class Plan:
     @property
     def scores(self) -> tuple[str, ...]:
         """Those of its tables, and what else its trials go for."""
-        asked = dict.fromkeys(metric.name for table in self.tables for metric in table.metrics)
+        asked = dict.fromkeys(metric.name for table in self.tables for metric in table.measured)
         names = [*asked] or [scores.MAIN["cams"]]
         beyond = scores.GOALS[1 : scores.GOALS.index(self.until) + 1]
         return (*names, *(scores.MAIN[goal] for goal in beyond if scores.MAIN[goal] not in names))

@@ -34,7 +34,7 @@ def test_all_tables_are_read_once_counted_written_and_kept(tables, tmp_path, cap
     printed = capsys.readouterr().out
     assert re.findall(r"(?m)^### (\w+):", printed) == ["table08", "table11"]
     last = printed.splitlines()[-1]
-    assert last.startswith("4 of 51 cells filled; no trial of table03, table04, ")
+    assert last.startswith("4 of 53 cells filled; no trial of table01, table02, table03, ")
     assert sorted(path.name for path in (tmp_path / "out").glob("*.md")) == ["table08.md", "table11.md"]
     kept = {file.path for file in sweep.client.list_artifacts(parent)}
     assert kept == {"table08.md", "table08.tex", "table11.md", "table11.tex"}

@@ -20,6 +20,7 @@ from sweeps.plan.table import Table
 COMMANDS = {
     "figures": "draws them: curves, IoU of each class, training, cost",
     "report": "all of it, figures as well, as one HTML file",
+    "complexity": "parameters and FLOPs of the networks (Table 9); reads no runs",
 }
 """What else it can do -> a line about it. Each is a module of this package, with `add_arguments` and `run`."""
 
@@ -53,7 +54,7 @@ def _parser_of(word: str) -> tuple[Parser, Callable[[argparse.Namespace], int]]:
         parser = Parser(prog=f"semformer-tables {word}", description=command.__doc__, allow_abbrev=False)
         command.add_arguments(parser)
         return parser, command.run
-    others = "".join(f"\n  semformer-tables {name:9} {about}" for name, about in COMMANDS.items())
+    others = "".join(f"\n  semformer-tables {name:10} {about}" for name, about in COMMANDS.items())
     parser = Parser(
         prog="semformer-tables",
         description=__doc__,

@@ -100,15 +100,13 @@ def stage_work(stage: str, config: Config, images: Images) -> Work:
 
 def caae_training(options: CaaeConfig, K: int) -> float:
     """Of one image in L_CAAE (Eq. 4), forward and backward."""
-    vit = _Vit.of(options.backbone, (options.image_size,) * 2)
-    primary = 2 * vit.N * vit.d * K * options.class_dim
-    linear, attention = vit.linear + primary, vit.attention
-    if options.reconstruction:
-        w = options.decoder_width
-        blocks_linear, blocks_attention = _blocks(options.decoder_depth, vit.N, w)
-        linear += primary + 2 * vit.N * w * (vit.d + 3 * vit.P**2) + blocks_linear
-        attention += blocks_attention
-    return 2 * vit.patches + 3 * (linear + attention)
+    patches, others = _caae_forward(options, K)
+    return 2 * patches + 3 * others
+
+
+def caae_view(options: CaaeConfig, K: int) -> float:
+    """Of the class embeddings of one image of `image_size`, and of its reconstruction if there is one."""
+    return sum(_caae_forward(options, K))
 
 
 def segmentor_training(options: SegmentorConfig, caae: CaaeConfig, K: int, pairs: float) -> float:
@@ -148,6 +146,19 @@ def deeplab_training(options: DeeplabConfig, K: int) -> float:
 def deeplab_view(options: DeeplabConfig, K: int, size: tuple[int, int]) -> float:
     """Of one image of `size` (H, W)."""
     return _counted(_network(options), K, size)
+
+
+def _caae_forward(options: CaaeConfig, K: int) -> tuple[float, float]:
+    """Of one image: of the patch embedding, whose input has no gradient, and of all others."""
+    vit = _Vit.of(options.backbone, (options.image_size,) * 2)
+    primary = 2 * vit.N * vit.d * K * options.class_dim
+    linear, attention = vit.linear + primary, vit.attention
+    if options.reconstruction:
+        w = options.decoder_width
+        blocks_linear, blocks_attention = _blocks(options.decoder_depth, vit.N, w)
+        linear += primary + 2 * vit.N * w * (vit.d + 3 * vit.P**2) + blocks_linear
+        attention += blocks_attention
+    return vit.patches, linear + attention
 
 
 def _caae(config: Config, images: Images) -> Work:

@@ -29,7 +29,10 @@ def test_of_a_database_the_newest_sweep_is_shown_until_ctrl_c(tmp_path):
     uri, port = f"sqlite:///{tmp_path}/mlflow.db", free_port()
     ids = make_experiments(uri, tmp_path)
     command = [sys.executable, "-m", "sweeps.cli", "ui", "--tracking-uri", uri, "--port", str(port)]
-    environment = os.environ | {"BROWSER": f"{sys.executable} -c print('opened:',__import__('sys').argv[1]) %s"}
+    browser = tmp_path / "browser"
+    browser.write_text('#!/bin/sh\necho "opened: $1"\n')
+    browser.chmod(0o755)
+    environment = os.environ | {"BROWSER": str(browser)}
     environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True) as ui:
         try:

@@ -41,10 +41,10 @@ class _Images:
 def with_chance(compiled: Sequence[CompiledTable], tracking_uri: str) -> list[CompiledTable]:
     """The tables, with what is known of the chance in them. Raises UserError if MLflow's files cannot be read."""
     wanted = {
-        (trial.run_id, _folder(table.table.metrics[0].name) + name)
+        (trial.run_id, _folder(table.table.measured[0].name) + name)
         for table in compiled
         for trial in table.trials
-        if table.table.metrics[0].name in trial.values
+        if table.table.measured[0].name in trial.values
         for name in (IMAGE_COUNTS, CLASS_IOU)
     }
     with TemporaryDirectory() as folder:
@@ -64,7 +64,7 @@ def _folder(metric: str) -> str:
 
 
 def _of_table(compiled: CompiledTable, images_of: Callable[[str, str, float], _Images | None]) -> CompiledTable:
-    metric = compiled.table.metrics[0]
+    metric = compiled.table.measured[0]
     lines = [line for line in compiled.lines if line.cells[metric.name].mean is not None]
     comparable = [line for line in lines if not line.cells[metric.name].deviations]
     images = {

@@ -87,7 +87,7 @@ def draw_all(
     """
     links: dict[str, set[str]] = {}
     for table in compiled:
-        link = {link_of(table.table.metrics[0].name)} & CLASS_FILES.keys()
+        link = {link_of(table.table.measured[0].name)} & CLASS_FILES.keys()
         for trial in table.trials:
             if trial.status == "finished":
                 links.setdefault(trial.run_id, set()).update(link)

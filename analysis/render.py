@@ -275,7 +275,7 @@ def _run_lines(compiled: CompiledTable, length: int | None) -> list[list[str]]:
 def chance_lines(compiled: CompiledTable) -> list[list[str]]:
     """A heading and one line per measured row: its first metric, and what it has more than the first row and than the
     best one, each with its intervals. Empty if none is known."""
-    metric = compiled.table.metrics[0]
+    metric = compiled.table.measured[0]
     told = [(line, compiled.chances[line.id]) for line in compiled.lines if line.id in compiled.chances]
     first = next((line.label for line, _ in told if not line.cells[metric.name].deviations), "")
     best = next((line.label for line, _ in told if line.id == compiled.best), "")

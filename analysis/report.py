@@ -123,18 +123,19 @@ class _Section:
 
     def __init__(self, compiled: CompiledTable, figures: Sequence[Drawn]):
         footnotes = Footnotes()
-        grid, _ = entries(compiled, footnotes)
+        grid, rules = entries(compiled, footnotes)
         table = compiled.table
         self.name, self.title = table.name, table.title
         self.sortable = not table.layout.transposed
         texts = [entry.text for entry in grid[0]]
         self.spanned = len(texts) - texts.index(OURS) if OURS in texts else 1
         self.heading, self.lines = grid[0][: len(texts) - self.spanned + 1], grid[1:]
+        self.ruled = set() if table.layout.transposed else rules
         self.footnotes, self.notes = footnotes.items(), compiled.notes
         self.chance = chance_lines(compiled)
         self.figures = [_Figure.of(one) for one in figures]
         self.rows = [_Row(compiled, line) for line in compiled.lines if line.ours]
-        metric = table.metrics[0]
+        metric = table.measured[0]
         best = next((line for line in compiled.lines if line.id == compiled.best), None)
         paper = next((line for line in compiled.lines if line.ours and line.cells[metric.name].paper_best), None)
         self.best = f"{best.label}: {_number(best.cells[metric.name])}" if best else "nothing is measured"

@@ -25,9 +25,9 @@ def draw_classes(compiled: CompiledTable, details: Mapping[str, Details]) -> Par
 
     Raises NoData where the first row has no IoU of each class.
     """
-    link = link_of(compiled.table.metrics[0].name)
+    link = link_of(compiled.table.measured[0].name)
     if link not in CLASS_FILES:
-        raise NoData(f"of {compiled.table.metrics[0].name}, no run records the IoU of each class")
+        raise NoData(f"of {compiled.table.measured[0].name}, no run records the IoU of each class")
     groups, absent = group_rows(compiled, lambda trial: details[trial.run_id].class_iou.get(link))
     first = next(line.label for line in compiled.lines if line.ours)
     if not groups or first not in groups[0].labels:

@@ -61,6 +61,11 @@ def test_the_plan_of_all_tables_of_the_paper(tmp_path, devkit):
     assert place.artifacts() == []
 
 
+def test_all_tables_are_those_whose_scores_lie_on_the_way(tmp_path):
+    told = Workplace(tmp_path).call("plan", "--all", "--preset", "micro", "--until", "pseudo_masks", "--json").json()
+    assert (told["tables"][0], told["rows"], told["trials"]) == ("table01", 52, 34)
+
+
 # A search, and two tables in the same store
 
 

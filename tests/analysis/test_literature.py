@@ -103,6 +103,20 @@ def test_the_literature_takes_no_part_in_the_best_of_ours(database):
     assert not any(cell.paper_best for cell in found.values()), "one alone is not the best"
 
 
+def test_what_is_measured_elsewhere_may_come_first(database):
+    path, first = database / "own.yaml", "{name: test, header: test, elsewhere: by a server}, "
+    text = OWN.replace("metrics: [", f"metrics: [{first}")
+    for sigma, value in (("0.1", 40.0), ("0.2", 45.0)):
+        text = text.replace(f"sigma: {sigma}}}", f"sigma: {sigma}}}, paper: {{miou: {value}}}")
+    path.write_text(text)
+    sweep = Sweep(database, path)
+    sweep.full([50.0, 60.0])
+    sweep.trial("b", 55.0, overrides={"segmentor.epochs": 9})
+    compiled = sweep.compiled()
+    assert "mIoU (%) 55.0 (--set segmentor.epochs=9 shows it)" in note(to_markdown(compiled), "Runs")
+    assert [(pair.rows, pair.ours) for pair in find_pairs([compiled])] == [(("a", "b"), {0: 10.0})]
+
+
 def test_supervision_split_and_protocol_of_ours_are_told(methods, database):
     text = to_markdown(methods.compiled())
     assert note(text, "Ours") == "preset tiny; measured are pseudo masks on split train; seed 0."

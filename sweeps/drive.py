@@ -4,6 +4,7 @@ import json
 import logging
 import math
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -367,8 +368,8 @@ class Drive:
     def _conclude(self) -> int:
         """Where everything is, and the tables."""
         options, tracker = self.options, self.tracker
-        where = tracker.view_url or f"mlflow ui --backend-store-uri {options.tracking_uri}"
-        self._print(f"Runs, curves and pictures: {escape(f'{where} (experiment {tracker.experiment!r})')}")
+        command = ["semformer-sweep", "ui", "--tracking-uri", options.tracking_uri, "--experiment", tracker.experiment]
+        self._print(f"Runs, curves and pictures: {escape(tracker.view_url or shlex.join(command))}")
         if tracker.undelivered:
             self._print(
                 f"[red]{tracker.undelivered} records could not be written to MLflow[/] and are kept in "

@@ -79,7 +79,7 @@ def test_the_output_tells_what_happened(table03):
     assert len(re.findall(r"segmentor epoch [12]/2, total", table03)) == 16
     assert "8 trials: 8 finished" in table03
     assert "made: 1 caae, 8 segmentor, 8 cams, 8 evaluate" in table03
-    assert "mlflow ui --backend-store-uri sqlite:///" in table03
+    assert "semformer-sweep ui --tracking-uri sqlite:///" in table03
     assert re.search(r"\| mIoU \(%\) ours +\|", table03)
     assert "tables: " in table03
 

@@ -19,6 +19,7 @@ from analysis.plots.common import (
     identity,
     joined,
     told_absent,
+    told_deviations,
     told_seeds,
 )
 from semformer.config import flatten
@@ -44,7 +45,7 @@ def draw_axis(compiled: CompiledTable) -> Parts:
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for panel, metric in zip(panels, metrics, strict=True):
         _draw_panel(panel, lines, axis, metric.name)
-        panel.set(xlabel=header + " (in brackets: ours)" * any(own.values()), ylabel=metric.header)
+        panel.set(xlabel=header + ", ours in brackets" * any(own.values()), ylabel=metric.header)
         if min(ticks) > 0 and max(ticks) / min(ticks) >= WIDE_RANGE:
             panel.set_xscale("log")
         panel.xaxis.set_minor_locator(NullLocator())
@@ -128,16 +129,13 @@ def _measured(line: Line, metric: str) -> list[Trial]:
 def _caption(compiled: CompiledTable, lines: Sequence[Line], metric: str, own: Mapping[str, str]) -> str:
     seeds = {line.label: [trial.seed for trial in measured] for line in lines if (measured := _measured(line, metric))}
     same = [", ".join(line.label for line in group) for group in _same_runs(lines, metric)]
-    deviations = {
-        line.label: {text: None for cell in line.cells.values() for text in cell.deviations} for line in lines
-    }
     return joined(
         [
             told_seeds(compiled, seeds),
             "Points are means, error bars the sample standard deviation over seeds." if are_several(seeds) else "",
             "Rows stand at the paper's values; what ours had is in brackets." if any(own.values()) else "",
             f"One and the same runs: {'; '.join(same)}." if same else "",
-            *(f"Not comparable: {label} ({'; '.join(texts)})." for label, texts in deviations.items() if texts),
+            told_deviations(compiled),
             told_absent([line.label for line in lines if line.label not in seeds], "no finished run"),
         ]
     )

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from analysis.compiled import CompiledTable
 from analysis.details import CLASS_FILES, Details
-from analysis.plots.common import NoData, Parts, group_rows, joined, told_absent, told_seeds
+from analysis.plots.common import NoData, Parts, group_rows, joined, told_absent, told_deviations, told_seeds
 from sweeps.plan.scores import OF_MAPS, OF_MASKS, OF_SEGMENTATION, link_of
 
 WHAT = {
@@ -49,6 +49,7 @@ def draw_classes(compiled: CompiledTable, details: Mapping[str, Details]) -> Par
         f"IoU of {WHAT[link]}.",
         told_seeds(compiled, seeds),
         "Changes are of the seeds that both rows have." if others else "",
+        told_deviations(compiled),
         told_absent(absent, f"no {CLASS_FILES[link]} of a finished run in a seed of the first row"),
     ]
     return f"{compiled.table.name}: IoU of each class, and its change", joined(parts), figure

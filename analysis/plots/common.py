@@ -98,5 +98,12 @@ def told_absent(labels: Collection[str], why: str) -> str:
     return f"Not shown, as there is {why}: {', '.join(labels)}." if labels else ""
 
 
+def told_deviations(compiled: CompiledTable) -> str:
+    """The rows with daggers, and what these tell."""
+    texts = {line.label: {text for cell in line.cells.values() for text in cell.deviations} for line in compiled.lines}
+    told = [f"{label} ({'; '.join(sorted(own))})" for label, own in texts.items() if own]
+    return f"Not comparable: {'; '.join(told)}." if told else ""
+
+
 def joined(parts: Iterable[str]) -> str:
     return " ".join(part for part in parts if part)

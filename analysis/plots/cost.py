@@ -48,7 +48,7 @@ def draw_cost(compiled: Sequence[CompiledTable]) -> Parts:
     costs = [cost for cost, _ in points.values()]
     if min(costs) > 0 and max(costs) / min(costs) >= WIDE_RANGE:
         panel.set_xscale("log")
-    panel.margins(x=0.12, y=0.1)
+    panel.margins(x=0.2, y=0.1)  # for labels
     panel.set(xlabel=f"time of all stages ({unit})", ylabel="mIoU of maps (%)")
     figure.legend(loc="outside lower center", ncols=2)
     order = [*front, *(run_id for run_id in points if run_id not in front)]

@@ -23,6 +23,7 @@ from analysis.plots.common import (
     group_rows,
     joined,
     told_absent,
+    told_deviations,
     told_seeds,
 )
 from analysis.runs import Record
@@ -34,6 +35,8 @@ DASHES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
 RULES = ("oracle", "fixed")
 MARKED = 6
 """How many points of a curve are marked."""
+WIDTH = 26
+"""Of the legend, in characters."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,7 @@ def draw_thresholds(compiled: CompiledTable, details: Mapping[str, Details]) -> 
         _told_span(seeds),
         "Filled markers: the best threshold (oracle)" + are_several(seeds) * ", in the mean of the seeds" + ".",
         f"Hollow markers: the fixed threshold, {' or '.join(f'{value:g}' for value in fixed)}." if fixed else "",
+        told_deviations(compiled),
         told_absent(absent, f"no {CURVE} of a finished run"),
     ]
     return f"{compiled.table.name}: mIoU of maps by threshold", joined(parts), figure
@@ -144,8 +148,14 @@ def _look(i: int) -> tuple[str, str]:
 def _add_legend(figure: Figure, groups: Sequence[Group]) -> None:
     looks = [(*_look(i), DASHES[i % len(DASHES)]) for i in range(len(groups))]
     lines = [Line2D([], [], marker=m, color=colour, linestyle=dash, markersize=4) for m, colour, dash in looks]
-    labels = [textwrap.fill(group.label, 26) for group in groups]
+    labels = [_wrapped(group) for group in groups]
     figure.legend(lines, labels, loc="outside right upper", handlelength=3)
+
+
+def _wrapped(group: Group) -> str:
+    """The labels of its rows in lines, broken inside a label only where that is longer than a line."""
+    kept = [label.replace(" ", "\N{NO-BREAK SPACE}") if len(label) < WIDTH else label for label in group.labels]
+    return textwrap.fill(", ".join(kept), WIDTH)
 
 
 def _told_span(seeds: Mapping[str, Mapping[int, Any]]) -> str:

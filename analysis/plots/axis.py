@@ -1,7 +1,7 @@
 """The curve over the one number that a table's rows vary, ours beside the paper's."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -12,7 +12,6 @@ from analysis.compiled import CompiledTable, Line, Trial
 from analysis.plots.common import (
     OURS,
     PAPER,
-    WIDE_RANGE,
     NoData,
     Parts,
     are_several,
@@ -41,13 +40,14 @@ def draw_axis(compiled: CompiledTable) -> Parts:
     own = {line.id: _own_setting(compiled, line, field, axis[line.id]) for line in lines}
     ticks = {axis[line.id]: f"{axis[line.id]:g}" + f"\n({own[line.id]})" * bool(own[line.id]) for line in lines}
     header = _header(compiled, field)
-    figure = Figure(figsize=(0.8 + 3.1 * len(metrics), 3.2), layout="constrained")
+    scale, gap = _scale([*ticks])
+    width = min(max(3.1, 0.7 + 0.4 / gap), 12)  # of a panel in inches: tick labels are narrower than 0.4
+    figure = Figure(figsize=(0.8 + width * len(metrics), 3.2), layout="constrained")
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for panel, metric in zip(panels, metrics, strict=True):
         _draw_panel(panel, lines, axis, metric.name)
         panel.set(xlabel=header + ", ours in brackets" * any(own.values()), ylabel=metric.header)
-        if min(ticks) > 0 and max(ticks) / min(ticks) >= WIDE_RANGE:
-            panel.set_xscale("log")
+        panel.set_xscale(scale)
         panel.xaxis.set_minor_locator(NullLocator())
         panel.set_xticks([*ticks], labels=[*ticks.values()])
     drawn = {label: line for panel in panels for line, label in zip(*panel.get_legend_handles_labels(), strict=True)}
@@ -76,6 +76,19 @@ def _axis(compiled: CompiledTable) -> tuple[str, dict[str, float]]:
 def _header(compiled: CompiledTable, field: str) -> str:
     mark = next((mark for mark in compiled.table.layout.marks if mark.field == field), None)
     return f"{mark.header} ({field})" if mark and mark.header != field else field
+
+
+def _scale(values: Sequence[float]) -> tuple[Literal["linear", "log"], float]:
+    """The one on which the narrowest gap between values is wider, and that gap as a share of their range."""
+
+    def narrowest(at: np.ndarray) -> float:
+        return float(np.diff(at).min() / (at[-1] - at[0]))
+
+    linear = np.array(values, dtype=float)
+    gaps: dict[Literal["linear", "log"], float] = {"linear": narrowest(linear)}
+    if linear[0] > 0:
+        gaps["log"] = narrowest(np.log(linear))
+    return max(gaps.items(), key=lambda item: item[1])
 
 
 def _own_setting(compiled: CompiledTable, line: Line, field: str, value: float) -> str:

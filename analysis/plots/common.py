@@ -21,8 +21,6 @@ STYLE: Any = {  # rc_context wants the literal names of all parameters
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D31")
 """Told apart by the colour-blind (Okabe and Ito); in grey, markers and dashes do it."""
 OURS, PAPER = COLOURS[:2]
-WIDE_RANGE = 10
-"""From the largest value of an axis over the smallest on, it is logarithmic."""
 
 T = TypeVar("T")
 Parts = tuple[str, str, Figure]

@@ -8,10 +8,11 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 from matplotlib.transforms import Bbox
 
 from analysis.compiled import CompiledTable
-from analysis.plots.common import OURS, PAPER, WIDE_RANGE, NoData, Parts, joined
+from analysis.plots.common import OURS, PAPER, NoData, Parts, joined
 
 PLACES = (
     *(((5, 3), "left"), ((-5, 3), "right"), ((5, -9), "left"), ((-5, -9), "right")),
@@ -19,6 +20,8 @@ PLACES = (
 )
 """Of a label beside its point, in points, and how it is aligned: the first that is free."""
 MOST_LABELS = 100
+WIDE_RANGE = 10
+"""From the largest cost over the smallest on, the axis is logarithmic."""
 
 
 def draw_cost(compiled: Sequence[CompiledTable]) -> Parts:
@@ -48,6 +51,9 @@ def draw_cost(compiled: Sequence[CompiledTable]) -> Parts:
     costs = [cost for cost, _ in points.values()]
     if min(costs) > 0 and max(costs) / min(costs) >= WIDE_RANGE:
         panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+        panel.xaxis.set_minor_locator(NullLocator())
     panel.margins(x=0.2, y=0.1)  # for labels
     panel.set(xlabel=f"time of all stages ({unit})", ylabel="mIoU of maps (%)")
     figure.legend(loc="outside lower center", ncols=2)

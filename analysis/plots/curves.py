@@ -31,7 +31,8 @@ from semformer.config import EvaluateConfig
 from semformer.stages.evaluate import CURVE
 
 MARKERS = "os^Dvp*X"
-DASHES: tuple[Literal["-", "--", "-.", ":"], ...] = ("-", "--", "-.", ":")
+Dash = Literal["-", "--", "-.", ":"]
+DASHES: tuple[Dash, ...] = ("-", "--", "-.", ":")
 RULES = ("oracle", "fixed")
 MARKED = 6
 """How many points of a curve are marked."""
@@ -122,7 +123,7 @@ def _draw_rule(panel: Axes, seeds: Iterable[Thresholds], rule: str, i: int, insi
     """A marker at the mean of threshold and mIoU."""
     told = [(one.rules[rule], one.miou[one.rules[rule]]) for one in seeds if rule in one.rules]
     if told:
-        marker, colour = _look(i)
+        marker, colour, _ = _look(i)
         x, y = map(statistics.fmean, zip(*told, strict=True))
         panel.plot(
             [x], [y], marker, color=colour, markerfacecolor=inside, markeredgecolor="black", zorder=4, label=rule
@@ -131,25 +132,28 @@ def _draw_rule(panel: Axes, seeds: Iterable[Thresholds], rule: str, i: int, insi
 
 def _draw_curves(panel: Axes, curves: Sequence[Mapping[Any, float]], i: int, *, markers: bool = False) -> None:
     """The mean of curves where all have a value, and a band from the least to the most."""
-    marker, colour = _look(i)
+    marker, colour, dashes = _look(i)
     x = [at for at in curves[0] if all(at in curve for curve in curves)]
     values = np.array([[curve[at] for at in x] for curve in curves])
     marked: Any = {"marker": marker, "markersize": 4, "markevery": max(1, len(x) // MARKED)} if markers else {}
-    panel.plot(x, values.mean(axis=0), DASHES[i % len(DASHES)], color=colour, linewidth=1.4, **marked)
+    panel.plot(x, values.mean(axis=0), dashes, color=colour, linewidth=1.4, **marked)
     if len(curves) > 1:
         panel.fill_between(x, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.13, linewidth=0)
 
 
-def _look(i: int) -> tuple[str, str]:
-    """Marker and colour of the i-th curve."""
-    return MARKERS[i % len(MARKERS)], COLOURS[i % len(COLOURS)]
+def _look(i: int) -> tuple[str, str, Dash]:
+    """Marker, colour and dashes of the i-th curve; each round of colours has others of the other two."""
+    again = i + i // len(COLOURS)
+    return MARKERS[again % len(MARKERS)], COLOURS[i % len(COLOURS)], DASHES[again % len(DASHES)]
 
 
 def _add_legend(figure: Figure, groups: Sequence[Group]) -> None:
-    looks = [(*_look(i), DASHES[i % len(DASHES)]) for i in range(len(groups))]
+    looks = map(_look, range(len(groups)))
     lines = [Line2D([], [], marker=m, color=colour, linestyle=dash, markersize=4) for m, colour, dash in looks]
     labels = [_wrapped(group) for group in groups]
     figure.legend(lines, labels, loc="outside right upper", handlelength=3)
+    lines_of_text = sum(label.count("\n") + 1 for label in labels)
+    figure.set_figheight(max(figure.get_figheight(), 0.4 + 0.17 * lines_of_text))
 
 
 def _wrapped(group: Group) -> str:

@@ -307,6 +307,40 @@ def test_cost_is_the_sum_of_the_stages_of_each_run_once(database, sweep):
     }
 
 
+def test_costs_that_are_far_apart_are_on_a_logarithmic_axis(sweep):
+    for row, hours in (("CF", 0.5), ("CF-CB", 30.0)):
+        sweep.trial(row, 40.0, **{"caae/seconds": 3600 * hours})
+    figure = draw(sweep)[0]["cost"].figure
+    figure.draw_without_rendering()
+    (panel,) = figure.axes
+    assert (panel.get_xscale(), panel.get_xlabel()) == ("log", "time of all stages (hours)")
+    assert {"0.5", "1", "2", "5", "10", "20"} <= {label.get_text() for label in panel.get_xticklabels()}
+
+
+def test_many_rows_are_told_apart_and_have_room_in_the_legend(database):
+    rows = [f"  - {{id: r{i}, label: row {i}, set: {{segmentor.sigma: {i + 1}e-2}}}}" for i in range(24)]
+    sweep = own_sweep(database, OWN.partition("rows:")[0] + "rows:\n" + "\n".join(rows))
+    for row in sweep.rows:
+        keep_loss(sweep, sweep.trial(row, 40.0), [2.0, 1.0])
+    figures, _ = draw(sweep)
+    figure = figures["own-training"].figure
+    drawn = figure.axes[0].get_lines()
+    assert len({(line.get_color(), line.get_marker()) for line in drawn}) == 24
+    assert len({(line.get_color(), line.get_linestyle()) for line in drawn}) == 24
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    assert [(one.get_marker(), one.get_color()) for one in legend.get_lines()] == [
+        (line.get_marker(), line.get_color()) for line in drawn
+    ]
+    box = legend.get_window_extent()
+    assert box.y0 >= 0
+    assert box.y1 <= figure.bbox.y1
+    axis = figures["own-axis"].figure
+    axis.draw_without_rendering()
+    boxes = [label.get_window_extent() for label in axis.axes[0].get_xticklabels()]
+    assert not any(a.overlaps(b) for a, b in itertools.pairwise(boxes))
+
+
 def test_labels_are_left_out_where_it_is_crowded(sweep):
     for i, row in enumerate(sweep.rows):
         sweep.trial(row, 40.0 - 0.001 * i, **{"caae/seconds": 100.0 + 0.001 * i})

@@ -25,7 +25,7 @@ name: two
 title: Costs $5, not $6
 metrics: [{name: miou, header: mIoU (%)}]
 rows:
-  - {id: a, label: "a $x^ of_", set: {segmentor.sigma: 0.1}}
+  - {id: a, label: "a $x^$ of", set: {segmentor.sigma: 0.1}}
   - {id: b, label: b, set: {segmentor.sigma: 0.2, cams.flip: false}}
 """
 OWN = """\

@@ -129,7 +129,12 @@ def test_what_an_imported_network_has_learnt_from_is_not_told(chain, shapes, tmp
     assert "has learnt" not in told.err
 
 
-def test_a_folder_that_is_none_is_told(shapes):
+def test_a_folder_that_is_none_is_told(shapes, tmp_path):
+    (tmp_path / "maps.npy").touch()
+    for name in ("cams", "pseudo_masks"):
+        config = load_config("micro", {f"{name}.folder": str(tmp_path / "maps.npy")})
+        with pytest.raises(UserError, match=r"maps\.npy is a file: give the folder that has one for each image"):
+            pipeline.stage_keys(config, pipeline.open_data(config, shapes), [name])
     config = load_config("micro", {"pseudo_masks.folder": "nowhere"})
     with pytest.raises(UserError, match="cannot read nowhere: No such file"):
         pipeline.stage_keys(config, pipeline.open_data(config, shapes), ["pseudo_masks"])

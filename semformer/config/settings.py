@@ -176,7 +176,9 @@ class FolderConfig(Settings):
         return bool(self.folder)
 
     def key_parameters(self) -> dict[str, Any]:
-        """A folder counts by its contents, and then nothing else does."""
+        """A folder counts by its contents, and then nothing else does. Raises UserError for a file."""
+        if os.path.isfile(self.folder):
+            raise UserError(f"{self.folder} is a file: give the folder that has one for each image")
         return {"folder": file_digest(self.folder)} if self.folder else without(super().key_parameters(), "folder")
 
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "figures": "draws them: curves, IoU of each class, training, cost",
     "report": "all of it, figures as well, as one HTML file",
     "complexity": "parameters and FLOPs of the networks (Table 9); reads no runs",
+    "why": "where a row of a table comes from, and how to make it again",
 }
 """What else it can do -> a line about it. Each is a module of this package, with `add_arguments` and `run`."""
 

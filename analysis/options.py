@@ -32,6 +32,12 @@ def add_source(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("tables", nargs="*", metavar="TABLE", help="table03, or the path of a table file of your own")
     add("--all", action="store_true", help="the paper's tables, instead of TABLE...")
+    add_choice(parser)
+
+
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """Which runs a table shows."""
+    add = parser.add_argument
     add("--preset", default="tiny", choices=tuple(PRESETS), help="default: %(default)s")
     add_tracking(parser)
     add("--experiment", action="append", default=[], metavar="NAME", help="may be repeated; default: all experiments")

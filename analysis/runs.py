@@ -6,6 +6,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from datetime import UTC, datetime
 from typing import Any, TypeVar
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
@@ -27,15 +28,20 @@ NOBODY = "no stage"
 FIELDS = {name: setting.field for name, setting in PROTOCOL.items() if setting.field}
 """The config fields that a protocol tells of."""
 
+VERSION = "version."
+"""Tags of packages begin with this, after `TAG`."""
+
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Record:
-    """A trial's run. `started` is in milliseconds, "" stands for what is not recorded.
+    """A trial's run. `started` and `ended` are in milliseconds, "" and 0 stand for what is not recorded.
 
     `status` is queued, running, stopped, finished, failed or pruned; `rows` are "table/row". `config` has the text of
     all config fields once the trial has `begun`, before that of the protocol's. `protocol` has MASKS in it, too.
+    `versions` are of the packages, `found` tells of each stage whether it was in the store, `data_folder` is the
+    devkit's.
     """
 
     run_id: str
@@ -53,6 +59,13 @@ class Record:
     stages: Mapping[str, str]
     """Digests of its stages."""
     metrics: Mapping[str, float]
+    preset: str
+    ended: int
+    commit: str
+    host: str
+    versions: Mapping[str, str]
+    found: Mapping[str, bool]
+    data_folder: str
 
     @property
     def finished(self) -> bool:
@@ -75,15 +88,35 @@ class Record:
 
 
 @dataclass(frozen=True)
+class SweepRun:
+    """A sweep's own run, the parent of those of its trials. `folder` is its name in `semformer-sweep status`, "" where
+    that is not recorded; `tables` are the names of those that it was about."""
+
+    run_id: str
+    name: str
+    folder: str
+    experiment: str
+    tables: tuple[str, ...]
+    started: int
+
+    def __str__(self) -> str:
+        own = self.folder or self.name
+        return f"{own!r} (experiment {self.experiment!r}, run {self.run_id[:SHORT]}, begun {time_text(self.started)})"
+
+
+Unusable = tuple[tuple[str, ...], str]
+"""The rows that a run fills, and a sentence on what is wrong with it."""
+
+
+@dataclass(frozen=True)
 class Trials:
     """What some experiments hold of a preset, read once: a record for each trial.
 
-    `unusable` are pairs of the rows that a run fills and a sentence on what is wrong with it; `repeated` are the keys
-    of the trials that have several runs.
+    `repeated` are the keys of the trials that have several runs.
     """
 
     records: Sequence[Record]
-    unusable: Sequence[tuple[tuple[str, ...], str]]
+    unusable: Sequence[Unusable]
     repeated: frozenset[str]
 
     def unusable_of(self, tables: Collection[str]) -> dict[str, list[str]]:
@@ -97,11 +130,25 @@ def read_trials(tracking_uri: str, preset: str, experiments: Sequence[str] = ())
 
     Raises UserError if one of `experiments` is not there, or MLflow cannot be read.
     """
+    records, unusable = read_records(tracking_uri, preset, experiments)
+    counts = Counter(record.trial_key for record in records)
+    repeated = frozenset(key for key, n in counts.items() if n > 1)
+    return Trials(_merged(records), unusable, repeated)
+
+
+def read_records(
+    tracking_uri: str, preset: str = "", experiments: Sequence[str] = ()
+) -> tuple[list[Record], list[Unusable]]:
+    """The runs of trials, all of them, and what is wrong with others; of any preset where none is named.
+
+    Raises UserError as `read_trials` does.
+    """
     with connecting(tracking_uri):
         client = reading_client(tracking_uri)
         names = _experiments(client, experiments)
-        runs = _trial_runs(client, names, f"tags.`{TAG}preset` = '{preset}'")
-    records, unusable = [], []
+        runs = _trial_runs(client, names, *[f"tags.`{TAG}preset` = '{preset}'"] * bool(preset))
+    records: list[Record] = []
+    unusable: list[Unusable] = []
     for run in runs:
         experiment = names[run.info.experiment_id]
         try:
@@ -109,9 +156,22 @@ def read_trials(tracking_uri: str, preset: str, experiments: Sequence[str] = ())
         except (ValueError, RecursionError) as error:
             place = f"Run {run.info.run_id} of experiment {experiment!r}"
             unusable.append((tuple(rows.read(_tags(run))), f"{place} is left out: {error}"))
-    counts = Counter(record.trial_key for record in records)
-    repeated = frozenset(key for key, n in counts.items() if n > 1)
-    return Trials(_merged(records), unusable, repeated)
+    return records, unusable
+
+
+def read_sweeps(tracking_uri: str) -> list[SweepRun]:
+    """The sweeps in all experiments, oldest first. Raises UserError as `read_trials` does."""
+    with connecting(tracking_uri):
+        client = reading_client(tracking_uri)
+        names = _experiments(client, ())
+        runs = _runs(client, names, f"tags.`{TAG}kind` = 'sweep'")
+    return sorted((_sweep_run(run, names[run.info.experiment_id]) for run in runs), key=lambda one: one.started)
+
+
+def _sweep_run(run: Run, experiment: str) -> SweepRun:
+    tags, info = _tags(run), run.info
+    tables = tuple(filter(None, tags.get("table", "").split(",")))
+    return SweepRun(info.run_id, info.run_name or "", tags.get("sweep", ""), experiment, tables, info.start_time or 0)
 
 
 def contents(tracking_uri: str, experiments: Sequence[str] = ()) -> str:
@@ -144,8 +204,11 @@ def _experiments(client: MlflowClient, wanted: Sequence[str]) -> dict[str, str]:
 
 
 def _trial_runs(client: MlflowClient, experiments: Iterable[str], *conditions: str) -> list[Run]:
-    query = " AND ".join([f"tags.`{TAG}kind` = 'trial'", *conditions])
-    return _pages(client.search_runs, experiment_ids=list(experiments), filter_string=query)
+    return _runs(client, experiments, f"tags.`{TAG}kind` = 'trial'", *conditions)
+
+
+def _runs(client: MlflowClient, experiments: Iterable[str], *conditions: str) -> list[Run]:
+    return _pages(client.search_runs, experiment_ids=list(experiments), filter_string=" AND ".join(conditions))
 
 
 def _pages(search: Any, **query: Any) -> list[Any]:
@@ -190,7 +253,21 @@ def _record(run: Run, experiment: str) -> Record:
         protocol=protocol | {MASKS: ", ".join(masks) or NOBODY},
         stages=_parsed(tags, "stage_keys", _object) if tags.get("stage_keys") else {},
         metrics=run.data.metrics,
+        preset=tags.get("preset", ""),
+        ended=run.info.end_time or 0,
+        commit=tags.get("commit", ""),
+        host=tags.get("host", ""),
+        versions={name.removeprefix(VERSION): text for name, text in tags.items() if name.startswith(VERSION)},
+        found=_parsed(tags, "stages_found", _object) if tags.get("stages_found") else {},
+        data_folder=_data_folder(run),
     )
+
+
+def _data_folder(run: Run) -> str:
+    """Of its data sets, as MLflow has them; "" for images that the project makes itself."""
+    inputs = run.inputs.dataset_inputs if run.inputs else []
+    sources = [one.dataset.source for one in inputs if one.dataset.source_type == "local"]
+    return str(_object(sources[0]).get("uri", "")) if sources else ""
 
 
 def _status(run: Run) -> str:
@@ -233,6 +310,11 @@ def _of_type(kind: type[T], value: Any) -> T:
     if not isinstance(value, kind):
         raise ValueError
     return value
+
+
+def time_text(milliseconds: int) -> str:
+    """ "2026-11-30T22:04:51Z"; "" for 0."""
+    return f"{datetime.fromtimestamp(milliseconds // 1000, UTC):%Y-%m-%dT%H:%M:%SZ}" if milliseconds else ""
 
 
 def plain_text(value: Any) -> str:

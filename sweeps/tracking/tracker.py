@@ -126,6 +126,7 @@ class Tracker:
             f"{TAG}table": ",".join(self._tables()),
             f"{TAG}documents_digest": self._documents_digest(),
             f"{TAG}preset": sweep.preset,
+            f"{TAG}sweep": self.folder.name,
             f"{TAG}plan": json.dumps(sweep.summary()),
             f"{TAG}commit": self._commit,
             MLFLOW_GIT_COMMIT: self._commit,

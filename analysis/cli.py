@@ -22,6 +22,7 @@ COMMANDS = {
     "report": "all of it, figures as well, as one HTML file",
     "complexity": "parameters and FLOPs of the networks (Table 9); reads no runs",
     "why": "where a row of a table comes from, and how to make it again",
+    "compare": "two sweeps, cell by cell",
 }
 """What else it can do -> a line about it. Each is a module of this package, with `add_arguments` and `run`."""
 

@@ -23,6 +23,7 @@ COMMANDS = {
     "complexity": "parameters and FLOPs of the networks (Table 9); reads no runs",
     "why": "where a row of a table comes from, and how to make it again",
     "compare": "two sweeps, cell by cell",
+    "snapshot": "what all runs have measured, in one tidy file",
 }
 """What else it can do -> a line about it. Each is a module of this package, with `add_arguments` and `run`."""
 
@@ -53,7 +54,9 @@ def _parser_of(word: str) -> tuple[Parser, Callable[[argparse.Namespace], int]]:
     """Of a command, or of the tables themselves."""
     if word in COMMANDS:
         command = import_module(f"analysis.{word}")
-        parser = Parser(prog=f"semformer-tables {word}", description=command.__doc__, allow_abbrev=False)
+        raw = argparse.RawDescriptionHelpFormatter
+        name = f"semformer-tables {word}"
+        parser = Parser(prog=name, description=command.__doc__, formatter_class=raw, allow_abbrev=False)
         command.add_arguments(parser)
         return parser, command.run
     others = "".join(f"\n  semformer-tables {name:10} {about}" for name, about in COMMANDS.items())

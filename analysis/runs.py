@@ -17,7 +17,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_PARENT_RUN_ID
 
 from semformer.errors import UserError
 from sweeps.plan import scores
-from sweeps.plan.protocol import PROTOCOL
+from sweeps.plan.protocol import PROTOCOL, SCORED_BY_THRESHOLD
 from sweeps.tracking import rows
 from sweeps.tracking.connection import TAG, connecting, reading_client
 
@@ -81,6 +81,10 @@ class Record:
         split = self.protocol.get(scores.LINKS[scores.link_of(name)].split, "")
         value = self.metrics.get(scores.full_name(name, split), math.nan)
         return value if self.finished and math.isfinite(value) else None
+
+    def threshold(self, link: str) -> float | None:
+        """At which the maps of a word of `scores.LINKS` are scored; None for what has no threshold."""
+        return self.score(f"{link}/threshold") if link in SCORED_BY_THRESHOLD else None
 
     def rows_of(self, table: str) -> list[str]:
         """The rows of a table that the trial fills."""

@@ -17,8 +17,7 @@ from analysis.notes import Protocol, notes_under
 from analysis.runs import Record, Trials, contents, plain_text, read_trials
 from semformer.config import flatten
 from semformer.errors import UserError
-from sweeps.plan.protocol import SCORED_BY_THRESHOLD
-from sweeps.plan.scores import link_of
+from sweeps.plan.scores import LINKS, link_of
 from sweeps.plan.table import Metric, Row, Table, resolve
 
 LEFT_OUT = "left out, see Runs"
@@ -122,8 +121,7 @@ def _trial(candidate: Candidate, table: Table, protocol: Protocol) -> Trial:
     record = candidate.record
     scores = {metric.name: record.score(metric.name) for metric in table.measured}
     links = set(map(link_of, candidate.scores))
-    of_maps = [word for word in SCORED_BY_THRESHOLD if word in links]
-    thresholds = {word: record.score(f"{word}/threshold") for word in of_maps}
+    thresholds = {word: record.threshold(word) for word in LINKS if word in links}
     reason = re.sub(r"\x1b\[[0-9;]*m", "", record.reason) or "no reason recorded"
     return Trial(
         record,

@@ -91,9 +91,8 @@ def _cells(sweep: "SweepRun", records: Iterable["Record"], planned: set[str]) ->
     own = [one for one in own if one.parent_run_id == sweep.run_id or one.trial_key in planned]
     cells: dict[tuple[str, str, int], Record] = {}
     for record in sorted(own, key=lambda record: (not record.finished, -record.started)):
-        for table, row in (name.split("/", 1) for name in record.rows):
-            if table in sweep.tables:
-                cells.setdefault((table, row, record.seed), record)
+        for table, _, row in (name.partition("/") for name in record.rows):
+            cells.setdefault((table, row, record.seed), record)
     return cells
 
 

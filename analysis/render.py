@@ -34,6 +34,8 @@ class Entry:
     """Of its footnotes."""
     row: str = ""
     """The id of the row whose measured value it is."""
+    spans: bool = False
+    """Whether it heads all entries from here on."""
 
 
 class Footnotes:
@@ -196,7 +198,7 @@ def entries(compiled: CompiledTable, footnotes: Footnotes) -> tuple[list[list[En
     if labelled and marks:
         ours = [i for i, line in enumerate(lines, start=1) if line.ours]
         for i in ours:
-            grid[0][i] = Entry(OURS if i == ours[0] else "")
+            grid[0][i] = Entry(OURS, spans=True) if i == ours[0] else Entry("")
     return grid, rules
 
 
@@ -360,7 +362,7 @@ def _latex_line(line: Sequence[Entry]) -> list[str]:
     """The entries; a first one with `[` or `*` must not be read as the option of the line break before it."""
     texts: list[str] = []
     for i, entry in enumerate(line):
-        if entry.text == OURS:
+        if entry.spans:
             return [*texts, rf"\multicolumn{{{len(line) - i}}}{{c}}{{{_latex(OURS)}}}"]
         text = entry.latex or _latex(entry.text)
         text = "{}" + text if i == 0 and text[:1] in ("[", "*") else text

@@ -15,7 +15,7 @@ from analysis.agreement import NOISE, Agreement, agreement_of
 from analysis.compiled import Cell, CompiledTable, Line, Trial
 from analysis.figures import Drawn, draw_all
 from analysis.options import add_source, compile_tables, read_tables, say
-from analysis.render import OURS, Footnotes, chance_lines, entries, write_text
+from analysis.render import Footnotes, chance_lines, entries, write_text
 from analysis.runs import MASKS, SHORT, plain_text
 
 HOUR = 3600.0
@@ -127,9 +127,8 @@ class _Section:
         table = compiled.table
         self.name, self.title = table.name, table.title
         self.sortable = not table.layout.transposed
-        texts = [entry.text for entry in grid[0]]
-        self.spanned = len(texts) - texts.index(OURS) if OURS in texts else 1
-        self.heading, self.lines = grid[0][: len(texts) - self.spanned + 1], grid[1:]
+        self.spanned = next((len(grid[0]) - i for i, entry in enumerate(grid[0]) if entry.spans), 1)
+        self.heading, self.lines = grid[0][: len(grid[0]) - self.spanned + 1], grid[1:]
         self.ruled = set() if table.layout.transposed else rules
         self.footnotes, self.notes = footnotes.items(), compiled.notes
         self.chance = chance_lines(compiled)

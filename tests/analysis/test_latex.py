@@ -1,5 +1,6 @@
 """LaTeX that compiles."""
 
+import re
 import shutil
 import subprocess
 
@@ -33,6 +34,14 @@ def test_latex_of_awkward_texts_is_well_formed(sweep):
     assert r"failed\textsuperscript{[1]}" in source
     assert r"34.8 & 44.0\textsuperscript{\dag{}}" in source
     assert r"50\% of \$PATH\_1 \& \{x\}" in source
+
+
+def test_a_row_named_as_a_heading_keeps_its_values(cra):
+    path = cra.folder / "named.yaml"
+    text = re.sub(r"layout: .*\n|(, |    )marks: \{.*?\}\n?", "", cra.table.text)
+    path.write_text(text.replace("label: without", 'label: "SemFormer (ours)"'))
+    (line,) = (line for line in to_latex(cra.compiled(path)).splitlines() if line.startswith("SemFormer (ours) &"))
+    assert "60.0" in line
 
 
 def test_latex_of_rows_down_and_of_seeds_is_well_formed(cra):

@@ -73,6 +73,8 @@ def _of_table(compiled: CompiledTable, images_of: Callable[[str, str, float], _I
         for trial in _by_seed(metric, line).values()
     }
     best = max(comparable, key=lambda line: _goodness(metric, line), default=None)
+    compared = compiled.table.layout.compared
+    rivals = [line for line in comparable if best and line.marks.get(compared) == best.marks.get(compared)]
     chances = {}
     for line in lines:
         measured = _by_seed(metric, line)
@@ -82,7 +84,7 @@ def _of_table(compiled: CompiledTable, images_of: Callable[[str, str, float], _I
             images=over_images(np.mean(own, axis=0)) if len(own) == len(measured) else None,
             seeds=over_seeds(values),
             from_first=_gap(metric, comparable[0], line, images) if line in comparable[1:] else None,
-            from_best=_gap(metric, best, line, images) if best and line in comparable and line != best else None,
+            from_best=_gap(metric, best, line, images) if best and line in rivals and line != best else None,
         )
     shown = replace(compiled, chances=chances, best=best.id if best else "")
     return replace(shown, notes=(*compiled.notes, *_notes(metric, shown)))
@@ -98,7 +100,8 @@ def _notes(metric: Metric, compiled: CompiledTable) -> Iterable[tuple[str, str]]
     if any(compiled.is_tied(line) for line in compiled.lines):
         yield (
             "Italic",
-            f"cannot be told apart from the best in {metric.header}: such an interval of the difference has 0.",
+            f"cannot be told apart from the best in {metric.header}: such an interval of the difference has 0, or it "
+            "is better on the seeds that both have.",
         )
 
 

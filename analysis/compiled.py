@@ -81,7 +81,8 @@ class Gap:
 class Chance:
     """Intervals of a row's first metric, see `stats.py`; None where they are not known.
 
-    `from_first` and `from_best`: what it has more than the table's first comparable row, and than the best one.
+    `from_first` and `from_best`: what it has more than the table's first comparable row, and than the best one
+    if the table compares it with that (`Layout.compared`).
     """
 
     images: Interval | None
@@ -141,10 +142,14 @@ class CompiledTable:
         return [trial for line in self.lines for trial in line.trials]
 
     def is_tied(self, line: Line) -> bool:
-        """Whether chance explains what the best row has more in the first metric."""
+        """Whether chance explains what the best row has more in the first metric, or it has no more on the seeds that
+        both have."""
         chance = self.chances.get(line.id)
         gap = chance.from_best if chance else None
-        return gap is not None and bool(gap.images or gap.seeds) and not gap.is_clear
+        if gap is None or not (gap.images or gap.seeds):
+            return False
+        is_worse = gap.mean < 0 if self.table.measured[0].best == "max" else gap.mean > 0
+        return not (gap.is_clear and is_worse)
 
     @property
     def experiments(self) -> list[str]:

@@ -219,6 +219,29 @@ def test_a_metric_that_is_good_when_low_has_its_best_there(cra, tmp_path):
     assert compiled.chances["with"].from_best.mean == pytest.approx(5.0)
 
 
+def test_the_best_row_is_compared_with_those_that_the_table_compares(cra, tmp_path):
+    for row in ("without", "with"):
+        for seed, gain in enumerate((0.0, 1.0)):
+            cra.trial(row, 60.0 + gain, seed=seed + 1, fp=20.0)
+    grouped = cra.folder / "grouped.yaml"
+    grouped.write_text(cra.table.text.replace("layout: {", "layout: {compared: CRA, "))
+    for path, tied in ((cra.table.path, ["without"]), (grouped, [])):
+        (compiled,) = with_chance([cra.compiled(path)], cra.uri)
+        assert compiled.best == "with"
+        assert [line.id for line in compiled.lines if compiled.is_tied(line)] == tied
+
+
+def test_a_row_that_is_better_on_the_seeds_of_both_is_no_worse_than_the_best(measured, tmp_path):
+    sweep, _ = measured
+    pixels = made(np.random.default_rng(7), 40, quality=0.99)
+    keep(sweep, sweep.trial("CF", float(mean_iou(pixels.sum(axis=0))), seed=1), pixels, tmp_path)
+    compiled, found = chances(sweep)
+    assert compiled.best == "CF"
+    assert found["CF-CB"].from_best.images.low > 0
+    assert [line.id for line in compiled.lines if compiled.is_tied(line)] == ["CF-CB", "CF-AS"]
+    assert "better on the seeds that both have" in note(to_markdown(compiled), "Italic")
+
+
 def test_files_that_cannot_be_read_are_named(measured, tmp_path, capsys):
     sweep, of_rows = measured
     run = sweep.trial("CF-AC", 50.0)

@@ -39,7 +39,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def to_html(compiled: Sequence[CompiledTable], figures: Sequence[Drawn]) -> str:
-    """The report. A figure whose name begins with a table's stands under it, others at the end."""
+    """The report. A figure whose name is a table's and its kind stands under that, others at the end."""
     environment = Environment(
         loader=PackageLoader("analysis"),
         autoescape=True,
@@ -48,7 +48,7 @@ def to_html(compiled: Sequence[CompiledTable], figures: Sequence[Drawn]) -> str:
         lstrip_blocks=True,
     )
     names = [table.table.name for table in compiled]
-    of_tables = {name: [one for one in figures if one.name.startswith(f"{name}-")] for name in names}
+    of_tables = {name: [one for one in figures if one.name.rpartition("-")[0] == name] for name in names}
     shown = {one.name for own in of_tables.values() for one in own}
     return environment.get_template("report.html").render(
         facts=[*_facts(compiled)],

@@ -124,6 +124,13 @@ def test_figures_stand_under_their_table(cra):
     assert "Title of cost. Two seeds." in [text_of(e) for e in page.iter(f"{HTML}figcaption")]
 
 
+def test_figures_of_a_table_whose_name_begins_with_anothers_stand_once(cra):
+    page = parsed(report(cra, drawn("cra-axis"), drawn("cra-2-axis")))
+    (section,) = page.iter(f"{HTML}section")
+    assert [image.get("alt") for image in section.iter(f"{HTML}img")] == ["Title of cra-axis"]
+    assert len([*page.iter(f"{HTML}img")]) == 2
+
+
 def test_the_command_writes_it(cra, capsys):
     path = cra.folder / "made" / "report.html"
     assert main(["report", str(cra.table.path), "--tracking-uri", cra.uri, "--out", str(path)]) == 0

@@ -137,7 +137,7 @@ def _images(run_id: str, metric: str, value: float, files: Mapping[tuple[str, st
         return None
     try:
         ids, pixels = read_pixels(counts, classes, f"{LINKS[link_of(metric)].of}/", metric.rpartition("/")[2])
-    except (OSError, ValueError, KeyError, pa.ArrowException) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, pa.ArrowException) as error:
         raise UserError(f"run {run_id}: its {counts.name} or {classes.name} cannot be read: {error}") from error
     if not ids or round(float(mean_iou(pixels.sum(axis=0))) - value, DIGITS):
         return None
@@ -152,6 +152,8 @@ def read_pixels(counts: Path, classes: Path, of: str, score: str) -> tuple[tuple
     names = pd.read_parquet(classes, columns=["class"])["class"]
     table = pd.read_parquet(counts)
     table = table[table["score"].str.startswith(of) & table["score"].str.endswith(f"/{score}")]
+    if table[["image", *PIXELS]].isna().any(axis=None):
+        raise ValueError("it has empty places")
     rows, ids = pd.factorize(table["image"], sort=True)
     pixels = np.zeros((len(ids), len(names), len(PIXELS)), np.int64)
     columns = pd.Index(names).get_indexer(table["class"])

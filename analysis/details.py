@@ -76,6 +76,6 @@ def _read_table(path: Path, run_id: str, name: str) -> dict:
     by, what = ("threshold", "miou") if name == CURVE else ("class", "iou")
     try:
         columns = pq.read_table(path).select([by, what]).to_pydict()
-    except (pa.ArrowException, OSError, KeyError) as error:
+        return dict(zip(columns[by], map(float, columns[what]), strict=True))
+    except (pa.ArrowException, OSError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{name} of run {run_id} cannot be read ({first_line(error)}): run its trial again") from error
-    return dict(zip(columns[by], columns[what], strict=True))

@@ -255,7 +255,7 @@ def _record(run: Run, experiment: str) -> Record:
         begun=bool(params),
         config=params | {field: protocol[name] for name, field in FIELDS.items() if name in protocol},
         protocol=protocol | {MASKS: ", ".join(masks) or NOBODY},
-        stages=_parsed(tags, "stage_keys", _object) if tags.get("stage_keys") else {},
+        stages=_parsed(tags, "stage_keys", _digests) if tags.get("stage_keys") else {},
         metrics=run.data.metrics,
         preset=tags.get("preset", ""),
         ended=run.info.end_time or 0,
@@ -304,6 +304,10 @@ def _seed(text: str) -> int:
 
 def _object(text: str) -> dict[str, Any]:
     return _of_type(dict, json.loads(text))
+
+
+def _digests(text: str) -> dict[str, str]:
+    return {name: _of_type(str, digest) for name, digest in _object(text).items()}
 
 
 def _names(text: str) -> list[str]:

@@ -5,6 +5,7 @@ import json
 import statistics
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -396,3 +397,8 @@ def test_a_damaged_file_and_a_folder_that_cannot_be_written_are_told(last_blocks
     last_blocks.client.log_text(run, "no parquet", "threshold_curve.parquet")
     with pytest.raises(UserError, match=f"threshold_curve.parquet of run {run} cannot be read"):
         draw(last_blocks)
+    for values in ([None, None], ["high", "low"]):
+        pd.DataFrame({"threshold": [0.3, 0.4], "miou": values}).to_parquet(tmp_path / "threshold_curve.parquet")
+        last_blocks.client.log_artifact(run, str(tmp_path / "threshold_curve.parquet"))
+        with pytest.raises(UserError, match=f"threshold_curve.parquet of run {run} cannot be read"):
+            draw(last_blocks)

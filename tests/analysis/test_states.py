@@ -69,6 +69,7 @@ def test_a_pruned_trial_has_its_own_word(sweep):
         ({"protocol": "{"}, "its tag semformer.protocol = '{' cannot be read"),
         ({"protocol": "[" * 4000}, "its tag semformer.protocol"),
         ({"protocol": "[1]"}, "its tag semformer.protocol = '[1]' cannot be read"),
+        ({"stage_keys": '{"caae": ["x"]}'}, 'its tag semformer.stage_keys = \'{"caae": ["x"]}\' cannot be read'),
         ({"masks_read_by": "evaluate"}, "its tag semformer.masks_read_by = 'evaluate' cannot be read"),
     ],
 )

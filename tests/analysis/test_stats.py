@@ -254,6 +254,18 @@ def test_files_that_cannot_be_read_are_named(measured, tmp_path, capsys):
     assert f"run {run}: its {IMAGE_COUNTS} or {CLASS_IOU} cannot be read" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [("score", 3), ("image", None), ("class", 3), ("intersection", None), ("intersection", np.nan), ("true", "x")],
+)
+def test_pixels_of_another_kind_are_told(measured, tmp_path, column, value):
+    sweep, of_rows = measured
+    run = sweep.trial("CF-AC", 50.0)
+    keep(sweep, run, of_rows["CF"], tmp_path, **{column: value})
+    with pytest.raises(UserError, match=f"run {run}: its {IMAGE_COUNTS} or {CLASS_IOU} cannot be read"):
+        chances(sweep)
+
+
 def test_the_command_prints_intervals(measured, capsys):
     sweep, _ = measured
     assert main(["table03", "--tracking-uri", sweep.uri]) == 0

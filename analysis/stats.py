@@ -44,17 +44,23 @@ def over_images(values: np.ndarray) -> Interval:
 def mean_iou(pixels: np.ndarray) -> np.ndarray:
     """In percent, from pixels (..., K, 3) of intersection, prediction and truth. A class without pixels counts as 0, as
     in the published evaluation."""
+    return _iou(pixels).mean(axis=-1)
+
+
+def _iou(pixels: np.ndarray) -> np.ndarray:
     hit, predicted, true = np.moveaxis(pixels, -1, 0)
-    return 100 * (hit / np.maximum(predicted + true - hit, 1)).mean(axis=-1)
+    return 100 * hit / np.maximum(predicted + true - hit, 1)
 
 
 def resampled(pixels: np.ndarray) -> np.ndarray:
     """The mean IoU (RESAMPLES,) in percent of images drawn with replacement from those of the split: for as many images
-    always the same. pixels: those of each image (N, K, 3)."""
+    always the same. A class of the split that was not drawn is left out. pixels: those of each image (N, K, 3)."""
     N, K, _ = pixels.shape
     flat, drawn = pixels.reshape(N, -1).astype(float), _drawn(N)
     sums = [drawn[i : i + AT_ONCE].astype(float) @ flat for i in range(0, RESAMPLES, AT_ONCE)]
-    return mean_iou(np.concatenate(sums).reshape(RESAMPLES, K, 3))
+    drawn_pixels = np.concatenate(sums).reshape(RESAMPLES, K, 3)
+    counted = (drawn_pixels[..., 2] > 0) | ~pixels[..., 2].any(axis=0)
+    return (_iou(drawn_pixels) * counted).sum(axis=-1) / np.maximum(counted.sum(axis=-1), 1)
 
 
 @lru_cache(maxsize=2)

@@ -52,6 +52,14 @@ def test_resamples_of_few_images_are_spread_as_all_that_there_are():
         assert share == pytest.approx(q, abs=0.04)
 
 
+def test_a_class_of_one_image_does_not_pull_the_interval_below_the_value():
+    """Each of 20 classes is in one image: a resample without it does not count it as 0."""
+    pixels = np.zeros((20, 20, 3), int)
+    pixels[range(20), range(20)] = np.column_stack([np.full(20, 70) + np.arange(20), np.full((20, 2), 100)])
+    low, high = over_images(resampled(pixels))
+    assert low < mean_iou(pixels.sum(axis=0)) < high
+
+
 def test_intervals_are_scipys_paired_ones():
     rng = np.random.default_rng(2)
     first, second = made(rng, 50), made(rng, 50, quality=0.75)

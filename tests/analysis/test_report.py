@@ -36,6 +36,15 @@ def table_of(page, name):
     return [[text_of(place) for place in line] for line in table.iter(f"{HTML}tr")]
 
 
+def popovers_of(page):
+    return {e.get("id"): text_of(e) for e in page.iter() if e.get("popover") is not None}
+
+
+def facts_of(page):
+    texts = [text_of(e) for e in next(page.iter(f"{HTML}dl"))]
+    return dict(zip(texts[::2], texts[1::2], strict=True))
+
+
 def drawn(name):
     figure = Figure(figsize=(2, 1))
     figure.subplots().plot([1, 2], [3, 4])
@@ -76,7 +85,7 @@ def test_its_tables_are_those_of_the_markdown(name, sweep, cra):
 def test_every_cell_opens_where_it_comes_from(cra):
     page = parsed(report(cra))
     (compiled,) = with_chance([cra.compiled()], cra.uri)
-    popovers = {e.get("id"): text_of(e) for e in page.iter() if e.get("popover") is not None}
+    popovers = popovers_of(page)
     opens = [e.get("popovertarget") for e in page.iter(f"{HTML}button") if e.get("popovertargetaction") is None]
     assert sorted(filter(None, opens)) == sorted(f"cra.{line.id}" for line in compiled.lines for _ in line.cells)
     for line in compiled.lines:
@@ -90,7 +99,7 @@ def test_failed_and_missing_rows_say_why(sweep):
     sweep.trial("CF", 40.0)
     sweep.trial("CF-CB", tags={"status": "failed", "reason": "the loss <diverged> & burst"})
     page = parsed(report(sweep))
-    popovers = {e.get("id"): text_of(e) for e in page.iter() if e.get("popover") is not None}
+    popovers = popovers_of(page)
     assert "failed: the loss <diverged> & burst" in popovers["table03.CF-CB"]
     assert "not run" in popovers["table03.CF-AS"]
     ours = table_of(page, "table03")[-2]
@@ -105,10 +114,8 @@ def test_the_answer_comes_first(sweep):
         keys = {"caae": "shared", "segmentor": f"own {i}"}
         seconds = {"caae/seconds": 3600.0, "segmentor/seconds": 1800.0}
         sweep.trial(row, miou, tags={"stage_keys": json.dumps(keys)}, **seconds)
-    page = parsed(report(sweep))
-    facts = [text_of(e) for e in next(page.iter(f"{HTML}dl"))]
-    told = dict(zip(facts[::2], facts[1::2], strict=True))
-    assert facts[0] == "Order of the rows"
+    told = facts_of(parsed(report(sweep)))
+    assert next(iter(told)) == "Order of the rows"
     assert told["Order of the rows"].startswith("26 of 27 and 24 of 24 (seed 0) pairs as in the paper")
     assert told["Cells"] == "8 of 8 rows measured, by 8 runs"
     assert told["Cost"] == f"{1 + 8 * 0.5:.1f} hours of stages, each made once; had no run shared one, {8 * 1.5:.1f}"
@@ -116,11 +123,40 @@ def test_the_answer_comes_first(sweep):
     assert told["Seeds"] == "0"
 
 
+def test_only_what_has_ended_well_is_counted(sweep):
+    sweep.trial("CF", 40.0)
+    sweep.trial("CF", 42.0, seed=1)
+    sweep.trial("CF-AS", 50.0, protocol={"erosion": 7})
+    sweep.trial("CF-CB", tags={"status": "stopped"}, seed=2)
+    page = parsed(report(sweep))
+    told, popovers = facts_of(page), popovers_of(page)
+    assert (told["Cells"], told["Seeds"]) == ("2 of 8 rows measured, by 3 runs", "0, 1")
+    assert "2stopped: " in popovers["table03.CF-CB"]
+    assert re.search(r"0finished40\.000\.31\w{32}", popovers["table03.CF"])
+    assert popovers["table03.CF-AS"].count("Not comparable: ") == 1
+    assert "Not comparable" not in popovers["table03.CF"]
+
+
+def test_best_rows_are_named(sweep, cra):
+    """Of two seeds, another row than the paper's; and none at all."""
+    sweep.trial("CF", tags={"status": "failed"})
+    (empty,) = with_chance([sweep.compiled()], sweep.uri)
+    cra.trial("without", 80.0, seed=1, fp=20.0)
+    page = parsed(to_html([empty, *with_chance([cra.compiled()], cra.uri)], []))
+    lines = [[text_of(place) for place in line] for line in next(page.iter(f"{HTML}tbody"))]
+    assert [line[1:] for line in lines] == [
+        ["nothing is measured", f"{empty.lines[-1].label}: 55.8"],
+        ["without: 70.0 ± 14.1 (2)", "[with] | both: 63.7"],
+    ]
+
+
 def test_figures_stand_under_their_table(cra):
-    page = parsed(report(cra, drawn("cra-axis"), drawn("cost")))
+    page = parsed(report(cra, drawn("cra-axis"), drawn("cradle-axis"), drawn("cost")))
     (section,) = page.iter(f"{HTML}section")
     assert [e.get("alt") for e in section.iter(f"{HTML}img")] == ["Title of cra-axis"]
-    assert [e.get("alt") for e in page.iter(f"{HTML}img")] == ["Title of cra-axis", "Title of cost"]
+    assert [e.get("alt") for e in page.iter(f"{HTML}img")] == [
+        f"Title of {name}" for name in ("cra-axis", "cradle-axis", "cost")
+    ]
     assert "Title of cost. Two seeds." in [text_of(e) for e in page.iter(f"{HTML}figcaption")]
 
 

@@ -80,6 +80,9 @@ def test_its_tables_are_those_of_the_markdown(name, sweep, cra):
     assert [line[0] for line in lines] == [*plain][2:]
     told = [[re.sub(r"[*\\]", "", text) for text in line] for line in plain.values()]
     assert [line[1:] for line in lines] == told[2:]
+    across = compiled.table.layout.transposed
+    sortable = [own for own in page.iter(f"{HTML}table") if own.get("class") == "sortable"]
+    assert len(sortable) == (not across)
 
 
 def test_every_cell_opens_where_it_comes_from(cra):

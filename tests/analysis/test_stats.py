@@ -258,8 +258,22 @@ def test_files_that_cannot_be_read_are_named(measured, tmp_path, capsys):
         chances(sweep)
     (tmp_path / IMAGE_COUNTS).write_bytes(b"PAR1 but no more")
     sweep.client.log_artifact(run, str(tmp_path / IMAGE_COUNTS))
-    assert main(["table03", "--tracking-uri", sweep.uri]) == 2
-    assert f"run {run}: its {IMAGE_COUNTS} or {CLASS_IOU} cannot be read" in capsys.readouterr().err
+    assert main(["table03", "--tracking-uri", sweep.uri]) == 0
+    told = capsys.readouterr().out
+    assert f"no intervals: run {run}: its {IMAGE_COUNTS} or {CLASS_IOU} cannot be read" in note(told, "Chance")
+    assert "| 50.0" in told
+
+
+def test_values_are_shown_though_files_cannot_be_had(database, capsys):
+    sweep = Sweep(database)
+    away = sweep.client.create_experiment("away", artifact_location="nowhere://bucket")
+    sweep.id = away
+    sweep.trial("CF", 41.5)
+    assert main(["table03", "--tracking-uri", sweep.uri]) == 0
+    told = capsys.readouterr().out
+    assert "| 41.5" in told
+    assert "no intervals: " in note(told, "Chance")
+    assert "nowhere" in note(told, "Chance")
 
 
 @pytest.mark.parametrize(

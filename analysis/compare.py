@@ -106,7 +106,7 @@ def compare(tables: Iterable[Table], a: Cells, b: Cells) -> dict[str, Any]:
         names = dict.fromkeys([*table.positions, *(row for name, row, _ in (*a, *b) if name == table.name)])
         for row in names:
             seeds = sorted({seed for name, own, seed in (*a, *b) if (name, own) == (table.name, row)})
-            for metric in table.metrics:
+            for metric in table.measured:
                 both: dict[int, tuple[float, float]] = {}
                 for seed in seeds:
                     one, other = a.get((table.name, row, seed)), b.get((table.name, row, seed))

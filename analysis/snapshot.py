@@ -131,7 +131,7 @@ def _told(table: Table, row_id: str, record: "Record") -> Iterable[dict[str, Any
     from analysis.runs import time_text
 
     row = table.rows[table.positions[row_id]] if row_id in table.positions else None
-    for metric in table.metrics:
+    for metric in table.measured:
         yield {
             "table": table.name,
             "row": row_id,

@@ -14,7 +14,7 @@ from tests.workplace import Workplace
 TABLE = """\
 name: mine
 title: Two rows
-metrics: [{name: miou, header: mIoU}, {name: fp, header: FP, best: min}]
+metrics: [{name: miou, header: mIoU}, {name: fp, header: FP, best: min}, {name: t, header: t, elsewhere: there}]
 rows:
   - {id: "1", label: None, set: {segmentor.sigma: 0.1}, paper: {miou: 50}}
   - {id: 1e5, label: 'a, "b"', set: {segmentor.sigma: 0.2}}

@@ -110,6 +110,14 @@ def test_weights_are_given_to_a_sweep_by_their_backbone(sweep, tmp_path, capsys)
     assert f"segmentor.weights={gone}" in shlex.split(alone["command"])
 
 
+def test_a_run_that_went_further_goes_as_far_again(sweep, capsys):
+    masks = ("train_cams", "affinity_labels", "affinity", "walk", "pseudo_masks", "evaluate_masks")
+    sweep.trial("CF", 40.0, stages=("caae", "segmentor", "cams", "evaluate", *masks))
+    assert main(["why", "table03", "CF", "--tracking-uri", sweep.uri, "--json"]) == 0
+    for one in json.loads(capsys.readouterr().out)["commands"]:
+        assert one["command"].endswith(" --until pseudo_masks")
+
+
 def test_seeds_are_told_one_by_one_and_swept_together(sweep, capsys):
     for seed, miou in ((0, 40.0), (7, 44.0)):
         sweep.trial("CF", miou, seed=seed)

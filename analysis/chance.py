@@ -10,6 +10,7 @@ from tempfile import TemporaryDirectory
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from analysis.artifacts import fetch
 from analysis.compiled import Chance, CompiledTable, Gap, Line, Trial
@@ -149,8 +150,8 @@ def read_pixels(counts: Path, classes: Path, of: str, score: str) -> tuple[tuple
 
     Of the score "<of><split>/<score>"; no image where it is not among those that were counted.
     """
-    names = pd.read_parquet(classes, columns=["class"])["class"]
-    table = pd.read_parquet(counts)
+    names = pq.ParquetFile(classes).read(["class"]).to_pandas()["class"]
+    table = pq.ParquetFile(counts).read().to_pandas()
     table = table[table["score"].str.startswith(of) & table["score"].str.endswith(f"/{score}")]
     if table[["image", *PIXELS]].isna().any(axis=None):
         raise ValueError("it has empty places")

@@ -14,8 +14,8 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
-AT_ONCE = 250
-"""Resamples of which the pixels are summed together."""
+AT_ONCE = 4_000_000
+"""Images, times resamples, of which the pixels are summed together."""
 
 
 class Interval(NamedTuple):
@@ -57,7 +57,8 @@ def resampled(pixels: np.ndarray) -> np.ndarray:
     always the same. A class of the split that was not drawn is left out. pixels: those of each image (N, K, 3)."""
     N, K, _ = pixels.shape
     flat, drawn = pixels.reshape(N, -1).astype(float), _drawn(N)
-    sums = [drawn[i : i + AT_ONCE].astype(float) @ flat for i in range(0, RESAMPLES, AT_ONCE)]
+    step = max(1, AT_ONCE // N)
+    sums = [drawn[i : i + step].astype(float) @ flat for i in range(0, RESAMPLES, step)]
     drawn_pixels = np.concatenate(sums).reshape(RESAMPLES, K, 3)
     counted = (drawn_pixels[..., 2] > 0) | ~pixels[..., 2].any(axis=0)
     return (_iou(drawn_pixels) * counted).sum(axis=-1) / np.maximum(counted.sum(axis=-1), 1)

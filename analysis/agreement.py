@@ -39,7 +39,7 @@ class Pair:
 def find_pairs(compiled: Iterable[CompiledTable]) -> list[Pair]:
     """Of all tables, in order. Rows that are not comparable (daggers) are left out."""
     pairs: list[Pair] = []
-    seen: set[tuple[int, frozenset[str]]] = set()
+    seen: set[tuple[str, int, frozenset[str]]] = set()
     for table in compiled:
         metric = table.table.measured[0].name
         measured = [(line, _by_seed(line, metric)) for line in table.lines if line.cells[metric].paper is not None]
@@ -50,8 +50,8 @@ def find_pairs(compiled: Iterable[CompiledTable]) -> list[Pair]:
             ours: dict[int, float] = {}
             untold = []
             for seed in sorted(a.keys() & b.keys()):
-                runs = (seed, frozenset(one.measured or one.record.trial_key for one in (a[seed], b[seed])))
-                if runs in seen and len(runs[1]) > 1:
+                runs = (metric, seed, frozenset(one.measured or one.record.trial_key for one in (a[seed], b[seed])))
+                if runs in seen and len(runs[2]) > 1:
                     continue
                 seen.add(runs)
                 if _rounded(b[seed].values[metric]) == _rounded(a[seed].values[metric]):

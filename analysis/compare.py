@@ -81,8 +81,11 @@ def _planned(tracking_uri: str, sweep: "SweepRun") -> set[str]:
 
     with TemporaryDirectory() as folder:
         found = fetch(tracking_uri, [(sweep.run_id, "plan.json")], Path(folder))
-        texts = [path.read_text(encoding="utf-8") for path in found.values()]
-    return {trial["key"] for text in texts for trial in json.loads(text).get("trial_list", ())}
+        texts = [path.read_bytes() for path in found.values()]
+    try:
+        return {trial["key"] for text in texts for trial in json.loads(text).get("trial_list", ())}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"the plan.json of sweep {sweep} cannot be read: {error!r}") from error
 
 
 def _cells(sweep: "SweepRun", records: Iterable["Record"], planned: set[str]) -> Cells:

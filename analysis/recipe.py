@@ -60,13 +60,26 @@ def sweep_command(table: Table, row: Row, records: Sequence[Record]) -> str:
     fields = _that_count(record, config, planned)
     if changed := [field for field in fields if field in table.varied]:
         raise UserError(f"row {row.id!r} of {table.path} has other values now of {', '.join(changed)}")
-    files = {name: fields.pop(name) for name in WEIGHTS if fields.get(name)}
-    backbones = {getattr(config, name.partition(".")[0]).backbone: file for name, file in files.items()}
-    weights = [part for backbone, file in backbones.items() for part in ("--weights", f"{backbone}={file}")]
+    weights = []
+    for backbone, names in _pretrained(record, config).items():
+        files = {fields.get(name, "") for name in names}
+        if len(files) == 1 and all(files):
+            weights += ["--weights", f"{backbone}={files.pop()}"]
+            fields = {name: value for name, value in fields.items() if name not in names}
     seeds = ",".join(str(one.seed) for one in records)
     name = table.name if table.path.parent == TABLES else str(table.path)
     told = ["semformer-sweep", "run", name, "--preset", record.preset, "--seeds", seeds]
     return shlex.join([*told, *_set(fields), *weights, *_rest(record, table.goal)])
+
+
+def _pretrained(record: Record, config: Config) -> dict[str, list[str]]:
+    """The fields of weights of the run's networks that start from some, by backbone."""
+    names: dict[str, list[str]] = {}
+    for name in WEIGHTS:
+        stage = name.partition(".")[0]
+        if getattr(config, stage).pretrained and (not record.stages or stage in record.stages):
+            names.setdefault(getattr(config, stage).backbone, []).append(name)
+    return names
 
 
 def _that_count(record: Record, config: Config, planned: Config) -> dict[str, Any]:

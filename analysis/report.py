@@ -68,13 +68,15 @@ def _facts(compiled: Sequence[CompiledTable]) -> Iterable[tuple[str, str]]:
     filled = sum(line.is_filled for line in lines)
     yield "Cells", f"{filled} of {len(lines)} rows measured, by {len(finished)} runs"
     yield "Preset", ", ".join(dict.fromkeys(table.preset for table in compiled))
+    if not finished:
+        return
     yield "Data", "; ".join(dict.fromkeys(trial.record.data or "not recorded" for trial in finished))
     yield "Seeds", ", ".join(map(str, sorted({trial.seed for trial in finished})))
     readers = {name for trial in finished for name in trial.record.protocol.get(MASKS, "not recorded").split(", ")}
     yield "Pixel masks", f"read by {', '.join(sorted(readers))}; by no other stage"
     if cost := _cost(finished):
         yield "Cost", cost
-    yield "Experiments", ", ".join(dict.fromkeys(trial.record.experiment for trial in trials))
+    yield "Experiments", ", ".join(dict.fromkeys(trial.record.experiment for trial in finished))
 
 
 def _ordered(agreement: Agreement) -> str:
@@ -95,7 +97,7 @@ def _cost(trials: Iterable[Trial]) -> str:
     for trial in trials:
         for name, digest in trial.record.stages.items():
             seconds = trial.record.metrics.get(f"{name}/seconds", 0.0)
-            once[name, digest] = seconds
+            once[name, digest] = max(seconds, once.get((name, digest), 0.0))
             alone += seconds
     if not once:
         return ""

@@ -271,7 +271,10 @@ def _data_folder(run: Run) -> str:
     """Of its data sets, as MLflow has them; "" for images that the project makes itself."""
     inputs = run.inputs.dataset_inputs if run.inputs else []
     sources = [one.dataset.source for one in inputs if one.dataset.source_type == "local"]
-    return str(_object(sources[0]).get("uri", "")) if sources else ""
+    try:
+        return str(_object(sources[0]).get("uri", "")) if sources else ""
+    except (ValueError, RecursionError):
+        return ""
 
 
 def _status(run: Run) -> str:

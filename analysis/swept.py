@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 
 from analysis.artifacts import fetch
 from semformer.errors import UserError
+from sweeps.plan.scores import GOALS
 from sweeps.plan.table import Table, load_all_tables, load_table
 
 
@@ -15,7 +16,7 @@ def swept_tables(tracking_uri: str, parents: Mapping[str, str]) -> tuple[dict[st
 
     Raises UserError if MLflow cannot be read.
     """
-    built_in = {table.name: table for table in load_all_tables()}
+    built_in = {table.name: table for table in load_all_tables(GOALS[-1])}
     tables = {name: built_in[name] for name in parents if name in built_in}
     told = []
     with TemporaryDirectory() as folder:

@@ -23,7 +23,11 @@ def experiment_of(uri: str, name: str = "") -> str:
     """The id of an experiment, by default of the newest sweep's. Raises UserError if there is none."""
     with connecting(uri):
         client = reading_client(uri)
-        known = {one.experiment_id: one.name for one in client.search_experiments()}
+        page = client.search_experiments()
+        known = {one.experiment_id: one.name for one in page}
+        while page.token:
+            page = client.search_experiments(page_token=page.token)
+            known |= {one.experiment_id: one.name for one in page}
         if name:
             found = [i for i, other in known.items() if other == name]
         else:

@@ -176,3 +176,11 @@ def test_files_are_written_whoever_reads_the_text(sweep, buffered):
         0,
         {"agreement.md", "table03.md", "table03.tex", "table03.parquet"},
     ), told
+
+
+def test_the_same_runs_in_another_metric_are_other_pairs(cra):
+    """Of two tables of the same runs, one of mIoU and one of false positives."""
+    low = cra.folder / "low.yaml"
+    text = re.sub(r"  - \{name: miou, .*\n|miou: [\d.]+, ", "", cra.table.text).replace("fp: null", "fp: 19.3")
+    low.write_text(text)
+    assert [pair.paper for pair in find_pairs([cra.compiled(), cra.compiled(low)])] == [7.9, -1.2]

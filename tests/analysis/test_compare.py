@@ -141,3 +141,15 @@ def test_without_any_sweep(database, capsys):
     MlflowClient(uri)
     assert main(["compare", "a", "b", "--tracking-uri", uri]) == 2
     assert "MLflow has no sweep at all: run one first" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ["{", '{"trial_list": [{}]}', "[]"])
+def test_a_damaged_plan_is_told(database, tmp_path, capsys, text):
+    sweep = Sweep(database)
+    (tmp_path / "plan.json").write_text(text)
+    for name in ("one", "two"):
+        tags = {"semformer.kind": "sweep", "semformer.table": "table03", "semformer.sweep": name}
+        run = sweep.client.create_run(sweep.id, tags=tags).info.run_id
+    sweep.client.log_artifact(run, str(tmp_path / "plan.json"))
+    assert main(["compare", "one", "two", "--tracking-uri", sweep.uri]) == 2
+    assert "the plan.json of sweep 'two'" in capsys.readouterr().err

@@ -153,6 +153,19 @@ def test_best_rows_are_named(sweep, cra):
     ]
 
 
+def test_a_stage_costs_what_it_took_though_not_all_runs_tell(sweep):
+    """The run that found it, and knows no time, comes last."""
+    for row, seconds in (("CF", 7200.0), ("CF-CB", None)):
+        told = {"caae/seconds": seconds} if seconds else {}
+        sweep.trial(row, 40.0, tags={"stage_keys": json.dumps({"caae": "shared"})}, **told)
+    assert facts_of(parsed(report(sweep)))["Cost"].startswith("2.0 hours of stages")
+
+
+def test_of_nothing_finished_no_more_is_told(sweep):
+    sweep.trial("CF", tags={"status": "queued"}, begun=False)
+    assert facts_of(parsed(report(sweep))) == {"Cells": "0 of 8 rows measured, by 0 runs", "Preset": "tiny"}
+
+
 def test_figures_stand_under_their_table(cra):
     page = parsed(report(cra, drawn("cra-axis"), drawn("cradle-axis"), drawn("cost")))
     (section,) = page.iter(f"{HTML}section")

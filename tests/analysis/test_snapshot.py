@@ -147,3 +147,11 @@ def test_a_file_that_cannot_be_written(sweep, tmp_path, capsys, out, says):
         status = refused.code
     assert status == 2
     assert says in capsys.readouterr().err
+
+
+def test_tables_of_the_literature_are_built_in(database, tmp_path):
+    """Their sweep need not be known."""
+    Sweep(database, "table01").trial("SemFormer", 40.0)
+    frame = taken(f"sqlite:///{database}/mlflow.db", tmp_path / "all.csv")
+    assert frame["metric"].tolist() == ["train_cam/miou", "pseudo/miou"]
+    assert frame["paper"].tolist() == [63.7, 73.2]

@@ -1,5 +1,6 @@
 """`semformer-tables why`."""
 
+import itertools
 import json
 import shlex
 
@@ -101,13 +102,23 @@ def test_weights_are_given_to_a_sweep_by_their_backbone(sweep, tmp_path, capsys)
     """Not as a field of all rows; the file need not be there any more."""
     gone = str(tmp_path / "of mine.safetensors")
     stages = ("caae", "segmentor", "cams", "evaluate")
-    sweep.trial("CF", 40.0, seed=3, overrides={"segmentor.weights": gone}, stages=stages)
-    assert main(["why", "table03", "CF", "--tracking-uri", sweep.uri, "--json"]) == 0
-    whole, alone = json.loads(capsys.readouterr().out)["commands"]
-    arguments = shlex.split(whole["command"])
-    assert arguments[arguments.index("--weights") + 1] == f"vit_shapes_patch8_64={gone}"
-    assert "--set" not in arguments
-    assert f"segmentor.weights={gone}" in shlex.split(alone["command"])
+    both = {"segmentor.weights": gone, "caae.weights": gone}
+    sweep.trial("CF", 40.0, seed=3, overrides=both, stages=stages)
+    one, two = {"segmentor.weights": gone}, both | {"caae.weights": f"{gone}.2"}
+    sweep.trial("CF-CB", 40.0, overrides=one, stages=stages)
+    sweep.trial("CF-AS", 40.0, overrides=two, stages=stages)
+    sweep.trial("CF-AC", 40.0, overrides=one | {"caae.pretrained": False}, stages=stages)
+    told = {}
+    for row in ("CF", "CF-CB", "CF-AS", "CF-AC"):
+        assert main(["why", "table03", row, "--tracking-uri", sweep.uri, "--json"]) == 0
+        whole, alone = (shlex.split(one["command"]) for one in json.loads(capsys.readouterr().out)["commands"])
+        told[row] = {value for option, value in itertools.pairwise(whole) if option in ("--weights", "--set")}
+        assert f"segmentor.weights={gone}" in alone
+    of_backbone = f"vit_shapes_patch8_64={gone}"
+    assert told["CF"] == {of_backbone}
+    assert told["CF-CB"] == {f"segmentor.weights={gone}"}, "a file of the backbone would be the CAAE's as well"
+    assert told["CF-AS"] == {f"segmentor.weights={gone}", f"caae.weights={gone}.2"}
+    assert told["CF-AC"] == {of_backbone, "caae.pretrained=false"}
 
 
 def test_a_run_that_went_further_goes_as_far_again(sweep, capsys):

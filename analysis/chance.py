@@ -40,7 +40,7 @@ class _Images:
 
 
 def with_chance(compiled: Sequence[CompiledTable], tracking_uri: str) -> list[CompiledTable]:
-    """The tables, with what is known of the chance in them. Raises UserError if MLflow's files cannot be read."""
+    """The tables, with what is known of the chance in them; files that cannot be had are told below."""
     wanted = {
         (trial.run_id, _folder(table.table.measured[0].name) + name)
         for table in compiled
@@ -49,13 +49,28 @@ def with_chance(compiled: Sequence[CompiledTable], tracking_uri: str) -> list[Co
         for name in (IMAGE_COUNTS, CLASS_IOU)
     }
     with TemporaryDirectory() as folder:
-        files = fetch(tracking_uri, wanted, Path(folder))
+        lost: dict[str, str] = {}
+        try:
+            files = fetch(tracking_uri, wanted, Path(folder))
+        except UserError as error:
+            files, lost = {}, dict.fromkeys((run_id for run_id, _ in wanted), str(error))
 
         @cache
         def images(run_id: str, metric: str, value: float) -> _Images | None:
-            return _images(run_id, metric, value, files)
+            try:
+                return _images(run_id, metric, value, files)
+            except UserError as error:
+                lost[run_id] = str(error)
+                return None
 
-        return [_of_table(table, images) for table in compiled]
+        return [_with_lost(_of_table(table, images), lost) for table in compiled]
+
+
+def _with_lost(compiled: CompiledTable, lost: Mapping[str, str]) -> CompiledTable:
+    """With a note on each run of which no pixels could be read."""
+    told = dict.fromkeys(lost[trial.run_id] for trial in compiled.trials if trial.run_id in lost)
+    notes = [("Chance", f"no interval over images: {text}.") for text in told]
+    return replace(compiled, notes=(*compiled.notes, *notes))
 
 
 def _folder(metric: str) -> str:

@@ -4,7 +4,6 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING, TextIO
 
 from semformer.config import PRESETS, parse_overrides
@@ -68,11 +67,7 @@ def compile_tables(options: argparse.Namespace, tables: Sequence[Table]) -> "lis
         seed=options.seed,
         overrides=parse_overrides(options.set),
     )
-    try:
-        return with_chance(compiled, options.tracking_uri)
-    except UserError as error:  # the values are known without the files of the runs
-        told = ("Chance", f"no intervals: {without_password(str(error), options.tracking_uri)}.")
-        return [replace(table, notes=(*table.notes, told)) for table in compiled]
+    return with_chance(compiled, options.tracking_uri)
 
 
 def say(text: str, options: argparse.Namespace, file: TextIO | None = None) -> None:

@@ -8,6 +8,7 @@ import re
 import shlex
 import signal
 import sys
+import time
 import webbrowser
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
@@ -494,14 +495,18 @@ def _sync(options: argparse.Namespace, console: Console) -> int:
 def _ui(options: argparse.Namespace, console: Console) -> int:
     from sweeps.tracking.ui import experiment_of, page
 
-    with page(options.tracking_uri, experiment_of(options.tracking_uri, options.experiment), options.port) as address:
+    is_server = options.tracking_uri.startswith("http")
+    experiment = experiment_of(options.tracking_uri, options.experiment)
+    if not is_server:
+        for number in (signal.SIGTERM, signal.SIGHUP):  # else the server would stay
+            signal.signal(number, signal.default_int_handler)
+    with suppress(KeyboardInterrupt), page(options.tracking_uri, experiment, options.port) as address:
         console.print(address, highlight=False, markup=False, soft_wrap=True)
         if options.json:
             print(json.dumps({"url": address}), flush=True)
         webbrowser.open(address)
-        if not options.tracking_uri.startswith("http"):
-            with suppress(KeyboardInterrupt):
-                signal.pause()
+        while not is_server:
+            time.sleep(1)
     return 0
 
 

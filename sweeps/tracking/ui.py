@@ -1,6 +1,7 @@
 """MLflow's pages of a sweep: of the server that has it, or of one that is started for its database."""
 
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from semformer.errors import UserError
 from sweeps.tracking import views
@@ -17,6 +18,8 @@ from sweeps.tracking.connection import TAG, connecting, reading_client
 HOST = "127.0.0.1"
 STARTING = 120.0
 """Seconds that MLflow has to answer."""
+ENDING = 5.0
+"""Seconds that it has to end."""
 
 
 def experiment_of(uri: str, name: str = "") -> str:
@@ -54,13 +57,28 @@ def page(uri: str, experiment: str, port: int) -> Iterator[str]:
             raise UserError(f"--port {port} is taken by another program: choose another")
     own = f"http://{HOST}:{port}"
     command = [sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(port), "--workers", "1"]
-    environment = {"MLFLOW_BACKEND_STORE_URI": uri, "MLFLOW_DISABLE_TELEMETRY": "true"}  # a password shows in no `ps`
-    with subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.DEVNULL) as server:
+    environment = {
+        "MLFLOW_BACKEND_STORE_URI": uri,  # a password shows in no `ps`
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    }
+    with subprocess.Popen(
+        command, env=os.environ | environment, stdout=subprocess.DEVNULL, start_new_session=True
+    ) as server:
         try:
             _wait(server, own)
             yield views.url(own, experiment) or own
         finally:
-            server.terminate()
+            _end(server)
+
+
+def _end(server: subprocess.Popen) -> None:
+    """With its workers, also those that do not end by themselves."""
+    server.terminate()
+    with suppress(subprocess.TimeoutExpired):
+        server.wait(ENDING)
+    with suppress(ProcessLookupError):
+        os.killpg(server.pid, signal.SIGKILL)
 
 
 def _wait(server: subprocess.Popen, address: str) -> None:

@@ -2,11 +2,13 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from analysis.runs import Record
-from analysis.stats import Interval
 from sweeps.plan.table import Table
+
+if TYPE_CHECKING:  # MLflow and scipy take seconds to import
+    from analysis.runs import Record
+    from analysis.stats import Interval
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class Trial:
     cells.
     """
 
-    record: Record
+    record: "Record"
     reason: str
     values: Mapping[str, float]
     thresholds: Mapping[str, float]
@@ -66,8 +68,8 @@ class Gap:
     """What a row has more than another, in points: mean over the n seeds that both have, and intervals of it."""
 
     mean: float
-    images: Interval | None
-    seeds: Interval | None
+    images: "Interval | None"
+    seeds: "Interval | None"
     n: int
 
     @property
@@ -85,8 +87,8 @@ class Chance:
     if the table compares it with that (`Layout.compared`).
     """
 
-    images: Interval | None
-    seeds: Interval | None
+    images: "Interval | None"
+    seeds: "Interval | None"
     from_first: Gap | None
     from_best: Gap | None
 

@@ -88,7 +88,7 @@ def run(options: argparse.Namespace) -> int:
         preset = f" with preset {options.preset}" if options.preset else ""
         raise UserError(f"no trial{of}{preset}: {contents(options.tracking_uri, options.experiment)}")
     tables, left_out = _tables(options.tracking_uri, named, lines)
-    for text in [*left_out, *(f"{text}." for filled, text in unusable)]:
+    for text in [*left_out, *(f"{text}." for _, text in unusable)]:
         say(text, options, sys.stderr)
     frame = to_frame(tables, lines)
     if frame.empty:

@@ -245,6 +245,13 @@ def test_watching_ends_when_nothing_runs_and_prints_what_has_changed(sweep, monk
     assert told.err.count("nobody there") == 1
 
 
+def test_help_waits_for_no_library():
+    """MLflow, scipy and torch take seconds to import."""
+    code = "import sys, analysis.cli; print(*sorted({'mlflow', 'scipy', 'torch', 'pandas'} & sys.modules.keys()))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""
+
+
 def test_watching_what_is_not_there_is_an_error(sweep, capsys):
     sweep.trial("CF", 41.5)
     assert main(["table05", "--tracking-uri", sweep.uri, "--watch"]) == 2
